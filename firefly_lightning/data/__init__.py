@@ -1,0 +1,1 @@
+"""From files of instruction rows to the micro-batches of every optimizer step."""

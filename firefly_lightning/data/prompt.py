@@ -1,0 +1,166 @@
+"""How turns become token ids: the exact format of training, of generation and of the exported chat template."""
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerFast
+
+from firefly_lightning.errors import FireflyError
+
+Turn = tuple[str, str]
+"""One exchange: (input, target)."""
+
+SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+"""Bloom's special tokens, in the order of their ids 0 to 3."""
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """Control strings around inputs and targets.
+
+    A row reads ``start input separator target end``, each later turn ``input later_separator target end``. Targets and
+    their ``end`` are learned, nothing else is. Control strings are read as special tokens; what a user wrote never is.
+
+    Args:
+        start: Once, before the first turn.
+        separator: Between the first input and its target.
+        later_separator: Between the input and the target of every later turn.
+        end: After every target.
+    """
+
+    start: str = "<s>"
+    separator: str = "</s></s>"
+    later_separator: str = "</s>"
+    end: str = "</s>"
+
+    def chat_template(self) -> str:
+        """Jinja template with which ``apply_chat_template`` gives the ids of training for user/assistant messages."""
+        quoted = {name: _jinja_string(value) for name, value in vars(self).items()}
+        return (
+            "{{{{ {start} }}}}"
+            "{{% for message in messages %}}"
+            "{{% if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}}"
+            "{{{{ raise_exception('messages must alternate user, assistant, user, … (there is no system role)') }}}}"
+            "{{% endif %}}"
+            "{{{{ message['content'] }}}}"
+            "{{% if message['role'] == 'assistant' %}}{{{{ {end} }}}}"
+            "{{% elif not loop.last or add_generation_prompt %}}"
+            "{{{{ {separator} if loop.first else {later_separator} }}}}"
+            "{{% endif %}}"
+            "{{% endfor %}}"
+        ).format(**quoted)
+
+
+PRESETS = {
+    # The published form; rows with later turns carry them inside `target`, joined by a literal single </s>.
+    "firefly": PromptFormat(),
+    # Every turn in the published form of the first.
+    "firefly_turns": PromptFormat(later_separator="</s></s>"),
+    # The form of the later Firefly releases.
+    "firefly_single": PromptFormat(separator="</s>"),
+}
+"""Formats by name."""
+
+
+def prompt_format(prompt: str | PromptFormat) -> PromptFormat:
+    """The format itself, or the preset of that name.
+
+    Raises:
+        FireflyError: If there is no such preset.
+    """
+    if isinstance(prompt, PromptFormat):
+        return prompt
+    if prompt not in PRESETS:
+        raise FireflyError(f"data.prompt: no format is called {prompt!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[prompt]
+
+
+class EncodedRow(NamedTuple):
+    """Token ids of a row and, for each, whether it is learned."""
+
+    input_ids: list[int]
+    target_mask: list[bool]
+
+
+class PromptEncoder:
+    """Turns to token ids under one tokenizer and one format.
+
+    Args:
+        tokenizer: Must be a fast one and have ``<unk>``, ``<s>``, ``</s>`` and ``<pad>``, all different.
+        prompt: The format.
+
+    Raises:
+        FireflyError: If the tokenizer lacks what the format needs.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt: PromptFormat) -> None:
+        check_special_tokens(tokenizer)
+        self.prompt = prompt
+        # A copy, because the settings below must not reach the tokenizer that a user holds.
+        self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self._start, self._separator, self._later_separator, self._end = (
+            self._control_ids(name) for name in ("start", "separator", "later_separator", "end")
+        )
+        # From here on "</s>" typed by a user is five ordinary characters, not the end of a turn.
+        self.backend.encode_special_tokens = True
+
+    def encode(self, rows: Sequence[Sequence[Turn]]) -> list[EncodedRow]:
+        """Encodes rows, each a sequence of turns. All texts go through the tokenizer in one parallel batch."""
+        texts = self.encode_texts([text for turns in rows for turn in turns for text in turn])
+        stream = iter(texts)
+        return [self._join([(next(stream), next(stream)) for _ in turns]) for turns in rows]
+
+    def encode_question(self, turns: Sequence[Turn], question: str) -> list[int]:
+        """Ids of past turns followed by a question, up to where the answer begins."""
+        ids = self.encode([turns])[0].input_ids if turns else list(self._start)
+        return ids + self.encode_texts([question])[0] + (self._later_separator if turns else self._separator)
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of plain texts; special tokens typed in them stay text."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _join(self, turns: Iterable[tuple[list[int], list[int]]]) -> EncodedRow:
+        ids, mask = list(self._start), [False] * len(self._start)
+        for index, (source, target) in enumerate(turns):
+            given = source + (self._later_separator if index else self._separator)
+            learned = target + self._end
+            ids += given + learned
+            mask += [False] * len(given) + [True] * len(learned)
+        return EncodedRow(ids, mask)
+
+    def _control_ids(self, name: str) -> list[int]:
+        return list(self.backend.encode(getattr(self.prompt, name), add_special_tokens=False).ids)
+
+
+def check_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Checks that Bloom's four special tokens are there and differ.
+
+    Raises:
+        FireflyError: If one is missing, or two share an id: a padding that is also the end would hide every end.
+    """
+    where = tokenizer.name_or_path or "the tokenizer"
+    missing = [f"{name} {token}" for name, token in SPECIAL_TOKENS.items() if getattr(tokenizer, name) is None]
+    if missing:
+        raise FireflyError(
+            f"{where}: the tokenizer has no {', '.join(missing)}; add them to tokenizer.json and tokenizer_config.json"
+        )
+    names: dict[int, str] = {}
+    for name in SPECIAL_TOKENS:
+        other = names.setdefault(getattr(tokenizer, f"{name}_id"), name)
+        if other != name:
+            raise FireflyError(
+                f"{where}: {name} and {other} are the same token {getattr(tokenizer, name)!r}; "
+                "give each its own in tokenizer_config.json"
+            )
+    foreign = [f"{name} is {getattr(tokenizer, name)!r}, not {token!r}" for name, token in SPECIAL_TOKENS.items()
+               if getattr(tokenizer, name) != token]
+    if foreign:
+        raise FireflyError(f"{where}: {'; '.join(foreign)}; rename it in tokenizer.json and tokenizer_config.json")
+
+
+def _jinja_string(value: str) -> str:
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"

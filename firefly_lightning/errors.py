@@ -1,0 +1,45 @@
+"""The one exception for what a user can mend, and how a program reports it."""
+
+import errno
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class FireflyError(Exception):
+    """Something in the user's files, flags or machine is wrong.
+
+    The message is one line and says what is wrong, where it is, and what to do about it.
+    """
+
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Ends the process with one line and exit code 1 on a mistake of the user's; anything else keeps its traceback.
+
+    Args:
+        program: Name that opens the line.
+    """
+    try:
+        yield
+    except FireflyError as error:
+        _exit(program, str(error))
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        _exit(program, describe_os_error(error))
+    except KeyboardInterrupt:
+        _exit(program, "interrupted", code=130)
+
+
+def describe_os_error(error: OSError, path: str | Path | None = None) -> str:
+    """Says which file, what the system answered and, for a full disk, what to do."""
+    where = path or error.filename or "the disk"
+    hint = "; free some space or choose another folder" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"{where}: {error.strerror or error}{hint}"
+
+
+def _exit(program: str, message: str, code: int = 1) -> None:
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
