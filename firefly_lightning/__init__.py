@@ -1,3 +1,19 @@
 """Firefly on Lightning: prune Bloom, train it on instruction rows, resume, export, chat."""
 
+from firefly_lightning.data.datamodule import FireflyDataModule, Source
+from firefly_lightning.data.plan import StepPlan
+from firefly_lightning.data.prompt import PromptEncoder, PromptFormat
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.module import FireflyModule
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "FireflyDataModule",
+    "FireflyError",
+    "FireflyModule",
+    "PromptEncoder",
+    "PromptFormat",
+    "Source",
+    "StepPlan",
+]

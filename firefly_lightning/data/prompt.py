@@ -1,9 +1,10 @@
 """How turns become token ids: the exact format of training, of generation and of the exported chat template."""
 
 import copy
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
@@ -36,8 +37,12 @@ class PromptFormat:
     end: str = "</s>"
 
     def chat_template(self) -> str:
-        """Jinja template with which ``apply_chat_template`` gives the ids of training for user/assistant messages."""
-        quoted = {name: _jinja_string(value) for name, value in vars(self).items()}
+        """Jinja template with which ``apply_chat_template`` gives the ids of training for user/assistant messages.
+
+        One thing a template cannot do: special tokens typed inside a message are read as special tokens there.
+        """
+        # A JSON string is a Jinja string too, as long as it needs no surrogate pairs.
+        quoted = {name: json.dumps(value, ensure_ascii=False) for name, value in vars(self).items()}
         return (
             "{{{{ {start} }}}}"
             "{{% for message in messages %}}"
@@ -91,13 +96,19 @@ class PromptEncoder:
         tokenizer: Must be a fast one and have ``<unk>``, ``<s>``, ``</s>`` and ``<pad>``, all different.
         prompt: The format.
 
+    Attributes:
+        eos_token_id: Id of ``</s>``.
+        pad_token_id: Id of ``<pad>``.
+
     Raises:
-        FireflyError: If the tokenizer lacks what the format needs.
+        FireflyError: If the tokenizer lacks what the format needs, or a control string borders on an ordinary token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt: PromptFormat) -> None:
         check_special_tokens(tokenizer)
         self.prompt = prompt
+        self.eos_token_id: int = tokenizer.eos_token_id
+        self.pad_token_id: int = tokenizer.pad_token_id
         # A copy, because the settings below must not reach the tokenizer that a user holds.
         self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self.backend.no_truncation()
@@ -105,7 +116,12 @@ class PromptEncoder:
         self._start, self._separator, self._later_separator, self._end = (
             self._control_ids(name) for name in ("start", "separator", "later_separator", "end")
         )
-        # From here on "</s>" typed by a user is five ordinary characters, not the end of a turn.
+        # From here on "</s>" typed by a user is four ordinary characters, not the end of a turn.
+        self.backend.encode_special_tokens = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # tokenizers leaves this setting out when it copies or pickles, as for a data loader's worker.
+        self.__dict__.update(state)
         self.backend.encode_special_tokens = True
 
     def encode(self, rows: Sequence[Sequence[Turn]]) -> list[EncodedRow]:
@@ -133,7 +149,13 @@ class PromptEncoder:
         return EncodedRow(ids, mask)
 
     def _control_ids(self, name: str) -> list[int]:
-        return list(self.backend.encode(getattr(self.prompt, name), add_special_tokens=False).ids)
+        text = getattr(self.prompt, name)
+        ids = list(self.backend.encode(text, add_special_tokens=False).ids)
+        borders = ids[-1:] if name == "start" else [*ids[:1], *ids[-1:]]
+        special = {index for index, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        if not special.issuperset(borders) or not (ids or name == "start"):
+            raise FireflyError(f"prompt format: {name} {text!r} must begin and end with a special token such as </s>")
+        return ids
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -156,11 +178,10 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
                 f"{where}: {name} and {other} are the same token {getattr(tokenizer, name)!r}; "
                 "give each its own in tokenizer_config.json"
             )
-    foreign = [f"{name} is {getattr(tokenizer, name)!r}, not {token!r}" for name, token in SPECIAL_TOKENS.items()
-               if getattr(tokenizer, name) != token]
+    foreign = [
+        f"{name} is {getattr(tokenizer, name)!r}, not {token!r}"
+        for name, token in SPECIAL_TOKENS.items()
+        if getattr(tokenizer, name) != token
+    ]
     if foreign:
         raise FireflyError(f"{where}: {'; '.join(foreign)}; rename it in tokenizer.json and tokenizer_config.json")
-
-
-def _jinja_string(value: str) -> str:
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"

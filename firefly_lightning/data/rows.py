@@ -52,7 +52,7 @@ def find_sources(patterns: Iterable[str]) -> list[str]:
         elif path.suffix in FILE_SUFFIXES or not (path.is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", pattern)):
             raise FireflyError(f"{pattern}: no such file; check the path and the working folder")
         else:
-            sources.append(pattern)
+            sources.append(str(path) if path.is_dir() else pattern)
     return sources
 
 
@@ -73,25 +73,25 @@ def read_rows(source: str) -> Iterator[Row]:
     parse: Callable[[Mapping[str, Any], str, int], Row] | None = None
     for number, fields in read_records(source):
         where = f"{source}:{number}"
-        if not isinstance(fields, dict):
-            raise FireflyError(f"{where}: a row must be a JSON object, this is {type(fields).__name__}")
         parse = parse or _recognise(fields, where)
         yield parse(fields, where, number)
     if parse is None:
         raise FireflyError(f"{source}: has no rows; remove it from the list or fill it")
 
 
-def read_records(source: str) -> Iterator[tuple[int, Any]]:
-    """Streams (number, fields) of one file or dataset, as they stand."""
+def read_records(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Streams (number, fields) of one file or dataset, as they stand.
+
+    Raises:
+        FireflyError: If the source cannot be read or a row is not an object; with file and line.
+    """
     try:
-        if not is_file(source):
-            yield from enumerate(load_hub_dataset(source), 1)
-        elif source.endswith(".parquet"):
-            yield from _read_parquet(source)
-        elif source.endswith(".json") and _first_character(source) == b"[":
-            yield from _read_json_array(source)
-        else:
-            yield from _read_json_lines(source)
+        for number, fields in _read(source):
+            if not isinstance(fields, dict):
+                raise FireflyError(
+                    f"{source}:{number}: a row must be a JSON object, this is {type(fields).__name__}; mend the line"
+                )
+            yield number, fields
     except OSError as error:
         raise FireflyError(describe_os_error(error, source)) from error
 
@@ -108,6 +108,16 @@ def load_hub_dataset(name: str) -> Any:
         return datasets.load_dataset(name, split="train")
     except Exception as error:
         raise FireflyError(f"{name}: neither a file nor a dataset that could be loaded ({error})") from error
+
+
+def _read(source: str) -> Iterator[tuple[int, Any]]:
+    if not is_file(source):
+        return enumerate(load_hub_dataset(source), 1)
+    if source.endswith(".parquet"):
+        return _read_parquet(source)
+    if source.endswith(".json") and _first_character(source) == b"[":
+        return _read_json_array(source)
+    return _read_json_lines(source)
 
 
 def _recognise(fields: Mapping[str, Any], where: str) -> Callable[[Mapping[str, Any], str, int], Row]:
@@ -215,6 +225,8 @@ def _load_json(text: str, source: str, first_line: int) -> Any:
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise FireflyError(f"{source}:{line}: not JSON, {error.msg} at column {error.colno}; mend the line") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise FireflyError(f"{source}:{first_line}: not a row, {error}; mend the line") from error
 
 
 def _read_parquet(source: str) -> Iterator[tuple[int, Any]]:

@@ -1,0 +1,1 @@
+"""A whole run on real text and a real vocabulary, both from installed packages."""

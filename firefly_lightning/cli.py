@@ -1,0 +1,113 @@
+"""firefly-fit: LightningCLI with this project's module, data, checkpoints and loggers as defaults."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from firefly_lightning.callbacks import BestCheckpoint, LastCheckpoint, Throughput
+from firefly_lightning.checkpoint import AtomicCheckpointIO
+from firefly_lightning.data.datamodule import FireflyDataModule
+from firefly_lightning.errors import FireflyError, one_line_errors
+from firefly_lightning.module import FireflyModule
+from firefly_lightning.parsing import OneLineErrors
+
+
+class _Parser(OneLineErrors, LightningArgumentParser):
+    pass
+
+
+class FireflyCLI(LightningCLI):
+    """LightningCLI whose model, data and trainer have defaults that fit each other."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            FireflyModule,
+            FireflyDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            # A run may be resumed into its own folder; its configuration is then written again.
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"log_every_n_steps": 1, "callbacks": [Throughput()]},
+            parser_class=_Parser,
+            auto_configure_optimizers=False,
+            **kwargs,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the two kinds of checkpoints, and gives the data the model's tokenizer."""
+        parser.set_defaults(
+            {"model": {"class_path": _path_of(FireflyModule)}, "data": {"class_path": _path_of(FireflyDataModule)}}
+        )
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
+        parser.link_arguments("model.init_args.path", "data.init_args.tokenizer")
+
+    def before_instantiate_classes(self) -> None:
+        """Puts checkpoints where ``--ckpt_path last`` of the next run finds them: beside, not inside, a run's logs."""
+        config = self.config[self.subcommand]
+        for name in ("checkpoint", "best_checkpoint"):
+            config[name].dirpath = config[name].dirpath or str(_root(config) / "checkpoints")
+        if config.get("ckpt_path"):
+            config.ckpt_path = find_checkpoint(config.ckpt_path, config.checkpoint.dirpath)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """A trainer that logs to CSV and TensorBoard and saves checkpoints atomically, unless told otherwise."""
+        config = self.config_init[self.subcommand].trainer
+        if config.logger in (None, True):
+            kwargs["logger"] = _loggers(config.default_root_dir)
+        kwargs["plugins"] = _with_atomic_checkpoints(config.plugins)
+        return super().instantiate_trainer(**kwargs)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leaves the configuration alone: Lightning would let the checkpoint's arguments win over the command line."""
+
+
+def main() -> None:
+    """Entry point of ``firefly-fit``."""
+    # An advertisement of Lightning's that it prints on every start.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
+    )
+    with one_line_errors("firefly-fit"):
+        FireflyCLI()
+
+
+def find_checkpoint(name: str, folder: str) -> str:
+    """The checkpoint of that path, or the latest in a folder for ``last``.
+
+    Raises:
+        FireflyError: If there is none.
+    """
+    if name != "last":
+        if not Path(name).exists():
+            raise FireflyError(f"{name}: no such checkpoint; check --ckpt_path")
+        return name
+    found = sorted(Path(folder).glob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FireflyError(f"{folder}: no checkpoint to resume from; leave --ckpt_path out to start anew")
+    return str(found[-1])
+
+
+def _path_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _root(config: Any) -> Path:
+    return Path(config.trainer.default_root_dir or Path.cwd())
+
+
+def _loggers(root: str | None) -> list[Logger]:
+    """CSV, written after every step so that a killed run keeps its figures, and TensorBoard, in one folder."""
+    csv = CSVLogger(root or str(Path.cwd()), flush_logs_every_n_steps=1)
+    return [csv, TensorBoardLogger(csv.save_dir, csv.name, csv.version)]
+
+
+def _with_atomic_checkpoints(plugins: Any) -> list[Any]:
+    plugins = plugins if isinstance(plugins, list) else [plugins] if plugins else []
+    return plugins if any(isinstance(plugin, CheckpointIO) for plugin in plugins) else [*plugins, AtomicCheckpointIO()]

@@ -1,0 +1,136 @@
+"""Micro-batches: the tensors that a training step receives, and the order in which a rank receives them."""
+
+from collections.abc import Iterator, Sequence
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+
+from firefly_lightning.data.plan import Rows, StepPlan
+from firefly_lightning.data.tokenized import TokenizedRow, TokenizedRows
+
+
+class PaddedRows(TypedDict):
+    """Rows as tensors.
+
+    All indices are made here, on the host, so that a step neither waits for the device nor depends on values.
+
+    Attributes:
+        input_ids: (rows, length) token ids, padded on the right.
+        attention_mask: (rows, length) 1 for tokens, 0 for padding.
+        target_positions: (targets,) positions in the flattened (rows · length) whose next token is learned.
+        target_ids: (targets,) the tokens learned there.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    target_positions: Tensor
+    target_ids: Tensor
+
+
+class MicroBatch(PaddedRows):
+    """What one rank works on at a time.
+
+    Attributes:
+        rows: (rows,) which rows these are; empty in a micro-batch that only fills a short last step.
+        kinds: (rows,) the kind of each.
+        step: Optimizer step that the micro-batch belongs to.
+        step_target_tokens: Learned tokens of the whole step, over all its micro-batches and ranks.
+        step_micro_batches: Micro-batches of the whole step, over all ranks.
+    """
+
+    rows: Tensor
+    kinds: Tensor
+    step: int
+    step_target_tokens: int
+    step_micro_batches: int
+
+
+class PlannedBatches(Dataset[MicroBatch]):
+    """The micro-batches of one rank; item ``i`` is its ``i``-th since the first step of the run.
+
+    Args:
+        rows: Where the tokens are.
+        plan: Which rows make a step.
+        micro_batch_size: Rows that a rank works on at a time.
+        world_size: Ranks that share a step.
+        rank: This one.
+        pad_id: Token id of padding.
+    """
+
+    def __init__(
+        self, rows: TokenizedRows, plan: StepPlan, micro_batch_size: int, world_size: int, rank: int, pad_id: int
+    ) -> None:
+        self.rows = rows
+        self.plan = plan
+        self.micro_batch_size = micro_batch_size
+        self.world_size = world_size
+        self.rank = rank
+        self.pad_id = pad_id
+        self.micro_batches_per_step = plan.batch_size // (micro_batch_size * world_size)
+
+    def __len__(self) -> int:
+        return self.plan.steps_per_epoch * self.micro_batches_per_step
+
+    def __getitem__(self, index: int) -> MicroBatch:
+        step, position = divmod(index, self.micro_batches_per_step)
+        rows = self.plan.micro_batches(step, self.world_size, self.micro_batch_size)[self.rank][position]
+        return {
+            **collate([self.rows[row] for row in rows], self.pad_id),
+            "rows": torch.from_numpy(rows),
+            "kinds": torch.from_numpy(self.rows.kind_ids[rows].astype(np.int64)),
+            "step": step,
+            "step_target_tokens": self.plan.target_tokens(step),
+            "step_micro_batches": self.micro_batches_per_step * self.world_size,
+        }
+
+
+class EpochSampler(DistributedSampler[int]):
+    """Indices into :class:`PlannedBatches` for one epoch after another, from a given step on.
+
+    It is a ``DistributedSampler``, since it gives a rank its share; Lightning then calls ``set_epoch`` and does not put a
+    sampler of its own in its place.
+
+    Args:
+        batches: What is indexed.
+        first_step: Optimizer step to begin with; the epoch that holds it is cut short at its front.
+    """
+
+    def __init__(self, batches: PlannedBatches, first_step: int = 0) -> None:
+        super().__init__(batches, batches.world_size, batches.rank, shuffle=False)
+        self.batches = batches
+        self.first_step = first_step
+
+    def __iter__(self) -> Iterator[int]:
+        per_epoch, per_step = len(self), self.batches.micro_batches_per_step
+        end = (self.epoch + 1) * per_epoch
+        return iter(range(max(self.epoch * per_epoch, self.first_step * per_step), end))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def collate(rows: Sequence[TokenizedRow], pad_id: int) -> PaddedRows:
+    """Pads rows to the longest and finds their targets. No rows give one padding token, from which nothing is learned."""
+    longest = max((len(row.input_ids) for row in rows), default=1)
+    input_ids = np.full((max(len(rows), 1), longest), pad_id, np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    positions, targets = [_NO_POSITIONS], [_NO_POSITIONS]
+    for index, (ids, mask) in enumerate(rows):
+        input_ids[index, : len(ids)] = ids
+        attention_mask[index, : len(ids)] = 1
+        learned = np.flatnonzero(mask)
+        positions.append(index * longest + learned - 1)  # the position before a token predicts it
+        targets.append(ids[learned].astype(np.int64))
+    attention_mask[len(rows) :, 0] = 1  # a row of padding alone would make softmax see no position
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(attention_mask),
+        "target_positions": torch.from_numpy(np.concatenate(positions)),
+        "target_ids": torch.from_numpy(np.concatenate(targets)),
+    }
+
+
+_NO_POSITIONS: Rows = np.zeros(0, np.int64)

@@ -1,0 +1,282 @@
+"""FireflyDataModule: from names of files to planned micro-batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+from firefly_lightning.data.batches import EpochSampler, MicroBatch, PlannedBatches
+from firefly_lightning.data.plan import StepPlan, WeightedRows, check_shares, permutation
+from firefly_lightning.data.prompt import PromptEncoder, PromptFormat, prompt_format
+from firefly_lightning.data.rows import find_sources
+from firefly_lightning.data.stats import counts_table
+from firefly_lightning.data.tokenized import TokenizedRows, TooLong, default_cache_dir, tokenize
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.huggingface import load_tokenizer
+
+
+@dataclass
+class Source:
+    """Rows to train on.
+
+    Args:
+        path: A ``.jsonl``, ``.json`` or ``.parquet`` file, a glob of them, or the name of a Hugging Face dataset.
+        weight: How often an epoch takes each row: 1 once, 0.5 half of the rows (later epochs the others), 2 twice.
+    """
+
+    path: str
+    weight: float = 1.0
+
+
+class FireflyDataModule(L.LightningDataModule):
+    """Instruction rows as micro-batches whose optimizer steps do not depend on the number of devices.
+
+    Args:
+        tokenizer: Folder or hub name of the tokenizer; ``firefly-fit`` takes the model's.
+        train_files: Files, globs or dataset names to train on, plain or as ``{path, weight}``.
+        val_files: Likewise, to validate on.
+        val_fraction: Share of the training rows to validate on instead, between 0 and 1.
+        test_files: Likewise, for ``test``; the validation rows where there are none.
+        batch_size: Rows in one optimizer step, over all devices.
+        micro_batch_size: Rows that one device works on at a time; all of its share where not given. Gradients are
+            accumulated over the rest: the step stays the same.
+        max_length: Tokens of a row, control tokens included.
+        too_long: What to do with a longer row: ``truncate`` keeps its first tokens, ``truncate_keep_end`` its last ones
+            after the start token, ``drop`` leaves it out.
+        prompt: Name of a format (``firefly``, ``firefly_turns``, ``firefly_single``) or its control strings.
+        seed: Of the order of rows and of the rows chosen by ``val_fraction``.
+        num_workers: Processes that prepare batches.
+        pin_memory: Whether batches are put into page-locked memory, from which a GPU copies faster.
+        cache_dir: Where token ids are kept; a folder of the user's cache by default.
+
+    Raises:
+        FireflyError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        train_files: str | list[str | Source] | None = None,
+        val_files: str | list[str] | None = None,
+        val_fraction: float = 0.0,
+        test_files: str | list[str] | None = None,
+        batch_size: int = 16,
+        micro_batch_size: int | None = None,
+        max_length: int = 512,
+        too_long: TooLong = "truncate",
+        prompt: str | PromptFormat = "firefly",
+        seed: int = 0,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.tokenizer_path = tokenizer
+        self.train_sources = [Source(item) if isinstance(item, str) else item for item in _listed(train_files)]
+        self.val_files, self.test_files = _listed(val_files), _listed(test_files)
+        self.val_fraction = val_fraction
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self.max_length = max_length
+        self.too_long: TooLong = too_long
+        self.prompt = prompt_format(prompt)
+        self.seed = seed
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self._tokenizer: PreTrainedTokenizerFast | None = None
+        self._val_check_interval: int | float | None = None
+        self._check_arguments()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer, loaded when first asked for."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.tokenizer_path)
+        return self._tokenizer
+
+    def prepare_data(self) -> None:
+        """Tokenises what the cache lacks, once per machine, and prints what was kept of every kind."""
+        encoder = PromptEncoder(self.tokenizer, self.prompt)
+        for files in (self._train_files(), self.val_files, self.test_files):
+            if files:
+                rows = self._tokenized(files, encoder)
+                rank_zero_info(counts_table(rows.names, rows.counts))
+
+    def setup(self, stage: str) -> None:
+        """Maps the token ids, plans the steps and tells the trainer how many micro-batches make one."""
+        encoder = PromptEncoder(self.tokenizer, self.prompt)
+        self.world_size, self.rank = self._data_parallel_share()
+        micro_batch_size = check_shares(self.batch_size, self.world_size, self.micro_batch_size)
+        if stage == "fit" and not self.train_sources:
+            raise FireflyError("data.train_files: nothing to train on; name at least one file")
+        val_rows = None
+        if self.train_sources and stage in ("fit", "validate", "test"):
+            train_rows = self._tokenized(self._train_files(), encoder)
+            taken, held_out = self._split(train_rows)
+            self.train = self._planned(train_rows, taken, self.batch_size, micro_batch_size, shuffle=True)
+            val_rows = self._planned(train_rows, held_out, 0, micro_batch_size) if self.val_fraction else None
+        self.val = self._evaluated(self.val_files, encoder, micro_batch_size) or val_rows
+        self.test = self._evaluated(self.test_files, encoder, micro_batch_size) or self.val
+        if stage == "fit":
+            self._set_accumulation()
+
+    def train_dataloader(self) -> DataLoader[MicroBatch]:
+        """Micro-batches from the trainer's current optimizer step on."""
+        first_step = self.trainer.global_step if self.trainer else 0
+        return self._loader(self.train, PlanLoader, first_step)
+
+    def val_dataloader(self) -> DataLoader[MicroBatch] | list[Any]:
+        """All validation rows once; no loader where there are none."""
+        return self._loader(self.val) if self.val else []
+
+    def test_dataloader(self) -> DataLoader[MicroBatch]:
+        """All test rows once.
+
+        Raises:
+            FireflyError: If there are none.
+        """
+        if not self.test:
+            raise FireflyError("data.test_files: nothing to test on; name a file there, or validation files")
+        return self._loader(self.test)
+
+    def describe_step(self, step: int) -> list[str]:
+        """Source, line and kind of every row of an optimizer step of training."""
+        return [self.train.rows.describe(int(row)) for row in self.train.plan.rows(step)]
+
+    def _check_arguments(self) -> None:
+        for name in ("batch_size", "micro_batch_size", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise FireflyError(f"data.{name} is {value}; it must be at least 1")
+        if not 0 <= self.val_fraction < 1:
+            raise FireflyError(f"data.val_fraction is {self.val_fraction}; it must be at least 0 and below 1")
+        if self.val_fraction and self.val_files:
+            raise FireflyError("data.val_fraction and data.val_files are both set; keep one of them")
+        for source in self.train_sources:
+            if not source.weight > 0:
+                raise FireflyError(
+                    f"data.train_files: the weight of {source.path} is {source.weight}; it must be above 0"
+                )
+
+    def _train_files(self) -> list[str]:
+        return [source.path for source in self.train_sources]
+
+    def _tokenized(self, files: Sequence[str], encoder: PromptEncoder) -> TokenizedRows:
+        sources = find_sources(files)
+        folders = [tokenize(source, encoder, self.max_length, self.too_long, self.cache_dir) for source in sources]
+        rows = TokenizedRows(folders, sources)
+        if not len(rows):
+            raise FireflyError(
+                f"{', '.join(sources)}: no row has a target within {self.max_length} tokens; "
+                "raise data.max_length or change data.too_long"
+            )
+        return rows
+
+    def _data_parallel_share(self) -> tuple[int, int]:
+        """How many ranks share the rows, and which of them this is; ranks that split a model count as one."""
+        strategy = self.trainer.strategy if self.trainer else None
+        share = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
+        return share["num_replicas"], share["rank"]
+
+    def _split(self, rows: TokenizedRows) -> tuple[list[WeightedRows], list[WeightedRows]]:
+        """The rows to train on, by source with its weight, and those held out for validation."""
+        order = permutation(len(rows), self.seed)
+        held_out = np.zeros(len(rows), bool)
+        held_out[order[: round(self.val_fraction * len(rows))]] = True
+        taken, source_index = [], 0
+        for source in self.train_sources:
+            for _ in find_sources([source.path]):
+                own = rows.of_source(source_index)
+                own = own[~held_out[own]]
+                if len(own):
+                    taken.append(WeightedRows(own, source.weight))
+                source_index += 1
+        if not taken or (self.val_fraction and not held_out.any()):
+            raise FireflyError(
+                f"data.val_fraction {self.val_fraction} of {len(rows)} rows leaves one side empty; choose another"
+            )
+        return taken, [WeightedRows(np.flatnonzero(held_out))]
+
+    def _evaluated(self, files: Sequence[str], encoder: PromptEncoder, micro_batch_size: int) -> PlannedBatches | None:
+        if not files:
+            return None
+        rows = self._tokenized(files, encoder)
+        return self._planned(rows, [WeightedRows(np.arange(len(rows)))], 0, micro_batch_size)
+
+    def _planned(
+        self,
+        rows: TokenizedRows,
+        sources: list[WeightedRows],
+        batch_size: int,
+        micro_batch_size: int,
+        shuffle: bool = False,
+    ) -> PlannedBatches:
+        if not shuffle:  # evaluation: each row once, like lengths together, one micro-batch a step and rank
+            batch_size = micro_batch_size * self.world_size
+            sources = [WeightedRows(part.rows[np.argsort(-rows.lengths[part.rows], kind="stable")]) for part in sources]
+        plan = StepPlan(rows.lengths, rows.target_tokens, sources, batch_size, self.seed, shuffle)
+        pad_id = self.tokenizer.pad_token_id
+        return PlannedBatches(rows, plan, micro_batch_size, self.world_size, self.rank, pad_id)
+
+    def _set_accumulation(self) -> None:
+        """Makes a batch of the trainer's settings what it is here: the rows of one optimizer step."""
+        trainer = self.trainer
+        if trainer is None:
+            return
+        per_step = self.train.micro_batches_per_step
+        if trainer.accumulate_grad_batches not in (1, per_step):
+            raise FireflyError(
+                f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} disagrees with data.batch_size: "
+                f"{per_step} micro-batches make a step here; leave it out and set data.micro_batch_size"
+            )
+        trainer.accumulate_grad_batches = per_step
+        if isinstance(trainer.val_check_interval, int):
+            self._val_check_interval = self._val_check_interval or trainer.val_check_interval
+            trainer.val_check_interval = self._val_check_interval * per_step
+
+    def _loader(
+        self, batches: PlannedBatches, loader: type[DataLoader[MicroBatch]] = DataLoader, first_step: int = 0
+    ) -> DataLoader[MicroBatch]:
+        return loader(
+            batches,
+            batch_size=None,
+            sampler=EpochSampler(batches, first_step),
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            persistent_workers=self.num_workers > 0,
+        )
+
+
+class PlanLoader(DataLoader[MicroBatch]):
+    """A loader whose state is the identity of its plan: its position is the trainer's step, which Lightning keeps."""
+
+    dataset: PlannedBatches
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to know about the rows of a run."""
+        return dict(self.dataset.plan.fingerprint())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Makes sure that a resumed run takes the rows that would have come next.
+
+        Raises:
+            FireflyError: If the plan is not the one that the checkpoint was saved under.
+        """
+        now = self.state_dict()
+        changed = [f"{name} {state.get(name)} → {now[name]}" for name in now if state.get(name) != now[name]]
+        if changed:
+            raise FireflyError(
+                f"the checkpoint was saved with other data ({', '.join(changed)}); "
+                "resume with the same rows, data.seed and data.batch_size, or train the exported model anew"
+            )
+
+
+def _listed(files: Any) -> list[Any]:
+    return [files] if isinstance(files, str) else list(files or [])

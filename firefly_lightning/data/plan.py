@@ -1,0 +1,159 @@
+"""Which rows make optimizer step k, and how micro-batches and ranks share them.
+
+Everything here is a pure function of its arguments: no generator is advanced, nothing is remembered between steps. A
+run can therefore stop, resume, and move to another number of devices at any step and meet the same rows.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from firefly_lightning.errors import FireflyError
+
+Rows = npt.NDArray[np.int64]
+
+
+class WeightedRows(NamedTuple):
+    """Rows of one source and how often an epoch takes them: 1 is once, 0.5 is half of them, 2 is twice."""
+
+    rows: Rows
+    weight: float = 1.0
+
+
+class StepPlan:
+    """The rows of every optimizer step.
+
+    An epoch takes each row of a source ``weight`` times; with a fraction, later epochs go on where earlier ones ended, so
+    that no row is taken again before all others. The last step of an epoch may have fewer than ``batch_size`` rows.
+
+    Args:
+        lengths: (rows,) tokens of each row.
+        target_tokens: (rows,) learned tokens of each row.
+        sources: Which of the rows to take, and how often.
+        batch_size: Rows in one optimizer step, over all devices.
+        seed: Of the order in which rows come.
+        shuffle: If false, rows come in the order of ``sources``, in every epoch.
+    """
+
+    def __init__(
+        self,
+        lengths: npt.NDArray[np.integer],
+        target_tokens: npt.NDArray[np.integer],
+        sources: Sequence[WeightedRows],
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        self.lengths = lengths
+        self.sources = list(sources)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self._target_tokens = target_tokens
+        # A source of three rows and a weight of 0.1 still gives one: a source is never silently left out.
+        self._quotas = [max(1, round(source.weight * len(source.rows))) for source in self.sources]
+        self.rows_per_epoch = sum(self._quotas)
+        self.steps_per_epoch = -(-self.rows_per_epoch // batch_size)
+        # Steps are asked for in order, each by several callers; two epochs meet at a boundary.
+        self._epoch = lru_cache(maxsize=2)(self._order)
+
+    def rows(self, step: int) -> Rows:
+        """Rows of an optimizer step, at most ``batch_size`` of them."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+
+    def target_tokens(self, step: int) -> int:
+        """Learned tokens of an optimizer step, over all its rows."""
+        return int(self._target_tokens[self.rows(step)].sum())
+
+    def micro_batches(self, step: int, world_size: int, micro_batch_size: int) -> list[list[Rows]]:
+        """Splits a step over ranks and micro-batches.
+
+        Rows of like length share a micro-batch, and the ranks work on like lengths at the same time. Every rank gets
+        the same number of micro-batches; in the last step of an epoch some hold fewer rows, or none.
+
+        Returns:
+            For each rank, its micro-batches in order, the longest rows first (memory is short at once or never).
+        """
+        rows = self.rows(step)
+        longest_first = rows[np.lexsort((rows, -self.lengths[rows]))]
+        groups = np.array_split(longest_first, self.batch_size // micro_batch_size)
+        return [groups[rank::world_size] for rank in range(world_size)]
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """What identifies the plan: two plans with equal fingerprints give equal rows at every step."""
+        digest = xxhash.xxh3_128()
+        for array in (self.lengths, self._target_tokens, *(source.rows for source in self.sources)):
+            digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
+        digest.update(np.array([source.weight for source in self.sources]).tobytes())
+        return {
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "rows_per_epoch": self.rows_per_epoch,
+            "row_lengths": digest.hexdigest(),
+        }
+
+    def _order(self, epoch: int) -> Rows:
+        parts = [self._take(index, epoch) for index in range(len(self.sources))]
+        rows = np.concatenate(parts)
+        return rows[permutation(len(rows), self.seed, len(parts), epoch)] if self.shuffle else rows
+
+    def _take(self, index: int, epoch: int) -> Rows:
+        """Rows of one source in one epoch: a window that slides over the source's permutations laid end to end."""
+        rows, quota = self.sources[index].rows, self._quotas[index]
+        first = epoch * quota if self.shuffle else 0
+        passes, offsets = np.divmod(np.arange(first, first + quota), len(rows))
+        orders = {
+            number: permutation(len(rows), self.seed, index, number) if self.shuffle else np.arange(len(rows))
+            for number in np.unique(passes).tolist()
+        }
+        return np.concatenate([rows[order[offsets[passes == number]]] for number, order in orders.items()])
+
+
+def check_shares(batch_size: int, world_size: int, micro_batch_size: int | None) -> int:
+    """The micro-batch size, checked: every rank must get the same whole number of micro-batches.
+
+    Args:
+        batch_size: Rows in an optimizer step.
+        world_size: Ranks that share the rows.
+        micro_batch_size: Rows that one rank works on at a time; None is all of its share.
+
+    Raises:
+        FireflyError: If they do not divide.
+    """
+    if batch_size % world_size:
+        raise FireflyError(
+            f"data.batch_size {batch_size} cannot be shared by {world_size} devices; "
+            f"choose a multiple of {world_size}, or another trainer.devices"
+        )
+    share = batch_size // world_size
+    micro_batch_size = micro_batch_size or share
+    if share % micro_batch_size:
+        raise FireflyError(
+            f"data.micro_batch_size {micro_batch_size} does not divide the {share} rows that each of "
+            f"{world_size} devices has of data.batch_size {batch_size}; choose a divisor of {share}"
+        )
+    return micro_batch_size
+
+
+def permutation(n: int, *key: int) -> Rows:
+    """A permutation of ``range(n)`` that depends on the key alone, on every machine and NumPy release.
+
+    Rows are sorted by a hash, SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+    2014), because NumPy does not promise that its generators keep their streams.
+    """
+    state: npt.NDArray[np.uint64] = np.zeros(1, np.uint64)
+    for part in key:
+        state = _splitmix64(state + np.array([part % 2**64], np.uint64))
+    return np.argsort(_splitmix64(state + np.arange(n, dtype=np.uint64)), kind="stable")
+
+
+def _splitmix64(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    mixed = state + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

@@ -1,0 +1,50 @@
+"""What a set of rows is made of."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from firefly_lightning.data.tokenized import COUNTED, Counts
+
+HEADINGS = {
+    "rows": "rows read",
+    "truncated": "truncated",
+    "dropped": "too long, dropped",
+    "no_target": "no target left, dropped",
+    "unanswered": "last turn unanswered",
+    "tokens": "tokens kept",
+    "target_tokens": "of them learned",
+}
+
+
+def counts_table(names: Sequence[str], counts: Sequence[Counts]) -> str:
+    """A table of what was read, cut, left out and kept, a line a kind and one for all.
+
+    Args:
+        names: Sources, named in the title.
+        counts: Of each source.
+    """
+    kinds = sorted({kind for source in counts for kind in source})
+    totals = {kind: Counter[str]() for kind in [*kinds, "all"]}
+    for source in counts:
+        for kind, numbers in source.items():
+            totals[kind].update(numbers)
+            totals["all"].update(numbers)
+    table = Table(title=", ".join(names), box=SIMPLE, title_justify="left")
+    table.add_column("kind")
+    for name in COUNTED:
+        table.add_column(HEADINGS[name], justify="right")
+    for kind, numbers in totals.items():
+        table.add_row(kind, *(f"{numbers[name]:,}" for name in COUNTED))
+    return render(table)
+
+
+def render(table: Table) -> str:
+    """A table as plain text, 120 columns wide."""
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()

@@ -1,0 +1,263 @@
+"""Bloom's Hugging Face folders: reading them, and the description from which a checkpoint becomes one."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from firefly_lightning.data.prompt import SPECIAL_TOKENS, PromptFormat
+from firefly_lightning.errors import FireflyError
+
+DESCRIPTION_KEY = "hugging_face"
+"""Where a checkpoint keeps what ``describe`` gave."""
+
+PUBLISHED_DECODING = {
+    "max_new_tokens": 200,
+    "do_sample": True,
+    "top_p": 0.85,
+    "temperature": 0.35,
+    "repetition_penalty": 1.2,
+}
+"""How the published Firefly models answer."""
+
+DESCRIPTION_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "prompt_format.json",
+)
+"""Files of a Hugging Face folder beside the weights, and keys of a description."""
+
+UNUSED_ROWS = 1024
+"""So many embedding rows without a token are no padding any more: Bloom has 200, tensor parallelism adds a few."""
+
+
+def load_config(path: str) -> BloomConfig:
+    """Configuration of a Bloom.
+
+    Args:
+        path: Folder or hub name.
+
+    Raises:
+        FireflyError: If there is none, or it is another architecture's.
+    """
+    file = find_model_file(path, "config.json")
+    if file is None:
+        raise FireflyError(f"{path}: has no config.json; give a folder that holds a Bloom model")
+    fields = _read_json_object(file)
+    if fields.get("model_type") != "bloom":
+        raise FireflyError(f"{path}: is a {fields.get('model_type')} model; only Bloom models can be used")
+    return BloomConfig.from_dict(fields)
+
+
+def load_bloom(path: str, dtype: torch.dtype) -> BloomForCausalLM:
+    """The model with all its weights.
+
+    Args:
+        path: Folder or hub name.
+        dtype: Type the weights are converted to.
+
+    Raises:
+        FireflyError: If it is no Bloom, or its weights are not there, damaged, incomplete or of other sizes.
+    """
+    load_config(path)
+    # transformers 4.51 knows only the old name, 5 means to drop it.
+    dtype_name = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
+    try:
+        with _quiet_transformers():
+            model, info = BloomForCausalLM.from_pretrained(path, output_loading_info=True, **{dtype_name: dtype})
+    except Exception as error:  # whatever the readers of the several weight formats raise
+        raise FireflyError(f"{path}: the weights cannot be read ({reason(error)}); fetch them again") from error
+    # transformers would go on with random numbers in their place.
+    if missing := sorted(info["missing_keys"]):
+        raise FireflyError(f"{path}: the weights lack {some(missing)}; fetch them again")
+    return model
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of ``tokenizer.json``.
+
+    Args:
+        path: Folder or hub name.
+
+    Raises:
+        FireflyError: If there is none, or it cannot be read.
+    """
+    if find_model_file(path, "tokenizer.json") is None:
+        raise FireflyError(f"{path}: has no tokenizer.json; copy the tokenizer's files there")
+    try:
+        # Bloom's tokenizer_config.json names a class of its own, which transformers 5 no longer has: a warning at most.
+        with _quiet_transformers():
+            return PreTrainedTokenizerFast.from_pretrained(path)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise FireflyError(f"{path}: the tokenizer cannot be read ({reason(error)}); fetch it again") from error
+
+
+def load_prompt_format(path: str) -> PromptFormat | None:
+    """The format a model was trained with; None where its folder does not say.
+
+    Args:
+        path: Folder or hub name.
+
+    Raises:
+        FireflyError: If ``prompt_format.json`` is malformed.
+    """
+    file = find_model_file(path, "prompt_format.json")
+    if file is None:
+        return None
+    fields = _read_json_object(file)
+    known = asdict(PromptFormat()).keys()
+    if fields.keys() - known or not all(isinstance(value, str) for value in fields.values()):
+        raise FireflyError(f"{file}: must map {', '.join(known)} to strings, and nothing else")
+    return PromptFormat(**fields)
+
+
+def check_sizes(model_config: BloomConfig, tokenizer: PreTrainedTokenizerFast, where: str) -> None:
+    """Checks that a tokenizer and an embedding belong together.
+
+    Args:
+        model_config: Gives the embedding's rows.
+        tokenizer: Gives the tokens.
+        where: Opens the message.
+
+    Raises:
+        FireflyError: If a token has no row, or 1,024 rows or more have no token.
+    """
+    rows, tokens = model_config.vocab_size, max(tokenizer.get_vocab().values(), default=-1) + 1
+    if tokens > rows:
+        raise FireflyError(
+            f"{where}: the tokenizer has {tokens} tokens, the embedding only {rows} rows; they do not match"
+        )
+    if rows - tokens >= UNUSED_ROWS:
+        raise FireflyError(
+            f"{where}: {rows - tokens} of the embedding's {rows} rows have no token; is this the model's own tokenizer?"
+        )
+
+
+def check_same_model(checkpoint: dict[str, Any], model_config: BloomConfig, where: str) -> None:
+    """Checks that a checkpoint was saved by a model of the same sizes; one without a description passes.
+
+    Args:
+        checkpoint: As Lightning loads it.
+        model_config: Of the model that it is to be loaded into.
+        where: Opens the message.
+
+    Raises:
+        FireflyError: If a size differs.
+    """
+    saved = checkpoint.get(DESCRIPTION_KEY, {}).get("config.json", {})
+    for name in ("vocab_size", "hidden_size", "n_layer", "n_head"):
+        size = getattr(model_config, name)
+        if saved.get(name, size) != size:
+            raise FireflyError(f"{where}: has {name} {size}, but the checkpoint is of a model with {saved[name]}")
+
+
+def describe(model_config: BloomConfig, tokenizer: PreTrainedTokenizerFast, prompt: PromptFormat) -> dict[str, Any]:
+    """Everything of a Hugging Face folder but the weights, so that a checkpoint that carries it can become one.
+
+    Returns:
+        File name to contents: JSON objects, and the text of ``tokenizer.json``. Built of plain Python types only, which
+        ``torch.load(weights_only=True)`` takes.
+    """
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return {
+        "config.json": _describe_config(model_config) | ids,
+        "generation_config.json": PUBLISHED_DECODING | ids,
+        "tokenizer.json": _tokenizer_json(tokenizer),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # the one name that both major releases have
+            **SPECIAL_TOKENS,
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+            # Here and not in chat_template.jinja, which transformers 4 reads in the encoding of the locale.
+            "chat_template": prompt.chat_template(),
+        },
+        "prompt_format.json": asdict(prompt),
+    }
+
+
+def write_description(description: dict[str, Any], out: Path) -> None:
+    """Writes the files of a description into an existing folder."""
+    for name in DESCRIPTION_FILES:
+        content = description[name]
+        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+        (out / name).write_text(text, encoding="utf-8")
+
+
+def find_model_file(path: str, name: str) -> Path | None:
+    """One file of a folder or of a hub model, downloaded if need be; None if it has no such file.
+
+    Raises:
+        FireflyError: If ``path`` is neither a folder nor a model that the hub gives out.
+    """
+    if not Path(path).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
+        raise FireflyError(f"{path}: no such folder; check the path and the working folder")
+    try:
+        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    except Exception as error:  # OSError, and what the hub's client raises for a name it cannot take
+        raise FireflyError(f"{path}: neither a folder nor a model the hub gives out ({reason(error)})") from error
+    return None if file is None else Path(file)
+
+
+def reason(error: BaseException) -> str:
+    """What a library says went wrong, on one line of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+def some(names: list[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _describe_config(model_config: BloomConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(model_config.to_json_string())
+    fields.pop("_name_or_path", None)  # a folder of the machine that trained
+    # transformers 5 reads both names of the type, 4 only the old one.
+    dtype = fields.pop("dtype", None) or fields.pop("torch_dtype", None)
+    known = {} if dtype is None else {"torch_dtype": dtype}
+    return (
+        fields
+        | known
+        | {
+            "architectures": ["BloomForCausalLM"],
+            "tie_word_embeddings": bool(model_config.tie_word_embeddings),
+        }
+    )
+
+
+def _tokenizer_json(tokenizer: PreTrainedTokenizerFast) -> str:
+    # Truncation and padding are left over from the last call, no part of the tokenizer. It stays text in a checkpoint,
+    # because weights_only reads a text at once and a vocabulary token by token.
+    fields = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    return json.dumps(fields, ensure_ascii=False)
+
+
+def _read_json_object(file: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, not UTF-8
+        raise FireflyError(f"{file}: not JSON ({reason(error)}); mend it or fetch it again") from error
+    if not isinstance(fields, dict):
+        raise FireflyError(f"{file}: must hold a JSON object, this is {type(fields).__name__}")
+    return fields
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)

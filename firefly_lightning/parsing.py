@@ -1,0 +1,87 @@
+"""Command-line errors in one line that names the key, and the nearest known one.
+
+jsonargparse tells the truth about nested classes at length: every union it tried, and the value it was given.
+"""
+
+import argparse
+import difflib
+import inspect
+import re
+from pydoc import locate
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser
+
+from firefly_lightning.errors import FireflyError
+
+_UNKNOWN = re.compile(
+    r"[Oo]ption '([^']+)' is not accepted|accept option '([^']+)'|unrecognized arguments: -*([^\s=]+)"
+)
+_CLASS = re.compile(r"given class_path '([^']+)'")
+_KEY = re.compile(r'Parser key "([^"]+)"')
+_EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$", re.MULTILINE)
+_REQUIRED = re.compile(r"arguments are required: ([\w., -]+)")
+_GIVEN = re.compile(r"Given value: (.*)")
+
+
+class OneLineErrors(ArgumentParser):  # type: ignore[misc]
+    """A parser that raises a one-line :class:`FireflyError` where it would print its usage and exit."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises the error; parsers inside a type report to the one around them as before."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise FireflyError(explain(message, known_keys(self))) from ex
+
+
+def explain(message: str, known: set[str]) -> str:
+    """One line from a message of jsonargparse.
+
+    Args:
+        message: What the parser says.
+        known: Keys of the parser itself; those of a class that the message names are looked up there.
+    """
+    path = ".".join(_KEY.findall(message))
+    classes = _CLASS.findall(message)
+    if unknown := _UNKNOWN.search(message):
+        name = next(group for group in unknown.groups() if group)
+        prefix = f"{path}." if classes else ""
+        return _suggest(prefix, name, _init_parameters(classes[-1]) if classes else known)
+    if classes and (required := _REQUIRED.search(message)):
+        return f"{path}.{required[1]} is required; set it in the configuration or as a flag"
+    if path and (expected := _EXPECTED.findall(message)):
+        types = [_type_name(name) for name, _ in expected]
+        given = next((value for _, value in expected if value), None) or next(iter(_GIVEN.findall(message)), "")
+        return f"{path}: {given} is not {' or '.join(dict.fromkeys(name for name in types if name != 'NoneType'))}"
+    return " ".join(message.split())
+
+
+def known_keys(parser: ArgumentParser) -> set[str]:
+    """Keys of a parser and of its subcommands."""
+    keys: set[str] = set()
+    for action in parser._actions:
+        keys.add(action.dest)
+        if isinstance(action, argparse._SubParsersAction):
+            for subparser in action.choices.values():
+                keys |= known_keys(subparser)
+    return keys
+
+
+def _suggest(prefix: str, name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+    return f"{prefix}{name}: no such key; {hint}"
+
+
+def _init_parameters(class_path: str) -> set[str]:
+    """Arguments of a class, those that it passes on to its bases included."""
+    parameters: set[str] = set()
+    found = locate(class_path)
+    for base in inspect.getmro(found) if isinstance(found, type) else ():
+        if base is not object and "__init__" in vars(base):
+            parameters |= set(inspect.signature(vars(base)["__init__"]).parameters)
+    return parameters - {"self", "args", "kwargs"}
+
+
+def _type_name(name: str) -> str:
+    return re.sub(r"<class '(?:.*\.)?([^'.]+)'>", r"\1", name)

@@ -1,0 +1,42 @@
+"""firefly: the commands around training, each a plain function whose signature and docstring are its flags and help."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jsonargparse import CLI
+
+from firefly_lightning.checkpoint import export
+from firefly_lightning.data.build import build
+from firefly_lightning.errors import one_line_errors
+from firefly_lightning.generation import chat
+from firefly_lightning.parsing import OneLineErrors
+from firefly_lightning.pruning import prune
+
+COMMANDS: dict[str, Callable[..., None]] = {"prune": prune, "build": build, "export": export, "chat": chat}
+
+LISTS = ("--corpus", "--source")
+"""Flags that take several values, as in ``--corpus a.txt b.txt``."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of ``firefly``."""
+    with one_line_errors("firefly"):
+        arguments = list(gather_lists(sys.argv[1:] if args is None else args))
+        CLI(components=dict[str, Any](COMMANDS), args=arguments, as_positional=False, parser_class=OneLineErrors)
+
+
+def gather_lists(args: Sequence[str]) -> Iterator[str]:
+    """Joins ``--corpus a b`` into one value ``["a", "b"]``, as jsonargparse reads it; shells expand globs into several."""
+    values: list[str] | None = None
+    for arg in args:
+        if values is not None and not arg.startswith("--"):
+            values.append(arg)
+            continue
+        if values is not None:
+            yield json.dumps(values)
+        values = [] if arg in LISTS else None
+        yield arg
+    if values is not None:
+        yield json.dumps(values)

