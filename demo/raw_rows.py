@@ -113,7 +113,7 @@ def _explanation(text: str, word: str) -> str:
     characters ("舍放下。") cannot be mended, so leading sentences that open with a character of the word are cut.
     """
     mended = _DAMAGED.sub(lambda match: "。" + bytes([0xBA, match[0].encode("gbk")[1]]).decode("gbk"), text)
-    sentences = re.findall("[^。！？]+[。！？]", mended.replace("”", "").strip())
+    sentences = re.findall("[^。！？]+[。！？]", re.sub("”|[，；、]+(?=。)", "", mended).strip())
     while len(sentences) > 1 and sentences[0][0] in word and not sentences[1].startswith(_REFERENCES):
         sentences.pop(0)
     whole = "".join(sentences)
@@ -129,7 +129,7 @@ def _derivation(text: str) -> str:
 def _example(text: str, word: str) -> str:
     """An example with the word written out and its source, after a ★, in brackets."""
     sentence, _, source = text.strip().replace("～", word).replace("”", "").partition("★")
-    if word not in sentence or _FOREIGN.search(text.replace("～", "").replace("★", "")):
+    if word not in sentence or _FOREIGN.search(sentence + source):
         return ""
     return f"{sentence.removeprefix(source)}（{source}）" if source else sentence
 
@@ -175,15 +175,15 @@ def _write(path: Path, rows: Iterator[RawRow] | list[RawRow]) -> int:
 
 
 _TYPES = {"nr": "PER", "ns": "LOC", "nt": "ORG"}
-_LONG_SURNAMES = frozenset("欧阳 司马 诸葛 上官 令狐 南宫 司徒 夏侯 皇甫 公孙 慕容 东方 尉迟 端木 长孙 宇文".split())
+_LONG_SURNAMES = frozenset(re.findall("..", "欧阳司马诸葛上官令狐南宫司徒夏侯皇甫公孙慕容东方尉迟端木长孙宇文"))
 _HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F) if chr(code).isalnum() or chr(code) in "％．"}
 _REFERENCES = ("同", "亦作", "也作", "亦称", "见")
 _DAMAGED = re.compile("[◇∶≤⊥×‖§→♂↑◆ˇ∪♀∮∝∑≮∠∞∧∽↓±☆∈≈≌∥∨∷√∩≡≠≥∵∴°℃◎■▲※←『』」]")
 # Signs of further damage, or notes in brackets that do not belong to the text.
-_FOREIGN = re.compile(r"[A-Za-zà-ÿā-ǜＡ-Ｚ?;.\[\]［］□■◇∥“”‘’『』〉※]")
+_FOREIGN = re.compile(r"[A-Za-zà-ÿā-ǜＡ-Ｚ?;.\[\]［］□■◇∥★“”‘’『』〉※]|[，。；：、]{2}")
 _NUMBER = "[一二三四五六七八九十百○零〇]+"
 _QUOTATION = re.compile(
-    f"([^《》”]*《[^《》”]*》(?:第?{_NUMBER}[回章卷折出]|卷{_NUMBER}|之{_NUMBER}|诗)?)"
+    f"([^《》”]*《[^《》”]*》(?:第?{_NUMBER}[回章卷折出幕场]|卷{_NUMBER}|之{_NUMBER}|诗)?)"
     r"([^《》”\[\]［］A-Za-z◇∥□]+)”"
 )
 

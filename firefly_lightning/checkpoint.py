@@ -125,9 +125,9 @@ def _load(path: Path, map_location: Any, weights_only: bool = True) -> dict[str,
         checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only, mmap=True)
     except torch.OutOfMemoryError:
         raise
-    except OSError as error:
-        raise FireflyError(describe_os_error(error, path)) from error
     except Exception as error:  # RuntimeError, EOFError, KeyError, UnpicklingError, … by where the damage is
+        if isinstance(error, OSError) and error.filename:  # cannot be opened; a cut file fails in a nameless seek
+            raise FireflyError(describe_os_error(error, path)) from error
         raise FireflyError(f"{path}: {_why_not_loaded(error)}") from error
     if not isinstance(checkpoint, dict):
         raise FireflyError(f"{path}: not a checkpoint; it holds a {type(checkpoint).__name__}")

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from firefly_lightning.data.prompt import SPECIAL_TOKENS, PromptFormat
@@ -200,13 +201,18 @@ def find_model_file(path: str, name: str) -> Path | None:
     Raises:
         FireflyError: If ``path`` is neither a folder nor a model that the hub gives out.
     """
-    if not Path(path).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
+    if Path(path).is_dir():
+        file = Path(path) / name
+        return file if file.is_file() else None
+    # No Bloom has a hub name without an owner; a mistyped folder should not wait for the network.
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         raise FireflyError(f"{path}: no such folder; check the path and the working folder")
     try:
-        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-    except Exception as error:  # OSError, and what the hub's client raises for a name it cannot take
+        return Path(hf_hub_download(path, name))
+    except Exception as error:  # of many types, by what the network and the hub answer
+        if _lacks_file(path, error):
+            return None
         raise FireflyError(f"{path}: neither a folder nor a model the hub gives out ({reason(error)})") from error
-    return None if file is None else Path(file)
 
 
 def reason(error: BaseException) -> str:
@@ -220,20 +226,21 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def _lacks_file(path: str, error: Exception) -> bool:
+    """Whether a failed download means that the model has no such file; off line, what was downloaded once counts."""
+    if isinstance(error, LocalEntryNotFoundError):
+        return isinstance(try_to_load_from_cache(path, "config.json"), str)
+    return isinstance(error, EntryNotFoundError)
+
+
 def _describe_config(model_config: BloomConfig) -> dict[str, Any]:
-    fields: dict[str, Any] = json.loads(model_config.to_json_string())
-    fields.pop("_name_or_path", None)  # a folder of the machine that trained
+    stored = json.loads(model_config.to_json_string())
+    # What begins with _ is of this process, such as the folder the model came from.
+    fields = {name: value for name, value in stored.items() if not name.startswith("_")}
     # transformers 5 reads both names of the type, 4 only the old one.
     dtype = fields.pop("dtype", None) or fields.pop("torch_dtype", None)
-    known = {} if dtype is None else {"torch_dtype": dtype}
-    return (
-        fields
-        | known
-        | {
-            "architectures": ["BloomForCausalLM"],
-            "tie_word_embeddings": bool(model_config.tie_word_embeddings),
-        }
-    )
+    tied = bool(model_config.tie_word_embeddings)
+    return fields | {"torch_dtype": dtype, "architectures": ["BloomForCausalLM"], "tie_word_embeddings": tied}
 
 
 def _tokenizer_json(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -10,7 +10,6 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric
 from transformers import BloomForCausalLM, get_cosine_schedule_with_warmup
 
 from firefly_lightning.data.batches import MicroBatch
@@ -18,6 +17,7 @@ from firefly_lightning.data.prompt import prompt_format
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import check_same_model, check_sizes, describe, load_bloom, load_tokenizer
 from firefly_lightning.loss import target_cross_entropy
+from firefly_lightning.metrics import TargetLoss
 
 NAMED_ROWS = 32
 """Rows that a message about a bad step names; the published batch sizes are 16 and 8."""
@@ -56,7 +56,7 @@ class FireflyModule(L.LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.model: BloomForCausalLM = None  # until configure_model, where Lightning wants it to be built
-        self.evaluation_loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
+        self.evaluation_loss = TargetLoss()
         self._micro_losses: list[Tensor] = []
 
     def configure_model(self) -> None:
@@ -80,7 +80,7 @@ class FireflyModule(L.LightningModule):
         return hidden
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
-        """A micro-batch's part of the step's loss, scaled so that the mean over micro-batches and ranks is that loss."""
+        """A micro-batch's part of the step's loss, scaled so that the mean over micro-batches and ranks is it."""
         loss = self._shared_step(batch) * (batch["step_micro_batches"] / batch["step_target_tokens"])
         self._micro_losses.append(loss.detach())
         return loss
@@ -102,7 +102,7 @@ class FireflyModule(L.LightningModule):
         self._log_evaluation("test")
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
-        """Makes dropout a function of seed, step, micro-batch and rank: a resumed run draws what it would have drawn."""
+        """Makes dropout a function of seed, step, micro-batch and rank, so that a resumed run draws the same."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         torch.manual_seed(hash((seed, self.global_step, batch_idx, self.global_rank)) % 2**63)
 
@@ -154,8 +154,7 @@ class FireflyModule(L.LightningModule):
         return target_cross_entropy(hidden, self.model.lm_head, batch["target_positions"], batch["target_ids"])
 
     def _evaluation_step(self, batch: MicroBatch) -> None:
-        targets = len(batch["target_ids"])
-        self.evaluation_loss.update(self._shared_step(batch) / max(targets, 1), weight=targets)
+        self.evaluation_loss.update(self._shared_step(batch), len(batch["target_ids"]))
 
     def _log_evaluation(self, stage: str) -> None:
         loss = self.evaluation_loss.compute()

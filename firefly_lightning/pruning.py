@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -183,14 +184,14 @@ def _change(before: int, after: int) -> dict[str, float]:
 
 
 def _print_report(report: dict[str, Any], out: str) -> None:
-    table = Table("", "before", "after", "kept", title=f"Pruned in {report['seconds']:.1f} s: {out}")
+    table = Table("", "before", "after", "kept", title=f"{escape(out)}, pruned in {report['seconds']:.1f} s")
     for name in ("tokens", "vocabulary", "parameters"):
         before, after, ratio = report[name].values()
         table.add_row(name, f"{before:,}", f"{after:,}", f"{ratio:.2%}")
     console = Console()
     console.print(table)
     if "verified" in report:
-        console.print(Verification(**report["verified"]).summary())
+        console.print(Verification(**report["verified"]).summary(), soft_wrap=True)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Which tokens of a byte-level BPE tokenizer are kept, and the smaller tokenizer made of them."""
 
-import copy
 import json
 import shutil
 from collections import defaultdict
@@ -42,15 +41,21 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     except Exception as error:
         raise FireflyError(f"{file}: cannot be read ({error}); download it again") from error
     model = tokenizer_spec(tokenizer)["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        raise FireflyError(f"{file}: is no byte-level BPE tokenizer ({model['type']}); pruning knows only Bloom's kind")
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        raise FireflyError(f"{file}: is no byte-level BPE tokenizer ({model.get('type')}); pruning knows only Bloom's kind")
     check_special_tokens(tokenizer)
     return tokenizer
 
 
 def tokenizer_spec(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """What ``tokenizer.json`` says, merges as pairs, with the added tokens that only other files name."""
-    spec: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    """What ``tokenizer.json`` says, with merges as pairs, and with the added tokens that only other files name."""
+    # The file, not the loaded backend: transformers 5 gives that a post-processor of its own.
+    file = Path(tokenizer.name_or_path) / "tokenizer.json"
+    spec: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    merges = spec["model"].get("merges", [])
+    spec["model"]["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    spec["added_tokens"] = [{"id": number, **token.__getstate__()} for number, token in added]
     return spec
 
 
@@ -120,11 +125,10 @@ def select_tokens(tokenizer: PreTrainedTokenizerFast, used: Iterable[int]) -> li
         used: Ids of the tokens wanted.
     """
     spec, ids = tokenizer_spec(tokenizer), token_ids(tokenizer)
-    added = spec["added_tokens"]
     strings = {number: token for token, number in ids.items()}
-    wanted = {strings[number] for number in used} | {token["content"] for token in added}
+    wanted = {strings[number] for number in used} | {token["content"] for token in spec["added_tokens"]}
     kept = _with_ancestors(wanted | (ids.keys() & set(ByteLevel.alphabet())), spec["model"]["merges"])
-    special = [token["content"] for token in sorted(added, key=lambda token: token["id"]) if token["special"]]
+    special = [token["content"] for token in spec["added_tokens"] if token["special"]]
     first = dict.fromkeys([*SPECIAL_TOKENS.values(), *special])
     return [*first, *sorted(kept - first.keys(), key=ids.__getitem__)]
 
@@ -171,7 +175,7 @@ def _corpus_texts(sources: Iterable[str]) -> Iterator[str]:
 
 
 def _with_ancestors(tokens: set[str], merges: Iterable[Sequence[str]]) -> set[str]:
-    parents = defaultdict(list)
+    parents: dict[str, list[str]] = defaultdict(list)
     for left, right in merges:
         parents[left + right] += [left, right]
     kept, pending = set(tokens), list(tokens)
@@ -183,7 +187,6 @@ def _with_ancestors(tokens: set[str], merges: Iterable[Sequence[str]]) -> set[st
 
 
 def _pruned_spec(spec: dict[str, Any], ids: dict[str, int]) -> dict[str, Any]:
-    spec = copy.deepcopy(spec)
     model = spec["model"]
     # Added tokens too: `tokenizers` numbers those that are not in the vocabulary after it, whatever their "id" says.
     model["vocab"] = ids
@@ -191,9 +194,9 @@ def _pruned_spec(spec: dict[str, Any], ids: dict[str, int]) -> dict[str, Any]:
     for token in spec["added_tokens"]:
         token["id"] = ids[token["content"]]
     spec["added_tokens"].sort(key=lambda token: token["id"])
-    if spec["padding"]:
+    if spec.get("padding"):
         spec["padding"]["pad_id"] = ids[spec["padding"]["pad_token"]]
-    _renumber_processor(spec["post_processor"] or {}, ids)
+    _renumber_processor(spec.get("post_processor") or {}, ids)
     return spec
 
 

@@ -37,7 +37,8 @@ class Verification(NamedTuple):
         """One line for people."""
         return (
             f"Verified: {self.same_tokens:,} texts in the same tokens as before; {self.dropped_tokens:,} with dropped "
-            f"tokens, which still read the same; logits of {self.logits_texts} texts within {self.logits_difference:.1e}"
+            f"tokens, which still read the same; logits of {self.logits_texts} texts the same within "
+            f"{self.logits_difference:.1e} of the largest"
         )
 
 

@@ -229,7 +229,7 @@ def _pieces(tensor: Tensor, rows: Tensor | None) -> Iterator[Tensor]:
     if rows is None:
         yield tensor
     else:
-        yield from (tensor[part] for part in rows.split(_CHUNK_ROWS))
+        yield from (tensor[part] for part in torch.split(rows, _CHUNK_ROWS))
 
 
 def _write_index(shards: dict[str, Checkpoint], vocabulary: int, out: Path) -> None:

@@ -28,7 +28,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def gather_lists(args: Sequence[str]) -> Iterator[str]:
-    """Joins ``--corpus a b`` into one value ``["a", "b"]``, as jsonargparse reads it; shells expand globs into several."""
+    """Joins ``--corpus a b`` into the one value ``["a", "b"]`` that jsonargparse reads."""
     values: list[str] | None = None
     for arg in args:
         if values is not None and not arg.startswith("--"):

@@ -90,8 +90,8 @@ class PlannedBatches(Dataset[MicroBatch]):
 class EpochSampler(DistributedSampler[int]):
     """Indices into :class:`PlannedBatches` for one epoch after another, from a given step on.
 
-    It is a ``DistributedSampler``, since it gives a rank its share; Lightning then calls ``set_epoch`` and does not put a
-    sampler of its own in its place.
+    It is a ``DistributedSampler``, since it gives a rank its share; Lightning then calls ``set_epoch`` and does not put
+    a sampler of its own in its place.
 
     Args:
         batches: What is indexed.
@@ -102,6 +102,8 @@ class EpochSampler(DistributedSampler[int]):
         super().__init__(batches, batches.world_size, batches.rank, shuffle=False)
         self.batches = batches
         self.first_step = first_step
+        # Lightning makes the first iterator before it says which epoch a resumed run is in.
+        self.epoch = first_step // batches.plan.steps_per_epoch
 
     def __iter__(self) -> Iterator[int]:
         per_epoch, per_step = len(self), self.batches.micro_batches_per_step
@@ -113,7 +115,7 @@ class EpochSampler(DistributedSampler[int]):
 
 
 def collate(rows: Sequence[TokenizedRow], pad_id: int) -> PaddedRows:
-    """Pads rows to the longest and finds their targets. No rows give one padding token, from which nothing is learned."""
+    """Pads rows to the longest and finds their targets; no rows give one padding token, which teaches nothing."""
     longest = max((len(row.input_ids) for row in rows), default=1)
     input_ids = np.full((max(len(rows), 1), longest), pad_id, np.int64)
     attention_mask = np.zeros_like(input_ids)

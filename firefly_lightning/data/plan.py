@@ -27,8 +27,8 @@ class WeightedRows(NamedTuple):
 class StepPlan:
     """The rows of every optimizer step.
 
-    An epoch takes each row of a source ``weight`` times; with a fraction, later epochs go on where earlier ones ended, so
-    that no row is taken again before all others. The last step of an epoch may have fewer than ``batch_size`` rows.
+    An epoch takes each row of a source ``weight`` times; with a fraction, later epochs go on where earlier ones ended,
+    so that no row is taken again before all others. The last step of an epoch may have fewer than ``batch_size`` rows.
 
     Args:
         lengths: (rows,) tokens of each row.
@@ -146,10 +146,10 @@ def permutation(n: int, *key: int) -> Rows:
     Rows are sorted by a hash, SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
     2014), because NumPy does not promise that its generators keep their streams.
     """
-    state: npt.NDArray[np.uint64] = np.zeros(1, np.uint64)
+    state = np.zeros(1, np.uint64)
     for part in key:
         state = _splitmix64(state + np.array([part % 2**64], np.uint64))
-    return np.argsort(_splitmix64(state + np.arange(n, dtype=np.uint64)), kind="stable")
+    return np.argsort(_splitmix64(state + np.arange(n).astype(np.uint64)), kind="stable")
 
 
 def _splitmix64(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

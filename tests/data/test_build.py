@@ -1,0 +1,117 @@
+import errno
+import json
+
+import pytest
+
+from demo.raw_rows import write_raw_rows
+from firefly_lightning.data import build as build_module
+from firefly_lightning.data.build import build
+from firefly_lightning.data.rows import read_rows
+from firefly_lightning.errors import FireflyError
+
+POSITIVE = {"text": "很好用，下次还买。", "label": "positive"}
+NEGATIVE = {"text": "太差了，再也不买。", "label": "negative"}
+
+
+def raw_file(folder, rows, name="raw.jsonl"):
+    path = folder / name
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_real_rows_become_rows_that_can_be_trained_on(tmp_path):
+    for kind, source in write_raw_rows(tmp_path / "raw", limit=300).items():
+        out = tmp_path / "built" / f"{kind}.jsonl"
+        build(kind, [str(source)], str(out), per_row=2)
+        rows, raw = read(out), read(source)
+        assert len(rows) == 2 * len(raw) == 600
+        for number, row in enumerate(rows):
+            assert set(row) == {"kind", "input", "target"}
+            shown = row["input"] + row["target"]
+            assert (raw[number // 2].get("text") or raw[number // 2]["word"]) in shown
+        parsed = list(read_rows(str(out)))
+        assert [(row.kind, row.turns) for row in parsed] == [(kind, ((row["input"], row["target"]),)) for row in rows]
+
+
+def test_a_row_gets_the_same_templates_wherever_it_lies(tmp_path):
+    rows = [POSITIVE, NEGATIVE, POSITIVE, NEGATIVE]
+    whole = raw_file(tmp_path, rows)
+    parts = [raw_file(tmp_path, rows[:1], "1.jsonl"), raw_file(tmp_path, rows[1:], "2.jsonl")]
+    build("SentimentAnalyze", [whole], str(tmp_path / "a"), seed=5)
+    build("SentimentAnalyze", parts, str(tmp_path / "b"), seed=5)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    build("SentimentAnalyze", [str(tmp_path / "[12].jsonl")], str(tmp_path / "c"), seed=6)
+    assert (tmp_path / "a").read_bytes() != (tmp_path / "c").read_bytes()
+
+
+def test_lost_rows_are_counted_and_shown(tmp_path, capsys):
+    row = {"word": "甲", "explanation": "乙</s>丙"}
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "Word.yaml").write_text(
+        "kind: Word\ndescription: d\nfields: {word: w, explanation: e}\n"
+        "groups: [{inputs: ['{word}？'], targets: ['{explanation}']}]\n"
+        "example: {row: {word: a, explanation: b}, input: a？, target: b}\n", "utf-8"
+    )  # fmt: skip
+    source = raw_file(tmp_path, [row, {"word": "</s>{丁}", "explanation": "戊"}])
+    build("Word", [source], str(tmp_path / "out.jsonl"), templates=str(folder))
+    assert read(tmp_path / "out.jsonl") == [{"kind": "Word", "input": "</s>{丁}？", "target": "戊"}]
+    assert "1 Word rows from 2 raw rows, lost 1 (turn separator in text)" in capsys.readouterr().out
+    with pytest.raises(FireflyError, match=r"nothing to write: 1 raw rows, lost 1 \(turn separator in text\)"):
+        build("Word", [raw_file(tmp_path, [row])], str(tmp_path / "out.jsonl"), templates=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([POSITIVE, {"text": "没有标签"}], "raw.jsonl:2: SentimentAnalyze needs the field label"),
+        ([POSITIVE, {"text": "x", "label": ""}], "raw.jsonl:2: no template serves .*label is empty"),
+        ([POSITIVE, [1]], "raw.jsonl:2: a row must be a JSON object"),
+        ([], "nothing to write"),
+    ],
+)
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, rows, message):
+    source, out = raw_file(tmp_path, rows), tmp_path / "built" / "out.jsonl"
+    out.parent.mkdir()
+    out.write_text("old")
+    with pytest.raises(FireflyError, match=message):
+        build("SentimentAnalyze", [source], str(out))
+    assert out.read_text() == "old"
+    assert [path.name for path in out.parent.iterdir()] == ["out.jsonl"]
+
+
+def test_success_replaces_the_old_file(tmp_path):
+    out = tmp_path / "out.jsonl"
+    out.write_text("old")
+    build("SentimentAnalyze", [raw_file(tmp_path, [POSITIVE])], str(out))
+    assert len(read(out)) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "raw.jsonl"]
+
+
+def test_wrong_arguments(tmp_path):
+    source = raw_file(tmp_path, [POSITIVE])
+    for out, arguments, message in (
+        (source, {}, "is also a source"),
+        (str(tmp_path), {}, "is a folder"),
+        (source + "/x.jsonl", {}, "raw.jsonl"),
+        (str(tmp_path / "out"), {"per_row": 0}, "--per_row 0"),
+        (str(tmp_path / "out"), {"templates": str(tmp_path)}, "there are templates for none"),
+    ):
+        with pytest.raises(FireflyError, match=message):
+            build("SentimentAnalyze", [source], out, **arguments)
+    assert len(read(tmp_path / "raw.jsonl")) == 1
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    source = raw_file(tmp_path, [POSITIVE])
+    monkeypatch.setattr(build_module.json, "dumps", full)
+    with pytest.raises(FireflyError, match=r"out\.jsonl: No space left on device; free some space"):
+        build("SentimentAnalyze", [source], str(tmp_path / "out.jsonl"))
+    assert [path.name for path in tmp_path.iterdir()] == ["raw.jsonl"]

@@ -1,0 +1,126 @@
+"""The plan is a pure function of lengths, seed and step, the same for every number of devices."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from firefly_lightning.data.plan import StepPlan, WeightedRows, check_shares, permutation
+from firefly_lightning.errors import FireflyError
+
+
+def make_plan(rows=50, batch_size=8, weights=(1.0,), seed=3, shuffle=True) -> StepPlan:
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(4, 500, rows)
+    sources = [WeightedRows(part, w) for part, w in zip(np.array_split(np.arange(rows), len(weights)), weights, strict=True)]
+    return StepPlan(lengths, lengths // 2 + 1, sources, batch_size, seed, shuffle)
+
+
+def rows_of_epoch(plan: StepPlan, epoch: int) -> Counter:
+    steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+    return Counter(int(row) for step in steps for row in plan.rows(step))
+
+
+@given(st.integers(1, 70), st.integers(1, 20), st.integers(0, 2**63))
+def test_every_epoch_takes_every_row_once(rows, batch_size, seed):
+    plan = make_plan(rows, batch_size, seed=seed)
+    for epoch in range(3):
+        assert rows_of_epoch(plan, epoch) == Counter(range(rows))
+    sizes = [len(plan.rows(step)) for step in range(plan.steps_per_epoch)]
+    assert sizes[:-1] == [batch_size] * (len(sizes) - 1)
+    assert 1 <= sizes[-1] <= batch_size
+
+
+def test_weights_count_rows_per_epoch():
+    plan = make_plan(60, weights=(1.0, 0.5, 2.0))
+    first, second = rows_of_epoch(plan, 0), rows_of_epoch(plan, 1)
+    assert all(first[row] == 1 for row in range(20))
+    assert all(first[row] == 2 for row in range(40, 60))
+    halves = {row for row in range(20, 40) if first[row]}, {row for row in range(20, 40) if second[row]}
+    assert [len(half) for half in halves] == [10, 10]
+    assert not halves[0] & halves[1], "the second epoch takes the rows that the first left"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_ranks_and_micro_batches_share_a_step(world_size, micro_batch_size):
+    plan = make_plan(50, 8)
+    for step in range(2 * plan.steps_per_epoch):
+        shares = plan.micro_batches(step, world_size, micro_batch_size)
+        assert len(shares) == world_size
+        assert {len(share) for share in shares} == {8 // world_size // micro_batch_size}
+        assert all(len(rows) <= micro_batch_size for share in shares for rows in share)
+        taken = np.concatenate([rows for share in shares for rows in share])
+        assert sorted(taken) == sorted(plan.rows(step))
+
+
+def test_rows_of_like_length_share_a_micro_batch():
+    plan = make_plan(400, 16)
+    for step in range(plan.steps_per_epoch):
+        groups = plan.micro_batches(step, 1, 4)[0]
+        spans = [(plan.lengths[rows].min(), plan.lengths[rows].max()) for rows in groups]
+        assert all(low >= next_high for (low, _), (_, next_high) in zip(spans, spans[1:], strict=False))
+
+
+def test_a_step_knows_its_target_tokens():
+    plan = make_plan()
+    assert plan.target_tokens(4) == sum(int(plan.lengths[row]) // 2 + 1 for row in plan.rows(4))
+
+
+def test_any_step_can_be_asked_for_first():
+    forwards, backwards = make_plan(), make_plan()
+    steps = range(3 * forwards.steps_per_epoch)
+    expected = [forwards.rows(step).tolist() for step in steps]
+    assert [backwards.rows(step).tolist() for step in reversed(steps)] == expected[::-1]
+
+
+def test_epochs_and_seeds_differ():
+    plan = make_plan()
+    assert plan.rows(0).tolist() != plan.rows(plan.steps_per_epoch).tolist()
+    assert plan.rows(0).tolist() != make_plan(seed=4).rows(0).tolist()
+
+
+def test_without_shuffling_rows_keep_their_order():
+    plan = make_plan(20, 8, shuffle=False)
+    assert [plan.rows(step).tolist() for step in range(3)] == [[*range(8)], [*range(8, 16)], [*range(16, 20)]]
+    assert plan.rows(3).tolist() == [*range(8)]
+
+
+def test_fingerprint_tells_plans_apart():
+    same, other = make_plan().fingerprint(), make_plan().fingerprint()
+    assert same == other
+    for changed in (make_plan(seed=9), make_plan(rows=49), make_plan(batch_size=4), make_plan(weights=(2.0,))):
+        assert changed.fingerprint() != same
+
+
+def splitmix64(state: int) -> int:
+    """One output of SplitMix64 in plain integers."""
+    mask = 2**64 - 1
+    z = (state + 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
+
+
+def test_permutation_sorts_by_splitmix64():
+    # The published test vector of SplitMix64 holds the reference itself.
+    assert splitmix64(1234567) == 6457827717110365317
+    state = splitmix64(splitmix64(0 + 7) + 2)
+    hashes = [splitmix64((state + row) % 2**64) for row in range(100)]
+    assert permutation(100, 7, 2).tolist() == sorted(range(100), key=hashes.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "micro", "says"),
+    [(16, 3, None, "cannot be shared by 3 devices"), (16, 2, 3, "does not divide the 8 rows"), (4, 8, None, "multiple of 8")],
+)
+def test_shares_that_do_not_divide(batch_size, world_size, micro, says):
+    with pytest.raises(FireflyError, match=says):
+        check_shares(batch_size, world_size, micro)
+
+
+def test_shares_that_divide():
+    assert check_shares(16, 2, None) == 8
+    assert check_shares(16, 2, 4) == 4

@@ -1,0 +1,191 @@
+"""The token cache: right ids, never stale, never half-made."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from firefly_lightning.data import tokenized
+from firefly_lightning.data.prompt import PRESETS, PromptEncoder
+from firefly_lightning.data.tokenized import TokenizedRows, tokenize
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.huggingface import load_tokenizer
+from tests.conftest import write_rows
+from tests.helpers import ROOT
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder):
+    return load_tokenizer(str(model_folder))
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer):
+    return PromptEncoder(tokenizer, PRESETS["firefly"])
+
+
+def ids_of(tokenizer, text: str) -> list[int]:
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_rows_hold_the_ids_of_the_published_form(tokenizer, encoder, rows_file, tmp_path):
+    rows = TokenizedRows([tokenize(str(rows_file), encoder, 512, "truncate", tmp_path)], [str(rows_file)])
+    fields = [json.loads(line) for line in rows_file.read_text("utf-8").splitlines()]
+    assert len(rows) == len(fields) == 60
+    for index, row in enumerate(fields):
+        # The tokenizer itself reads <s> and </s> in the whole published string.
+        assert rows[index].input_ids.tolist() == ids_of(tokenizer, f"<s>{row['input']}</s></s>{row['target']}</s>")
+        turns = row["target"].split("</s>")
+        learned = [len(ids_of(tokenizer, answer)) + 1 for answer in turns[::2]]
+        assert rows[index].target_mask.sum() == rows.target_tokens[index] == sum(learned)
+        assert rows[index].target_mask[-learned[-1] :].all()
+        assert rows.lengths[index] == len(rows[index].input_ids)
+        assert rows.kinds[rows.kind_ids[index]] == row["kind"]
+    assert rows.describe(41) == f"{rows_file}:42 ({fields[41]['kind']})"
+
+
+def long_rows(tmp_path):
+    return write_rows(
+        tmp_path / "long.jsonl",
+        [
+            {"kind": "A", "input": "好" * 30, "target": "是的" * 40},
+            {"kind": "A", "input": "好" * 300, "target": "是的"},
+            {"kind": "B", "input": "短", "target": "也短"},
+        ],
+    )
+
+
+@pytest.mark.parametrize("policy", ["truncate", "truncate_keep_end", "drop"])
+def test_too_long_rows(tokenizer, encoder, tmp_path, policy):
+    source = long_rows(tmp_path)
+    rows = TokenizedRows([tokenize(str(source), encoder, 40, policy, tmp_path)], [str(source)])
+    counts = rows.counts[0]
+    wholes = [
+        ids_of(tokenizer, f"<s>{row['input']}</s></s>{row['target']}</s>")
+        for row in map(json.loads, source.read_text("utf-8").splitlines())
+    ]
+    assert [len(whole) > 40 for whole in wholes] == [True, True, False]
+    expected = {
+        "truncate": [wholes[0][:40], wholes[2]],  # nothing of the second row's target is left
+        "truncate_keep_end": [[1, *wholes[0][-39:]], [1, *wholes[1][-39:]], wholes[2]],
+        "drop": [wholes[2]],
+    }[policy]
+    assert [rows[index].input_ids.tolist() for index in range(len(rows))] == expected
+    lost = {"truncate": (2, 0, 1), "truncate_keep_end": (2, 0, 0), "drop": (0, 2, 0)}[policy]
+    assert (counts["A"]["truncated"], counts["A"]["dropped"], counts["A"]["no_target"]) == lost
+    assert (counts["A"]["rows"], counts["B"]["rows"]) == (2, 1)
+    assert counts["B"]["tokens"] == len(wholes[2])
+
+
+def test_a_complete_entry_is_reused(encoder, rows_file, tmp_path, monkeypatch):
+    folder = tokenize(str(rows_file), encoder, 512, "truncate", tmp_path)
+    monkeypatch.setattr(tokenized, "_make", lambda *args: pytest.fail("tokenised again"))
+    assert tokenize(str(rows_file), encoder, 512, "truncate", tmp_path) == folder
+
+
+def test_everything_that_matters_changes_the_key(tokenizer, encoder, rows_file, tmp_path, monkeypatch):
+    other_file = tmp_path / "other.jsonl"
+    other_file.write_text(rows_file.read_text("utf-8").replace("评论", "点评"), "utf-8")
+    other_tokenizer = load_tokenizer(tokenizer.name_or_path)
+    other_tokenizer.add_tokens(["酒店"])
+    keys = [
+        tokenized._key(str(rows_file), encoder, 512, "truncate"),
+        tokenized._key(str(other_file), encoder, 512, "truncate"),
+        tokenized._key(str(rows_file), PromptEncoder(other_tokenizer, encoder.prompt), 512, "truncate"),
+        tokenized._key(str(rows_file), PromptEncoder(tokenizer, PRESETS["firefly_single"]), 512, "truncate"),
+        tokenized._key(str(rows_file), encoder, 511, "truncate"),
+        tokenized._key(str(rows_file), encoder, 512, "drop"),
+    ]
+    code = tmp_path / "code.py"
+    code.write_text("changed = True\n")
+    monkeypatch.setattr(tokenized, "_CODE", [*tokenized._CODE, str(code)])
+    keys.append(tokenized._key(str(rows_file), encoder, 512, "truncate"))
+    assert len(set(keys)) == 7
+
+
+def test_a_moved_file_keeps_its_key(encoder, rows_file, tmp_path):
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(rows_file.read_bytes())
+    assert tokenized._key(str(moved), encoder, 512, "drop") == tokenized._key(str(rows_file), encoder, 512, "drop")
+
+
+def test_an_unfinished_entry_is_never_read(encoder, tmp_path):
+    source = write_rows(tmp_path / "bad.jsonl", [{"kind": "A", "input": "好", "target": "是"}] * 5000)
+    source.write_text(source.read_text("utf-8") + "{broken\n", "utf-8")  # in the second batch of rows
+    cache = tmp_path / "cache"
+    with pytest.raises(FireflyError, match=r"bad\.jsonl:5001: not JSON"):
+        tokenize(str(source), encoder, 512, "truncate", cache)
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+def test_what_a_killed_process_left_is_cleared(encoder, rows_file, tmp_path):
+    key = tokenized._key(str(rows_file), encoder, 512, "truncate")
+    left_over = tmp_path / f"{key}.tmpabc"
+    left_over.mkdir()
+    (left_over / "rows.arrow").write_bytes(b"half")
+    folder = tokenize(str(rows_file), encoder, 512, "truncate", tmp_path)
+    assert not left_over.exists()
+    assert len(TokenizedRows([folder], ["x"])) == 60
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from firefly_lightning.data.prompt import PRESETS, PromptEncoder
+from firefly_lightning.data.tokenized import TokenizedRows, tokenize
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.huggingface import load_tokenizer
+if sys.argv[4:]:  # a disk that takes no more than so many bytes of a file
+    import resource, signal
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]),) * 2)
+encoder = PromptEncoder(load_tokenizer(sys.argv[1]), PRESETS["firefly"])
+try:
+    folder = tokenize(sys.argv[2], encoder, 512, "truncate", Path(sys.argv[3]))
+    print(len(TokenizedRows([folder], ["x"])))
+except FireflyError as error:
+    print("FireflyError:", error)
+"""
+
+
+def child(*args) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", CHILD, *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def test_two_processes_at_once(model_folder, rows_file, tmp_path):
+    source = tmp_path / "many.jsonl"
+    source.write_text(rows_file.read_text("utf-8") * 50, "utf-8")
+    cache = tmp_path / "cache"
+    children = [child(model_folder, source, cache) for _ in range(2)]
+    assert [process.communicate(timeout=120)[0].split()[-1] for process in children] == ["3000", "3000"]
+    assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
+
+
+def test_a_full_disk_leaves_nothing(model_folder, rows_file, tmp_path):
+    cache = tmp_path / "cache"
+    output = child(model_folder, rows_file, cache, 8192).communicate(timeout=120)[0]
+    assert output.splitlines()[-1].startswith(f"FireflyError: {cache}: ")
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+def test_rows_reach_a_worker_by_name(encoder, rows_file, tmp_path):
+    rows = TokenizedRows([tokenize(str(rows_file), encoder, 512, "truncate", tmp_path)], ["x"])
+    sent = pickle.dumps(rows)
+    assert len(sent) < 1000, "content is mapped again, not sent"
+    assert np.array_equal(pickle.loads(sent)[17].input_ids, rows[17].input_ids)
+
+
+def test_several_sources_are_one_after_another(encoder, rows_file, tmp_path):
+    second = write_rows(tmp_path / "b.jsonl", [{"instruction": "说好", "input": "", "output": "好"}])
+    folders = [tokenize(str(source), encoder, 512, "truncate", tmp_path) for source in (rows_file, second)]
+    rows = TokenizedRows(folders, ["a", "b"])
+    assert len(rows) == 61
+    assert rows.of_source(1).tolist() == [60]
+    assert rows.describe(60) == "b:1 (Belle)"
+    assert rows.describe(0).startswith("a:1 ")

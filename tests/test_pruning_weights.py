@@ -1,0 +1,164 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import BloomForCausalLM
+
+from firefly_lightning import pruning_weights
+from firefly_lightning.pruning import prune
+from tests.pruning_fixtures import reviews, save_weights, small_bloom, weights
+
+EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return small_bloom(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def copied(model, tmp_path):
+    return Path(shutil.copytree(model, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    file = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    file.write_text("\n".join(reviews()[1000:1020]), "utf-8")
+    return [str(file)]
+
+
+def gathered(folder: Path, out: Path, tensor: torch.Tensor) -> torch.Tensor:
+    """Rows of a tensor of the large vocabulary, found by the strings of the tokens."""
+    large, small = (Tokenizer.from_file(str(path / "tokenizer.json")).get_vocab() for path in (folder, out))
+    return tensor[[large[token] for token in sorted(small, key=small.__getitem__)]]
+
+
+def as_bare(tensors):
+    return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+
+
+def with_head(tensors):
+    return {**tensors, HEAD: tensors[EMBEDDING].clone()}
+
+
+def in_bfloat16(tensors):
+    return {name: tensor.bfloat16() for name, tensor in tensors.items()}
+
+
+def mixed(tensors):
+    wide = "transformer.h.1.input_layernorm.weight"
+    return {**in_bfloat16(tensors), wide: tensors[wide].double(), "transformer.ln_f.bias": torch.ones(3).half()}
+
+
+@pytest.mark.parametrize("change", [dict, as_bare, with_head, in_bfloat16, mixed])
+@pytest.mark.parametrize(("suffix", "shards"), [("safetensors", 1), ("safetensors", 3), ("bin", 1), ("bin", 3)])
+def test_all_forms_of_weights_give_the_same(copied, corpus, tmp_path, change, suffix, shards):
+    tensors = change(weights(copied))
+    save_weights(tensors, copied, suffix, shards)
+    prune(str(copied), str(tmp_path / "out"), corpus)
+    expected = {f"transformer.{name.removeprefix('transformer.')}": t for name, t in tensors.items() if name != HEAD}
+    expected[EMBEDDING] = gathered(copied, tmp_path / "out", expected[EMBEDDING])
+    result = weights(tmp_path / "out")
+    assert result.keys() == expected.keys()
+    for name, tensor in result.items():
+        assert tensor.dtype == expected[name].dtype
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_untied_head_is_gathered_too(copied, corpus, tmp_path):
+    tensors = {**weights(copied), HEAD: torch.rand(1000, 16)}
+    save_weights(tensors, copied, "safetensors", 2)
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    prune(str(copied), str(tmp_path / "out"), corpus, verify=corpus[0])
+    result = weights(tmp_path / "out")
+    assert torch.equal(result[HEAD], gathered(copied, tmp_path / "out", tensors[HEAD]))
+    assert torch.equal(result[EMBEDDING], gathered(copied, tmp_path / "out", tensors[EMBEDDING]))
+    report = json.loads((tmp_path / "out" / "pruning.json").read_text())["parameters"]
+    assert report["before"] == sum(tensor.numel() for tensor in tensors.values())
+    assert report["after"] == sum(tensor.numel() for tensor in result.values())
+
+
+def test_a_head_that_is_the_embedding_again_is_dropped(copied, corpus, tmp_path):
+    save_weights(with_head(weights(copied)), copied, "safetensors", 2)
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    prune(str(copied), str(tmp_path / "out"), corpus, verify=corpus[0])
+    assert HEAD not in weights(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+def test_many_files_and_an_index(model, corpus, tmp_path, monkeypatch):
+    prune(str(model), str(tmp_path / "one"), corpus)
+    monkeypatch.setattr(pruning_weights, "SHARD_BYTES", 20_000)
+    prune(str(model), str(tmp_path / "many"), corpus)
+    one, many = (BloomForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many"))
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "many").glob("model-*.safetensors"))
+    assert len(files) > 1
+    assert sorted(set(index["weight_map"].values())) == files
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in weights(tmp_path / "one").values())
+
+
+FULL_DISK = """
+import resource, signal, sys
+from firefly_lightning.errors import one_line_errors
+from firefly_lightning.pruning import prune
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]),) * 2)
+with one_line_errors("firefly"):
+    prune(sys.argv[1], sys.argv[2], [sys.argv[3]])
+"""
+
+
+def test_full_disk_leaves_nothing(model, corpus, tmp_path):
+    largest = (model / "model.safetensors").stat().st_size // 2  # room for the tokenizer, not for the weights
+    result = script(FULL_DISK, model, tmp_path / "out", corpus[0], largest)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == f"firefly: error: {tmp_path / 'out'}: File too large"
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+PEAK_MEMORY = """
+import sys
+from pathlib import Path
+from firefly_lightning.pruning import prune
+prune(sys.argv[1], sys.argv[2], [sys.argv[3]])
+status = Path("/proc/self/status").read_text()
+print("peak", int(status.partition("VmHWM:")[2].split()[0]) * 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of resident memory")
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_memory_stays_small(copied, corpus, tmp_path, suffix):
+    hidden, vocabulary = 2048, 8192
+    embedding = torch.zeros(vocabulary, hidden)
+    big = {f"transformer.h.{index}.mlp.dense_h_to_4h.weight": torch.zeros(4 * hidden, hidden) for index in range(21)}
+    save_weights({EMBEDDING: embedding, **big}, copied, suffix, 2)
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "vocab_size": vocabulary, "hidden_size": hidden}))
+    del big
+    try:
+        result = script(PEAK_MEMORY, copied, tmp_path / "out", corpus[0])
+    finally:
+        size = sum(file.stat().st_size for file in copied.glob(f"*.{suffix}"))
+        shutil.rmtree(copied)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    bound = 2 * embedding.nbytes + 2**30
+    assert size > 1.15 * bound  # so that holding the model, or the pages of its files, would show
+    assert int(result.stdout.split()[-1]) < bound, result.stdout + result.stderr
+
+
+def script(code: str, *args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
