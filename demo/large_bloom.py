@@ -109,7 +109,7 @@ def _convert(ranks: Ranks, pattern: str) -> Tokenizer:
 def _last_merge(token: bytes, ranks: Ranks) -> tuple[bytes, bytes] | None:
     """The two tokens from which this one is merged, found by tokenising it.
 
-    Merges of a rank above its own take part, because tiktoken's do: 31 tokens, such as 人力资源, are made of later ones.
+    Merges of a rank above its own take part, as in tiktoken: 31 tokens, such as 人力资源, are made of later ones.
     """
     parts = [token[index : index + 1] for index in range(len(token))]
     while len(parts) > 2:

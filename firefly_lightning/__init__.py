@@ -1,10 +1,15 @@
 """Firefly on Lightning: prune Bloom, train it on instruction rows, resume, export, chat."""
 
-from firefly_lightning.data.datamodule import FireflyDataModule, Source
-from firefly_lightning.data.plan import StepPlan
-from firefly_lightning.data.prompt import PromptEncoder, PromptFormat
-from firefly_lightning.errors import FireflyError
-from firefly_lightning.module import FireflyModule
+import contextlib
+import sys
+
+# Where DeepSpeed is installed, transformers imports it, and it logs to standard output, which belongs to answers.
+with contextlib.redirect_stdout(sys.stderr):
+    from firefly_lightning.data.datamodule import FireflyDataModule, Source
+    from firefly_lightning.data.plan import StepPlan
+    from firefly_lightning.data.prompt import PromptEncoder, PromptFormat
+    from firefly_lightning.errors import FireflyError
+    from firefly_lightning.module import FireflyModule
 
 __version__ = "0.1.0"
 

@@ -1,10 +1,14 @@
 """Callbacks of every run: checkpoints, throughput, the loss curve, the counts of the data."""
 
+import csv
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -17,6 +21,16 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self, every_n_steps: int = 1000, dirpath: str | None = None) -> None:
         super().__init__(dirpath=dirpath, every_n_train_steps=every_n_steps, save_top_k=0, save_last=True)
+
+    @property
+    def state_key(self) -> str:
+        """The same for every interval: a resumed run may save more or less often."""
+        return type(self).__qualname__
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves the last step too, where the interval left it out."""
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -61,9 +75,78 @@ class Throughput(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches or self._since is None:
             return
         now = time.perf_counter()
-        pl_module.log("target_tokens_per_second", batch["step_target_tokens"] / (now - self._since), prog_bar=True)
+        pl_module.log("target_tokens_per_second", batch["step_target_tokens"] / (now - self._since))
         self._since = now
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock again: validation is not training time."""
         self._since = time.perf_counter()
+
+
+class LossCurve(Callback):
+    """Draws ``loss.png`` beside the run's ``metrics.csv`` when training ends: training and validation loss by step."""
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draws, if the run logs to CSV."""
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                draw_losses(read_losses(Path(logger.log_dir)), Path(logger.log_dir) / "loss.png")
+
+
+Losses = dict[str, dict[int, float]]
+"""By name, ``train_loss`` and ``val_loss``: value by step."""
+
+
+def read_losses(log_dir: Path) -> Losses:
+    """Losses of a run from its ``metrics.csv``, and of the runs that it resumed, up to where it took over.
+
+    Args:
+        log_dir: A ``version_N``; what it resumed is looked for in the versions before it.
+    """
+    losses: Losses = {"train_loss": {}, "val_loss": {}}
+    version = int(log_dir.name.removeprefix("version_"))
+    while True:
+        earlier = _read_metrics(log_dir.with_name(f"version_{version}") / "metrics.csv")
+        first = min(losses["train_loss"], default=None)
+        for name, values in losses.items():
+            values.update({step: loss for step, loss in earlier[name].items() if first is None or step < first})
+        if version == 0 or not min(losses["train_loss"], default=0):
+            return losses
+        version -= 1
+
+
+def draw_losses(losses: Losses, path: Path) -> None:
+    """Draws losses by step as a PNG; the training loss also as a running mean, since steps of few rows vary much."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    steps, train = sorted(losses["train_loss"]), losses["train_loss"]
+    window = max(1, len(steps) // 50)
+    means = [
+        sum(train[step] for step in steps[max(0, index - window + 1) : index + 1]) / min(window, index + 1)
+        for index in range(len(steps))
+    ]
+    axes.plot(steps, [train[step] for step in steps], color="tab:blue", alpha=0.25, label="training")
+    axes.plot(steps, means, color="tab:blue", label=f"training, mean of {window} steps")
+    if validated := sorted(losses["val_loss"]):
+        axes.plot(
+            validated, [losses["val_loss"][step] for step in validated], "o-", color="tab:red", label="validation"
+        )
+    axes.set(xlabel="optimizer step", ylabel="loss per target token (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _read_metrics(path: Path) -> Losses:
+    losses: Losses = {"train_loss": {}, "val_loss": {}}
+    if not path.is_file():
+        return losses
+    with path.open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            for name, values in losses.items():
+                if row.get(name):
+                    values[int(row["step"])] = float(row[name])
+    return losses

@@ -116,7 +116,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         weights_only = weights_only is not False
         if _is_remote(path):
             return super().load_checkpoint(path, map_location, weights_only)
-        return _load(Path(path), map_location, weights_only)
+        checkpoint = _load(Path(path), map_location, weights_only)
+        if "pytorch-lightning_version" not in checkpoint:
+            raise FireflyError(f"{path}: is not a checkpoint of a run; name a file that training saved")
+        return checkpoint
 
 
 def _load(path: Path, map_location: Any, weights_only: bool = True) -> dict[str, Any]:

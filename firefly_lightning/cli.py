@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from firefly_lightning.callbacks import BestCheckpoint, LastCheckpoint, Throughput
-from firefly_lightning.checkpoint import AtomicCheckpointIO
+from firefly_lightning.callbacks import BestCheckpoint, LastCheckpoint, LossCurve, Throughput
+from firefly_lightning.checkpoint import AtomicCheckpointIO, find_checkpoint
 from firefly_lightning.data.datamodule import FireflyDataModule
-from firefly_lightning.errors import FireflyError, one_line_errors
+from firefly_lightning.errors import one_line_errors
 from firefly_lightning.module import FireflyModule
 from firefly_lightning.parsing import OneLineErrors
 
@@ -33,7 +34,7 @@ class FireflyCLI(LightningCLI):
             seed_everything_default=0,
             # A run may be resumed into its own folder; its configuration is then written again.
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"log_every_n_steps": 1, "callbacks": [Throughput()]},
+            trainer_defaults={"log_every_n_steps": 1, "callbacks": [Throughput(), LossCurve()]},
             parser_class=_Parser,
             auto_configure_optimizers=False,
             **kwargs,
@@ -49,12 +50,11 @@ class FireflyCLI(LightningCLI):
         parser.link_arguments("model.init_args.path", "data.init_args.tokenizer")
 
     def before_instantiate_classes(self) -> None:
-        """Puts checkpoints where ``--ckpt_path last`` of the next run finds them: beside, not inside, a run's logs."""
+        """Finds the checkpoint to resume from before anything is loaded."""
         config = self.config[self.subcommand]
-        for name in ("checkpoint", "best_checkpoint"):
-            config[name].dirpath = config[name].dirpath or str(_root(config) / "checkpoints")
         if config.get("ckpt_path"):
-            config.ckpt_path = find_checkpoint(config.ckpt_path, config.checkpoint.dirpath)
+            folder = Path(config.checkpoint.dirpath or _checkpoints(config)) if config.ckpt_path == "last" else Path()
+            config.ckpt_path = str(find_checkpoint(str(folder / config.ckpt_path)))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """A trainer that logs to CSV and TensorBoard and saves checkpoints atomically, unless told otherwise."""
@@ -62,7 +62,12 @@ class FireflyCLI(LightningCLI):
         if config.logger in (None, True):
             kwargs["logger"] = _loggers(config.default_root_dir)
         kwargs["plugins"] = _with_atomic_checkpoints(config.plugins)
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.checkpoint_callbacks:
+            # Beside, not inside, the logs of one run, so that the next run finds `last`.
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(_checkpoints(self.config[self.subcommand]))
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the configuration alone: Lightning would let the checkpoint's arguments win over the command line."""
@@ -78,28 +83,12 @@ def main() -> None:
         FireflyCLI()
 
 
-def find_checkpoint(name: str, folder: str) -> str:
-    """The checkpoint of that path, or the latest in a folder for ``last``.
-
-    Raises:
-        FireflyError: If there is none.
-    """
-    if name != "last":
-        if not Path(name).exists():
-            raise FireflyError(f"{name}: no such checkpoint; check --ckpt_path")
-        return name
-    found = sorted(Path(folder).glob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise FireflyError(f"{folder}: no checkpoint to resume from; leave --ckpt_path out to start anew")
-    return str(found[-1])
-
-
 def _path_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _root(config: Any) -> Path:
-    return Path(config.trainer.default_root_dir or Path.cwd())
+def _checkpoints(config: Any) -> Path:
+    return Path(config.trainer.default_root_dir or Path.cwd()) / "checkpoints"
 
 
 def _loggers(root: str | None) -> list[Logger]:

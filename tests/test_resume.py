@@ -8,7 +8,14 @@ import pytest
 from tests.helpers import fit, logged, one_line
 
 ARGS = [
-    *("--data.batch_size", 8, "--data.micro_batch_size", 4, "--data.val_fraction", 0.25),  # 45 rows: 6 steps, the last short
+    *(
+        "--data.batch_size",
+        8,
+        "--data.micro_batch_size",
+        4,
+        "--data.val_fraction",
+        0.25,
+    ),  # 45 rows: 6 steps, the last short
     *("--model.learning_rate", 1e-3, "--model.warmup_steps", 2, "--trainer.max_steps", 14),
     *("--trainer.val_check_interval", 4, "--trainer.check_val_every_n_epoch", "null"),
 ]
@@ -43,7 +50,16 @@ def test_killed_run_resumes_digit_for_digit(dropout_model, rows_file, tmp_path, 
     losses, val_losses = uninterrupted
     args = [*ARGS, "--checkpoint.every_n_steps", every]
     killed = fit(
-        dropout_model, rows_file, tmp_path, *args, "--model", "tests.helpers.Killed", "--model.kill_step", kill_step, check=False
+        dropout_model,
+        rows_file,
+        tmp_path,
+        *args,
+        "--model",
+        "tests.helpers.Killed",
+        "--model.kill_step",
+        kill_step,
+        check=False,
+        process=True,
     )
     assert killed.returncode == -9
     assert max(logged(tmp_path)) == kill_step - 1
@@ -58,13 +74,14 @@ def test_killed_run_resumes_digit_for_digit(dropout_model, rows_file, tmp_path, 
 
 def test_last_without_a_checkpoint_is_an_error(model_folder, rows_file, tmp_path):
     message = one_line(fit(model_folder, rows_file, tmp_path, "--ckpt_path", "last", check=False))
-    assert "no checkpoint to resume from" in message
-    assert str(tmp_path / "checkpoints") in message
+    assert message == f"{tmp_path}/checkpoints/last: no such checkpoint; check the path"
 
 
 def test_other_data_is_refused(model_folder, rows_file, tmp_path):
     args = ["--data.batch_size", 8, "--trainer.max_steps", 2, "--model.warmup_steps", 1]
     fit(model_folder, rows_file, tmp_path, *args, "--checkpoint.every_n_steps", 1)
     args[3] = 4
-    message = one_line(fit(model_folder, rows_file, tmp_path, *args, "--data.seed", 5, "--ckpt_path", "last", check=False))
+    message = one_line(
+        fit(model_folder, rows_file, tmp_path, *args, "--data.seed", 5, "--ckpt_path", "last", check=False)
+    )
     assert "seed 0 → 5" in message

@@ -1,9 +1,8 @@
 """FireflyDataModule: from names of files to planned micro-batches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import lightning as L
 import numpy as np
@@ -21,17 +20,19 @@ from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import load_tokenizer
 
 
-@dataclass
-class Source:
-    """Rows to train on.
+class _Path(TypedDict):
+    path: str
 
-    Args:
+
+class Source(_Path, total=False):
+    """Rows to train on. (No dataclass: jsonargparse would read a file of rows as a configuration of one.)
+
+    Attributes:
         path: A ``.jsonl``, ``.json`` or ``.parquet`` file, a glob of them, or the name of a Hugging Face dataset.
         weight: How often an epoch takes each row: 1 once, 0.5 half of the rows (later epochs the others), 2 twice.
     """
 
-    path: str
-    weight: float = 1.0
+    weight: float
 
 
 class FireflyDataModule(L.LightningDataModule):
@@ -78,7 +79,7 @@ class FireflyDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.tokenizer_path = tokenizer
-        self.train_sources = [Source(item) if isinstance(item, str) else item for item in _listed(train_files)]
+        self.train_sources = [_weighted(item) for item in _listed(train_files)]
         self.val_files, self.test_files = _listed(val_files), _listed(test_files)
         self.val_fraction = val_fraction
         self.batch_size = batch_size
@@ -160,13 +161,13 @@ class FireflyDataModule(L.LightningDataModule):
         if self.val_fraction and self.val_files:
             raise FireflyError("data.val_fraction and data.val_files are both set; keep one of them")
         for source in self.train_sources:
-            if not source.weight > 0:
+            if not source["weight"] > 0:
                 raise FireflyError(
-                    f"data.train_files: the weight of {source.path} is {source.weight}; it must be above 0"
+                    f"data.train_files: the weight of {source['path']} is {source['weight']}; it must be above 0"
                 )
 
     def _train_files(self) -> list[str]:
-        return [source.path for source in self.train_sources]
+        return [source["path"] for source in self.train_sources]
 
     def _tokenized(self, files: Sequence[str], encoder: PromptEncoder) -> TokenizedRows:
         sources = find_sources(files)
@@ -192,11 +193,11 @@ class FireflyDataModule(L.LightningDataModule):
         held_out[order[: round(self.val_fraction * len(rows))]] = True
         taken, source_index = [], 0
         for source in self.train_sources:
-            for _ in find_sources([source.path]):
+            for _ in find_sources([source["path"]]):
                 own = rows.of_source(source_index)
                 own = own[~held_out[own]]
                 if len(own):
-                    taken.append(WeightedRows(own, source.weight))
+                    taken.append(WeightedRows(own, source["weight"]))
                 source_index += 1
         if not taken or (self.val_fraction and not held_out.any()):
             raise FireflyError(
@@ -276,6 +277,10 @@ class PlanLoader(DataLoader[MicroBatch]):
                 f"the checkpoint was saved with other data ({', '.join(changed)}); "
                 "resume with the same rows, data.seed and data.batch_size, or train the exported model anew"
             )
+
+
+def _weighted(source: str | Source) -> Source:
+    return {"weight": 1.0, **({"path": source} if isinstance(source, str) else source)}
 
 
 def _listed(files: Any) -> list[Any]:

@@ -13,7 +13,9 @@ from firefly_lightning.data.tokenized import TokenizedRow
 from tests.conftest import write_rows
 
 
-def make_data(model_folder, rows_file, tmp_path, stage="fit", world_size=1, rank=0, step=0, **kwargs) -> FireflyDataModule:
+def make_data(
+    model_folder, rows_file, tmp_path, stage="fit", world_size=1, rank=0, step=0, **kwargs
+) -> FireflyDataModule:
     data = FireflyDataModule(str(model_folder), str(rows_file), cache_dir=str(tmp_path), **kwargs)
     data.trainer = SimpleNamespace(
         strategy=SimpleNamespace(distributed_sampler_kwargs={"num_replicas": world_size, "rank": rank}),
@@ -102,9 +104,11 @@ def test_validation_is_shared_by_ranks_without_repeating_a_row(model_folder, row
 
 
 def test_weighted_sources(model_folder, rows_file, tmp_path):
-    second = write_rows(tmp_path / "b.jsonl", [{"instruction": f"说{i}", "input": "", "output": "好"} for i in range(8)])
+    second = write_rows(
+        tmp_path / "b.jsonl", [{"instruction": f"说{i}", "input": "", "output": "好"} for i in range(8)]
+    )
     data = FireflyDataModule(
-        str(model_folder), [str(rows_file), Source(str(second), 0.5)], batch_size=16, cache_dir=str(tmp_path)
+        str(model_folder), [str(rows_file), Source(path=str(second), weight=0.5)], batch_size=16, cache_dir=str(tmp_path)
     )
     data.prepare_data()
     data.setup("fit")
@@ -120,7 +124,7 @@ def test_test_files_are_tested(model_folder, rows_file, tmp_path):
 
 
 def test_nothing_to_test_on(model_folder, rows_file, tmp_path):
-    with pytest.raises(FireflyError, match="data.test_files: nothing to test on"):
+    with pytest.raises(FireflyError, match=r"data\.test_files: nothing to test on"):
         make_data(model_folder, rows_file, tmp_path, stage="test").test_dataloader()
 
 
@@ -152,7 +156,7 @@ def test_collate_of_no_rows():
         ({"val_fraction": 1.0}, "data.val_fraction is 1.0"),
         ({"val_fraction": 0.1, "val_files": "x.jsonl"}, "both set"),
         ({"prompt": "fierfly"}, "no format is called 'fierfly'"),
-        ({"train_files": [Source("x.jsonl", 0.0)]}, "weight of x.jsonl is 0.0"),
+        ({"train_files": [Source(path="x.jsonl", weight=0.0)]}, "weight of x.jsonl is 0.0"),
     ],
 )
 def test_arguments_out_of_range(kwargs, says):
@@ -182,5 +186,5 @@ def test_own_control_strings(model_folder, rows_file, tmp_path):
 def test_contradicting_accumulation(model_folder, rows_file, tmp_path):
     data = make_data(model_folder, rows_file, tmp_path, batch_size=8, micro_batch_size=2)
     data.trainer.accumulate_grad_batches = 3
-    with pytest.raises(FireflyError, match="trainer.accumulate_grad_batches 3 disagrees"):
+    with pytest.raises(FireflyError, match=r"trainer\.accumulate_grad_batches 3 disagrees"):
         data.setup("fit")

@@ -1,6 +1,7 @@
 """The plan is a pure function of lengths, seed and step, the same for every number of devices."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from firefly_lightning.errors import FireflyError
 def make_plan(rows=50, batch_size=8, weights=(1.0,), seed=3, shuffle=True) -> StepPlan:
     generator = np.random.default_rng(0)
     lengths = generator.integers(4, 500, rows)
-    sources = [WeightedRows(part, w) for part, w in zip(np.array_split(np.arange(rows), len(weights)), weights, strict=True)]
+    sources = [
+        WeightedRows(part, w) for part, w in zip(np.array_split(np.arange(rows), len(weights)), weights, strict=True)
+    ]
     return StepPlan(lengths, lengths // 2 + 1, sources, batch_size, seed, shuffle)
 
 
@@ -61,7 +64,7 @@ def test_rows_of_like_length_share_a_micro_batch():
     for step in range(plan.steps_per_epoch):
         groups = plan.micro_batches(step, 1, 4)[0]
         spans = [(plan.lengths[rows].min(), plan.lengths[rows].max()) for rows in groups]
-        assert all(low >= next_high for (low, _), (_, next_high) in zip(spans, spans[1:], strict=False))
+        assert all(low >= next_high for (low, _), (_, next_high) in pairwise(spans))
 
 
 def test_a_step_knows_its_target_tokens():
@@ -114,7 +117,11 @@ def test_permutation_sorts_by_splitmix64():
 
 @pytest.mark.parametrize(
     ("batch_size", "world_size", "micro", "says"),
-    [(16, 3, None, "cannot be shared by 3 devices"), (16, 2, 3, "does not divide the 8 rows"), (4, 8, None, "multiple of 8")],
+    [
+        (16, 3, None, "cannot be shared by 3 devices"),
+        (16, 2, 3, "does not divide the 8 rows"),
+        (4, 8, None, "multiple of 8"),
+    ],
 )
 def test_shares_that_do_not_divide(batch_size, world_size, micro, says):
     with pytest.raises(FireflyError, match=says):

@@ -1,0 +1,67 @@
+"""The figures of one run of the demo, in one table; fails if training did not teach anything.
+
+``python -m demo.report FOLDER``
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from firefly_lightning.callbacks import read_losses
+from firefly_lightning.errors import FireflyError, one_line_errors
+
+LEAST_IMPROVEMENT = 20
+"""How many times lower validation perplexity must be after training."""
+
+
+def report(folder: Path) -> None:
+    """Prints the table.
+
+    Raises:
+        FireflyError: If validation perplexity is not at least 20 times lower than before training.
+    """
+    pruning = json.loads((folder / "bloom-zh" / "pruning.json").read_text("utf-8"))
+    runs = sorted(
+        (folder / "train" / "lightning_logs").glob("version_*"), key=lambda path: int(path.name.split("_")[1])
+    )
+    losses = read_losses(runs[-1])["train_loss"]
+    before, after = (_metric(folder / "train" / name, "val_perplexity") for name in ("before", "after"))
+    table = Table(box=SIMPLE, show_header=False)
+    for what in ("vocabulary", "parameters"):
+        sizes = pruning[what]
+        table.add_row(
+            f"{what}, before and after pruning", f"{sizes['before']:,} → {sizes['after']:,} ({sizes['ratio']:.2%})"
+        )
+    table.add_row("loss, first and last step", f"{losses[min(losses)]:.3f} → {losses[max(losses)]:.3f}")
+    table.add_row("validation perplexity", f"{before:,.0f} → {after:,.1f} ({before / after:,.0f} times lower)")
+    table.add_row("target tokens per second", f"{_median(runs[-1], 'target_tokens_per_second'):,.0f}")
+    table.add_row("loss curve", str(runs[-1] / "loss.png"))
+    Console(width=120).print(table)
+    if before < LEAST_IMPROVEMENT * after:
+        raise FireflyError(f"{folder}: validation perplexity is not {LEAST_IMPROVEMENT} times lower after training")
+
+
+def _metric(root: Path, name: str) -> float:
+    return _values(root / "lightning_logs" / "version_0", name)[-1]
+
+
+def _median(run: Path, name: str) -> float:
+    values = sorted(_values(run, name))
+    return values[len(values) // 2]
+
+
+def _values(run: Path, name: str) -> list[float]:
+    with (run / "metrics.csv").open(encoding="utf-8") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    with one_line_errors("demo"):
+        report(parser.parse_args().folder)
