@@ -23,7 +23,7 @@ from firefly_lightning.pruning_tokenizer import (
     count_tokens,
     encode_stream,
     load_bpe_tokenizer,
-    read_lines,
+    read_texts,
     select_tokens,
     token_ids,
     write_pruned_tokenizer,
@@ -64,9 +64,9 @@ def prune(
         tokenizer: Folder with a smaller tokenizer, every token of which is in the large one; its order is kept.
         min_count: How often a token must occur in the corpus to be kept.
         pad_multiple: Pads the vocabulary to a multiple of this with copies of the <pad> row.
-        keep: UTF-8 file with a text a line, whose tokens are kept whatever their count.
-        verify: UTF-8 file with a text a line, on which to prove that token strings and logits are unchanged. Loads
-            the large and the pruned model in float32, one after the other, which needs memory for each.
+        keep: A file like those, whose tokens are kept whatever their count.
+        verify: A file like those, on which to prove that token strings and logits are unchanged. Loads the large and
+            the pruned model in float32, one after the other, which needs memory for each.
 
     Raises:
         FireflyError: If something given is wrong, verification fails, or the disk is full. Then nothing is left behind.
@@ -75,7 +75,7 @@ def prune(
     _check_arguments(corpus, tokenizer, min_count, pad_multiple, keep)
     check_new_folder(Path(out))
     # Before the minutes that a large model takes.
-    if verify and next(read_lines(verify), None) is None:
+    if verify and next(read_texts(verify), None) is None:
         raise FireflyError(f"{verify}: has no text to verify with; give a file with a text a line")
     large = _load_large(Path(model))
     write_tokenizer = _plan_tokenizer(large.tokenizer, corpus, tokenizer, min_count, keep)
@@ -144,7 +144,7 @@ def _plan_tokenizer(
         return partial(copy_tokenizer, small)
     used = set((count_tokens(large, corpus or []) >= min_count).nonzero()[0].tolist())
     if keep:
-        used.update(number for _, texts in encode_stream(large, read_lines(keep)) for ids in texts for number in ids)
+        used.update(number for _, texts in encode_stream(large, read_texts(keep)) for ids in texts for number in ids)
     return partial(write_pruned_tokenizer, large, select_tokens(large, used))
 
 

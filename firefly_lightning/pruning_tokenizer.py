@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from firefly_lightning.data.prompt import SPECIAL_TOKENS, PromptEncoder, check_special_tokens, prompt_format
-from firefly_lightning.data.rows import find_sources, read_rows
+from firefly_lightning.data.rows import FILE_SUFFIXES, find_sources, is_file, read_rows
 from firefly_lightning.errors import FireflyError, describe_os_error
 from firefly_lightning.huggingface import load_tokenizer
 
@@ -64,6 +64,13 @@ def token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     return ids
 
 
+def read_texts(source: str) -> Iterator[str]:
+    """Inputs and targets of a source of instruction rows, or the lines of a file of any other suffix."""
+    if source.endswith(".txt") or (is_file(source) and not source.endswith(FILE_SUFFIXES)):
+        return read_lines(source)
+    return (text for row in read_rows(source) for turn in row.turns for text in turn)
+
+
 def read_lines(path: str | Path) -> Iterator[str]:
     """Streams the lines of a UTF-8 text file that are not empty.
 
@@ -104,7 +111,7 @@ def count_tokens(tokenizer: PreTrainedTokenizerFast, corpus: Sequence[str]) -> N
     """
     counts = np.zeros(max(token_ids(tokenizer).values()) + 1, np.int64)
     with tqdm(desc="counting tokens", unit=" texts", delay=2) as progress:
-        for texts, ids in encode_stream(tokenizer, _corpus_texts(find_sources(corpus))):
+        for texts, ids in encode_stream(tokenizer, chain.from_iterable(map(read_texts, find_sources(corpus)))):
             counts += np.bincount(np.fromiter(chain.from_iterable(ids), np.int64), minlength=len(counts))
             progress.update(len(texts))
     if not counts.any():
@@ -163,14 +170,6 @@ def copy_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
     _copy_side_files(folder, out, token_ids(tokenizer))
-
-
-def _corpus_texts(sources: Iterable[str]) -> Iterator[str]:
-    for source in sources:
-        if source.endswith(".txt"):
-            yield from read_lines(source)
-        else:
-            yield from (text for row in read_rows(source) for turn in row.turns for text in turn)
 
 
 def _with_ancestors(tokens: set[str], merges: Iterable[Sequence[str]]) -> set[str]:

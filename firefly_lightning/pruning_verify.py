@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from firefly_lightning.data.prompt import PromptEncoder, prompt_format
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import load_bloom
-from firefly_lightning.pruning_tokenizer import encode_stream, load_bpe_tokenizer, read_lines
+from firefly_lightning.pruning_tokenizer import encode_stream, load_bpe_tokenizer, read_texts
 
 TOLERANCE = 1e-5
 """Largest difference of logits, relative to the largest logit; rounding of float32 stays a factor of ten below."""
@@ -55,7 +55,7 @@ def verify_pruning(large: PreTrainedTokenizerFast, pruned: Path, rows: Tensor, t
         large: Tokenizer of the large model's folder.
         pruned: Folder of the pruned model.
         rows: Row of the large vocabulary for each row of the new; ``(vocabulary,)``.
-        texts: UTF-8 file, one text a line.
+        texts: Instruction rows, or a UTF-8 file with one text a line.
 
     Raises:
         FireflyError: If something differs, or no text is made of kept tokens only.
@@ -65,7 +65,7 @@ def verify_pruning(large: PreTrainedTokenizerFast, pruned: Path, rows: Tensor, t
     kept = set(rows.tolist())
     samples: list[_Sample] = []
     same = dropped = 0
-    for batch, large_ids in encode_stream(large, read_lines(texts)):
+    for batch, large_ids in encode_stream(large, read_texts(texts)):
         for text, before, after in zip(batch, large_ids, encoder.encode_texts(batch), strict=True):
             if kept.issuperset(before):
                 _check_tokens(text, large.convert_ids_to_tokens(before), small.convert_ids_to_tokens(after))

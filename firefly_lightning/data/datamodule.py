@@ -25,13 +25,14 @@ class _Path(TypedDict):
 
 
 class Source(_Path, total=False):
-    """Rows to train on. (No dataclass: jsonargparse would read a file of rows as a configuration of one.)
+    """Rows to train on.
 
     Attributes:
         path: A ``.jsonl``, ``.json`` or ``.parquet`` file, a glob of them, or the name of a Hugging Face dataset.
         weight: How often an epoch takes each row: 1 once, 0.5 half of the rows (later epochs the others), 2 twice.
     """
 
+    # No dataclass, since jsonargparse would then take the file of rows for a configuration and read it.
     weight: float
 
 

@@ -108,7 +108,10 @@ def test_weighted_sources(model_folder, rows_file, tmp_path):
         tmp_path / "b.jsonl", [{"instruction": f"说{i}", "input": "", "output": "好"} for i in range(8)]
     )
     data = FireflyDataModule(
-        str(model_folder), [str(rows_file), Source(path=str(second), weight=0.5)], batch_size=16, cache_dir=str(tmp_path)
+        str(model_folder),
+        [str(rows_file), Source(path=str(second), weight=0.5)],
+        batch_size=16,
+        cache_dir=str(tmp_path),
     )
     data.prepare_data()
     data.setup("fit")
