@@ -1,6 +1,7 @@
 """firefly-fit: LightningCLI with this project's module, data, checkpoints and loggers as defaults."""
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,22 @@ class FireflyCLI(LightningCLI):
 
 def main() -> None:
     """Entry point of ``firefly-fit``."""
-    # An advertisement of Lightning's that it prints on every start.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage()
-    )
+    _quiet_lightning()
     with one_line_errors("firefly-fit"):
         FireflyCLI()
+
+
+def _quiet_lightning() -> None:
+    """Leaves out what Lightning says on every start and no user can act on."""
+    advertisement = "litlogger"
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(lambda record: advertisement not in record.getMessage())
+    for message in (
+        ".*LeafSpec.* is deprecated",  # Lightning's own use of torch
+        "Total length of `list` across ranks is zero",  # a run without validation rows
+        "Checkpoint directory .* exists and is not empty",  # a resumed run; nothing there is overwritten
+    ):
+        warnings.filterwarnings("ignore", message)
 
 
 def _path_of(cls: type) -> str:
