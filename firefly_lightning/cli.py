@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -70,6 +71,12 @@ class FireflyCLI(LightningCLI):
                 callback.dirpath = str(_checkpoints(self.config[self.subcommand]))
         return trainer
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:
+        """Leaves out this project's checkpoints where the trainer is told to save none."""
+        if config["enable_checkpointing"] is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+        return super()._instantiate_trainer(config, callbacks)
+
     def _parse_ckpt_path(self) -> None:
         """Leaves the configuration alone: Lightning would let the checkpoint's arguments win over the command line."""
 
@@ -77,7 +84,7 @@ class FireflyCLI(LightningCLI):
 def main() -> None:
     """Entry point of ``firefly-fit``."""
     _quiet_lightning()
-    with one_line_errors("firefly-fit"):
+    with one_line_errors("firefly-fit", MisconfigurationException):
         FireflyCLI()
 
 

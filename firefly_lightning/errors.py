@@ -15,15 +15,18 @@ class FireflyError(Exception):
 
 
 @contextmanager
-def one_line_errors(program: str) -> Iterator[None]:
+def one_line_errors(program: str, *others: type[Exception]) -> Iterator[None]:
     """Ends the process with one line and exit code 1 on a mistake of the user's; anything else keeps its traceback.
 
     Args:
         program: Name that opens the line.
+        others: Further exceptions that speak of a user's mistake.
     """
     try:
         yield
     except FireflyError as error:
+        _exit(program, str(error))
+    except others as error:
         _exit(program, str(error))
     except OSError as error:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -15,7 +15,14 @@ from transformers import BloomForCausalLM, get_cosine_schedule_with_warmup
 from firefly_lightning.data.batches import MicroBatch
 from firefly_lightning.data.prompt import prompt_format
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.huggingface import check_same_model, check_sizes, describe, load_bloom, load_tokenizer
+from firefly_lightning.huggingface import (
+    DESCRIPTION_KEY,
+    check_same_model,
+    check_sizes,
+    describe,
+    load_bloom,
+    load_tokenizer,
+)
 from firefly_lightning.loss import target_cross_entropy
 from firefly_lightning.metrics import TargetLoss
 
@@ -58,6 +65,7 @@ class FireflyModule(L.LightningModule):
         self.model: BloomForCausalLM = None  # until configure_model, where Lightning wants it to be built
         self.evaluation_loss = TargetLoss()
         self._micro_losses: list[Tensor] = []
+        self._description: dict[str, Any] | None = None
 
     def configure_model(self) -> None:
         """Loads the weights; here rather than in the constructor, so that a strategy can shard them as they come.
@@ -136,8 +144,9 @@ class FireflyModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds configuration, tokenizer and format, so that the checkpoint can be exported alone."""
-        tokenizer, prompt = self._tokenizer_and_prompt()
-        checkpoint["hugging_face"] = describe(self.model.config, tokenizer, prompt)
+        if self._description is None:  # the same at every save, and a tokenizer takes a moment to write out
+            self._description = describe(self.model.config, *self._tokenizer_and_prompt())
+        checkpoint[DESCRIPTION_KEY] = self._description
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint is of this model.

@@ -23,6 +23,7 @@ _EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$", re.MULTILI
 _REQUIRED = re.compile(r"arguments are required: ([\w., -]+)")
 _GIVEN = re.compile(r"Given value: (.*)")
 _UNKNOWN_ITEM = re.compile(r"<class '([\w.]+)'>\]\n(?:(?!Subtypes:).|\n)*?Unexpected keys: \{'([^']+)'")
+_FRAME = re.compile(r"Parser key |Expected an? |Does not validate|Subtypes:|Errors:|Problem with|Given value")
 _MISSING_ITEM = re.compile(r"Missing required keys: \{'([^']+)'")
 
 
@@ -55,11 +56,15 @@ def explain(message: str, known: set[str]) -> str:
         return f"{path}.{missing[1]} is required in every item that is no plain string"
     if classes and (required := _REQUIRED.search(message)):
         return f"{path}.{required[1]} is required; set it in the configuration or as a flag"
-    if path and (expected := _EXPECTED.findall(message)):
-        types = [_type_name(name) for name, _ in expected]
-        given = next((value for _, value in expected if value), None) or next(iter(_GIVEN.findall(message)), "")
-        return f"{path}: {given} is not {' or '.join(dict.fromkeys(name for name in types if name != 'NoneType'))}"
-    return " ".join(message.split())
+    if not path:
+        return " ".join(message.split())
+    expected = _EXPECTED.findall(message)
+    given = next((value for _, value in expected if value), None) or next(iter(_GIVEN.findall(message)), "")
+    lines = [line.strip(" -") for line in message.splitlines()]
+    if reasons := [line for line in lines if line and not _FRAME.match(line)]:
+        return ": ".join(filter(None, [path, given, "; ".join(reasons)]))
+    types = [_type_name(name) for name, _ in expected]
+    return f"{path}: {given} is not {' or '.join(dict.fromkeys(name for name in types if name != 'NoneType'))}"
 
 
 def known_keys(parser: ArgumentParser) -> set[str]:
@@ -90,4 +95,5 @@ def _init_parameters(class_path: str) -> set[str]:
 
 
 def _type_name(name: str) -> str:
+    name = re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", name)
     return re.sub(r"<class '(?:.*\.)?([^'.]+)'>", r"\1", name)

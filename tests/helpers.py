@@ -19,24 +19,24 @@ ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
 
-def run(*command: object, check: bool = True, process: bool = False):
+def run(*command: object, check: bool = True, process: bool = False, cwd: Path = ROOT):
     """Runs an installed command as a user would: its entry point here, or, if asked for, a process of its own."""
     name, *args = (str(part) for part in command)
-    result = (run_process if process else run_here)(name, args)
+    result = (run_process if process else run_here)(name, args, cwd)
     if check and result.returncode:
         raise AssertionError(f"{command} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
     return result
 
 
-def run_process(name: str, args: list[str]) -> subprocess.CompletedProcess:
+def run_process(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """One thread a process; the tests' own modules can be named on the command line."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        [str(BIN / name), *args], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
+        [str(BIN / name), *args], capture_output=True, text=True, cwd=cwd, env=environment, timeout=300
     )
 
 
-def run_here(name: str, args: list[str]) -> subprocess.CompletedProcess:
+def run_here(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """The same without the seconds that importing torch takes."""
     (script,) = entry_points(group="console_scripts", name=name)
     out, err, code = io.StringIO(), io.StringIO(), 0
@@ -45,7 +45,7 @@ def run_here(name: str, args: list[str]) -> subprocess.CompletedProcess:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        patch.chdir(ROOT)
+        patch.chdir(cwd)
         patch.setattr(sys, "argv", [name, *args])
         try:
             script.load()()

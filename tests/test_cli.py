@@ -201,7 +201,9 @@ def test_a_full_disk_while_saving(model_folder, rows_file, tmp_path):
         ("data: {batch_size: many}", "data.batch_size: many is not int"),
         ("data: {train_files: [{path: a, wieght: 2}]}", "did you mean data.train_files.weight?"),
         ("data: {train_files: [{weight: 2}]}", "data.train_files.path is required"),
-        ("data: {too_long: shorten}", "data.too_long"),
+        ("data: {too_long: shorten}", "data.too_long: shorten is not one of 'truncate', 'truncate_keep_end', 'drop'"),
+        ("data: tests.helpers.Killed", "data: tests.helpers.Killed: Import path does not correspond to a subclass of"),
+        ("model: tests.helpers.Nothing", "module 'tests.helpers' has no attribute 'Nothing'"),
     ],
 )
 def test_wrong_keys_and_values(tmp_path, yaml_text, says):
@@ -209,6 +211,22 @@ def test_wrong_keys_and_values(tmp_path, yaml_text, says):
     config.write_text(yaml_text, "utf-8")
     result = run("firefly-fit", "fit", "--model.path", "x", "--config", config, check=False)
     assert says in one_line(result)
+
+
+def test_nothing_to_validate_on(model_folder, rows_file, tmp_path):
+    result = run("firefly-fit", "validate", "--model.path", model_folder, "--data.train_files", rows_file, check=False)
+    assert one_line(result).startswith("data.val_files: nothing to validate on")
+
+
+def test_a_run_without_checkpoints(model_folder, rows_file, tmp_path):
+    fit(model_folder, rows_file, tmp_path, *SHORT, "--trainer.enable_checkpointing", "false")
+    assert sorted(logged(tmp_path)) == [0, 1, 2]
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_what_lightning_refuses_is_one_line_too(model_folder, rows_file, tmp_path):
+    message = one_line(fit(model_folder, rows_file, tmp_path, "--trainer.val_check_interval", 2.5, check=False))
+    assert "val_check_interval" in message
 
 
 def test_a_path_is_required():

@@ -93,7 +93,7 @@ class FireflyDataModule(L.LightningDataModule):
         self.pin_memory = pin_memory
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self._tokenizer: PreTrainedTokenizerFast | None = None
-        self._val_check_interval: int | float | None = None
+        self._val_check_interval: Any = None  # as the user set it
         self._check_arguments()
 
     @property
@@ -126,6 +126,8 @@ class FireflyDataModule(L.LightningDataModule):
             val_rows = self._planned(train_rows, held_out, 0, micro_batch_size) if self.val_fraction else None
         self.val = self._evaluated(self.val_files, encoder, micro_batch_size) or val_rows
         self.test = self._evaluated(self.test_files, encoder, micro_batch_size) or self.val
+        if stage == "validate" and not self.val:
+            raise FireflyError("data.val_files: nothing to validate on; name a file there, or set data.val_fraction")
         if stage == "fit":
             self._set_accumulation()
 
@@ -239,9 +241,11 @@ class FireflyDataModule(L.LightningDataModule):
                 f"{per_step} micro-batches make a step here; leave it out and set data.micro_batch_size"
             )
         trainer.accumulate_grad_batches = per_step
-        if isinstance(trainer.val_check_interval, int):
-            self._val_check_interval = self._val_check_interval or trainer.val_check_interval
-            trainer.val_check_interval = self._val_check_interval * per_step
+        interval = self._val_check_interval = self._val_check_interval or trainer.val_check_interval
+        if isinstance(interval, float) and interval < 1:  # a share of an epoch, in whole steps
+            interval = max(1, int(interval * self.train.plan.steps_per_epoch))
+        if isinstance(interval, int):
+            trainer.val_check_interval = interval * per_step
 
     def _loader(
         self, batches: PlannedBatches, loader: type[DataLoader[MicroBatch]] = DataLoader, first_step: int = 0

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rich.box import SIMPLE
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -34,7 +35,7 @@ def counts_table(names: Sequence[str], counts: Sequence[Counts]) -> str:
             totals[kind].update(numbers)
             totals["all"].update(numbers)
     table = Table(title=", ".join(names), box=SIMPLE, title_justify="left")
-    table.add_column("kind")
+    table.add_column("kind", min_width=max(cell_len(kind) for kind in totals))
     for name in COUNTED:
         table.add_column(HEADINGS[name], justify="right")
     for kind, numbers in totals.items():

@@ -186,6 +186,16 @@ def test_own_control_strings(model_folder, rows_file, tmp_path):
     assert data.train.rows[0].input_ids.tolist().count(2) == 3 + 1 - 1 + 1  # input, two targets, one later input
 
 
+@pytest.mark.parametrize(("interval", "expected"), [(5, 20), (0.5, 16), (0.01, 4), (1.0, 1.0)])
+def test_validation_comes_between_steps(model_folder, rows_file, tmp_path, interval, expected):
+    data = make_data(model_folder, rows_file, tmp_path, batch_size=8, micro_batch_size=2)  # 8 steps of 4 micro-batches
+    data.trainer = SimpleNamespace(**{**vars(data.trainer), "val_check_interval": interval})
+    data._val_check_interval = None
+    for _ in range(2):  # a trainer may be used for more than one fit
+        data.setup("fit")
+        assert data.trainer.val_check_interval == expected
+
+
 def test_contradicting_accumulation(model_folder, rows_file, tmp_path):
     data = make_data(model_folder, rows_file, tmp_path, batch_size=8, micro_batch_size=2)
     data.trainer.accumulate_grad_batches = 3

@@ -1,0 +1,281 @@
+"""Every command and snippet of both READMEs, run in the order in which a reader meets them."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+from transformers import AutoTokenizer, BloomForCausalLM
+
+from firefly_lightning.data.rows import read_rows
+from tests.conftest import write_rows
+from tests.helpers import ROOT, logged, run
+
+ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
+
+NOT_HERE = ("pip install ", "bin/demo", "bin/test")
+"""Commands that need a network and minutes: .ci/run runs the two scripts, and both install the package."""
+
+SHORT = "--trainer.accelerator cpu --trainer.enable_progress_bar false".split()
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, and its lines without comments."""
+
+    language: str
+    path: str | None  # of the file that a first line "# path" names
+    code: str
+
+
+def read_blocks(readme: Path) -> list[Block]:
+    blocks = []
+    for language, text in re.findall(r"^```(\w+)\n(.*?)^```$", readme.read_text("utf-8"), re.MULTILINE | re.DOTALL):
+        path = re.match(r"# (\S+\.(?:py|yaml))\n", text)
+        lines = (re.sub(r"(^|\s+)#.*", "", line).rstrip() for line in text.replace("\\\n", " ").splitlines())
+        blocks.append(Block(language, path and path[1], "\n".join(line for line in lines if line) + "\n"))
+    return blocks
+
+
+def commands(blocks: list[Block]) -> list[str]:
+    return [line for block in blocks if block.language == "bash" for line in block.code.splitlines()]
+
+
+def test_both_readmes_hold_the_same_blocks_in_the_same_order():
+    english, chinese = read_blocks(ENGLISH), read_blocks(CHINESE)
+    assert [block for block in english if block.language != "text"] == [
+        block for block in chinese if block.language != "text"
+    ]
+    assert len(commands(english)) >= 15
+    for language, least in (("bash", 12), ("python", 3), ("yaml", 3), ("json", 5)):
+        assert sum(block.language == language for block in english) >= least, language
+    assert {block.language for block in english + chinese} == {"bash", "python", "yaml", "json", "text"}
+
+
+def test_each_readme_links_the_other_in_its_first_lines():
+    for readme, other in ((ENGLISH, CHINESE), (CHINESE, ENGLISH)):
+        assert f"({other.name})" in "\n".join(readme.read_text("utf-8").splitlines()[:3])
+
+
+def test_both_readmes_name_the_same_keys_and_files():
+    """What is in backquotes outside of blocks: flags, keys, files and formats do not depend on the language."""
+    named = []
+    for readme in (ENGLISH, CHINESE):
+        text = re.sub(r"^```.*?^```$", "", readme.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+        named.append({" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)})
+    assert named[0] ^ named[1] == set()
+
+
+def test_links_of_the_english_readme_lead_somewhere():
+    text = ENGLISH.read_text("utf-8")
+    headings = {re.sub(r"\W+", "-", heading.lower()).strip("-") for heading in re.findall(r"^#+ (.+)$", text, re.M)}
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) >= 2
+    for link in links:
+        assert link[1:] in headings if link.startswith("#") else (ROOT / link).is_file(), link
+
+
+def test_files_and_flags_that_the_readme_names_exist():
+    text = ENGLISH.read_text("utf-8")
+    table = text.split("## Architecture")[1].split("## Licences")[0]
+    modules = re.findall(r"^\| (`.+?) \|", table, re.M)
+    named = {name for row in modules for name in re.findall(r"`([^`]+\.py)`", row)}
+    package = ROOT / "firefly_lightning"
+    there = {str(file.relative_to(package)) for file in package.rglob("*.py") if file.name != "__init__.py"}
+    assert named == there
+    help_text = run("firefly-fit", "fit", "--help").stdout
+    defaults = yaml.safe_load(run("firefly-fit", "fit", "--model.path", "x", "--print_config").stdout)
+    keys = set(re.findall(r"`((?:model|data|trainer|checkpoint|best_checkpoint)\.\w+)`", text))
+    assert len(keys) >= 20
+    for key in keys:
+        group, name = key.split(".")
+        fields = defaults[group].get("init_args", defaults[group])
+        assert name in fields, key
+    assert "--trainer.max_steps" in help_text
+
+
+@pytest.fixture
+def box(tmp_path, model_folder, reviews, monkeypatch):
+    """A folder with what the README says a reader has: raw rows, a Bloom, a smaller tokenizer, the clone's configs."""
+    shutil.copytree(model_folder, tmp_path / "bloom-1b7")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "raw").mkdir()
+    example = next(json.loads(block.code) for block in read_blocks(ENGLISH) if block.language == "json")
+    rows = [{"text": text[:60], "label": ["positive", "negative"][at % 2]} for at, text in enumerate(reviews[:60])]
+    write_rows(tmp_path / "raw" / "reviews.jsonl", [example, *rows])
+    weather = [{"weather": name, "advice": f"{name}天要小心。"} for name in ("下雨", "下雪", "刮风", "炎热")]
+    write_rows(tmp_path / "raw" / "weather.jsonl", weather)
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(reviews[:20]), "utf-8")
+    run("firefly", "prune", "--model", model_folder, "--corpus", corpus, "--out", tmp_path / "smaller")
+    (tmp_path / "small-tokenizer").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "smaller" / name, tmp_path / "small-tokenizer")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    sys.modules.pop("my_project", None)
+
+
+def test_every_command_and_snippet_of_the_readme(box, monkeypatch):
+    done = []
+    for block in read_blocks(ENGLISH):
+        if block.path:
+            write_file(box, block)
+        elif block.language == "python":
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                exec(compile(block.code, "README.md", "exec"), {"__name__": "__main__"})
+            check_snippet(block.code, box, out.getvalue())
+        elif block.language == "bash":
+            for command in block.code.splitlines():
+                if not command.startswith(NOT_HERE):
+                    done.append(check_command(command, box, monkeypatch))
+    assert sorted(done) == sorted(CHECKS), "each check belongs to one command"
+
+
+def write_file(box: Path, block: Block) -> None:
+    """A block that begins with the name of its file; a configuration must be one that firefly-fit takes."""
+    path = box / block.path
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(block.code, "utf-8")
+    if block.language == "yaml" and path.parent == box:
+        parsed = run("firefly-fit", "fit", "--model.path", "x", "--config", path, "--print_config").stdout
+        for group, fields in yaml.safe_load(block.code).items():
+            assert fields.keys() <= yaml.safe_load(parsed)[group].get("init_args", yaml.safe_load(parsed)[group]).keys()
+
+
+def check_command(command: str, box: Path, monkeypatch) -> str:
+    """Runs a command as it stands, a training with fewer steps; returns what its check is called."""
+    names = [start for start in CHECKS if re.match(start, command)]
+    assert len(names) == 1, f"{command}: has the checks {names}; write one for it"
+    name, *args = (part for part in shlex.split(command) if part != "PYTHONPATH=.")
+    if name == "firefly-fit" and "--help" not in args:
+        args += SHORT
+    if name == "firefly-fit" and args[0] == "fit" and "--help" not in args:
+        args += ["--trainer.max_steps", "6" if "last" in args else "4", "--trainer.val_check_interval", "2"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n/exit\n"))
+    result = run(name, *args, process="ddp" in args, cwd=box)
+    CHECKS[names[0]](box, result.stdout)
+    return names[0]
+
+
+def check_snippet(code: str, box: Path, out: str) -> None:
+    if "chat-model" in code:
+        assert out.strip()
+    else:
+        assert list((box / "runs" / "python").rglob("*step=4.ckpt"))
+
+
+def check_help(*flags: str):
+    def check(box: Path, out: str) -> None:
+        assert all(flag in out for flag in flags)
+
+    return check
+
+
+def check_rows(name: str, kind: str, count: int):
+    def check(box: Path, out: str) -> None:
+        assert [row.kind for row in read_rows(str(box / "data" / name))] == [kind] * count
+
+    return check
+
+
+def check_pruned(name: str, verified: bool):
+    def check(box: Path, out: str) -> None:
+        report = json.loads((box / name / "pruning.json").read_text("utf-8"))
+        assert report["vocabulary"]["after"] < report["vocabulary"]["before"]
+        assert ("verified" in report) == verified
+        assert BloomForCausalLM.from_pretrained(box / name).config.vocab_size == report["vocabulary"]["after"]
+
+    return check
+
+
+def check_run(name: str, steps: range, version: int = 0, **columns: int):
+    def check(box: Path, out: str) -> None:
+        root = box / "runs" / name
+        assert sorted(logged(root, version=version)) == list(steps)
+        for column in ("lr", "grad_norm", "target_tokens_per_second", "epoch"):
+            assert logged(root, column, version).keys() >= set(steps), column
+        for column, count in {"val_loss": 2, "val_perplexity": 2, **columns}.items():
+            assert len(logged(root, column, version)) == count, column
+        folder = root / "lightning_logs" / f"version_{version}"
+        assert {"config.yaml", "loss.png", "metrics.csv"} <= {file.name for file in folder.iterdir()}
+        assert list(folder.glob("events.out.tfevents.*"))
+        assert (root / "checkpoints" / "last.ckpt").is_file()
+        assert list((root / "checkpoints").glob("best-step=*-val_loss=*.ckpt"))
+
+    return check
+
+
+def check_evaluation(stage: str):
+    def check(box: Path, out: str) -> None:
+        versions = sorted((box / "runs" / "first" / "lightning_logs").glob("version_*"))
+        for name in (f"{stage}_loss", f"{stage}_perplexity"):
+            assert logged(box / "runs" / "first", name, len(versions) - 1), name
+
+    return check
+
+
+def check_exported(box: Path, out: str) -> None:
+    assert BloomForCausalLM.from_pretrained(box / "chat-model").config.vocab_size
+    assert AutoTokenizer.from_pretrained(box / "chat-model").chat_template
+
+
+def check_answer(box: Path, out: str) -> None:
+    assert out.endswith("\n")
+
+
+def check_conversation(box: Path, out: str) -> None:
+    assert out.count("> ") >= 2
+
+
+CHECKS = {
+    "firefly --help": check_help("prune", "build", "export", "chat"),
+    "firefly prune --help": check_help("--corpus", "--tokenizer", "--min_count", "--keep", "--pad_multiple"),
+    "firefly-fit fit --help": check_help("--model", "--data", "--trainer.max_steps", "--checkpoint.every_n_steps"),
+    "firefly build .*Sentiment": check_rows("reviews.jsonl", "SentimentAnalyze", 61),
+    "firefly build .*Weather": check_rows("weather.jsonl", "Weather", 4),
+    "firefly prune .*--corpus": check_pruned("bloom-1b4-zh", verified=True),
+    "firefly prune .*--tokenizer": check_pruned("bloom-small", verified=False),
+    "firefly-fit fit --config train.yaml$": check_run("first", range(4)),
+    "firefly-fit fit .*configs/firefly-1b4.yaml": check_run("firefly-1b4", range(4)),
+    "firefly-fit fit .*ddp": check_run("two", range(4)),
+    "firefly-fit fit .*sgd.yaml": check_run("sgd", range(4)),
+    "firefly-fit fit .*--ckpt_path last": check_run("first", range(4, 6), version=1, val_loss=1, val_perplexity=1),
+    "firefly-fit validate": check_evaluation("val"),
+    "firefly-fit test": check_evaluation("test"),
+    "firefly export": check_exported,
+    "firefly chat .*--prompt": check_answer,
+    "firefly chat --model chat-model$": check_conversation,
+    "PYTHONPATH=. firefly-fit fit": check_run("mine", range(4), penalty=4),
+}
+"""By a pattern that one command matches from its start: what it must have made."""
+
+
+def test_rows_that_the_readme_shows_are_read(tmp_path):
+    shown = [json.loads(block.code) for block in read_blocks(ENGLISH) if block.language == "json"]
+    raw, *rows = shown
+    assert raw.keys() == {"text", "label"}
+    read = [next(read_rows(str(write_rows(tmp_path / f"{at}.jsonl", [row])))) for at, row in enumerate(rows)]
+    assert [len(row.turns) for row in read] == [1, 1, 2, 2]
+    assert read[2].turns == read[3].turns
+
+
+def test_scripts_that_are_not_run_here_run_in_continuous_integration():
+    written = [command for command in commands(read_blocks(ENGLISH)) if command.startswith(NOT_HERE)]
+    assert written == ["bin/demo", "bin/test", "pip install -e ."]
+    ran = (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
+    for script in ("bin/demo", "bin/test", ".ci/run", "bin/make-env"):
+        assert os.access(ROOT / script, os.X_OK), script
+        assert subprocess.run(["bash", "-n", ROOT / script], check=False).returncode == 0, script
+    assert {"bin/demo", "bin/test"} <= set(ran)
+    assert "pip install" in (ROOT / "bin" / "make-env").read_text("utf-8")
