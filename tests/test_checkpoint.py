@@ -361,7 +361,8 @@ def test_export_leaves_a_folder_in_use_alone(bloom, tokenizer, tmp_path):
 
 def test_a_save_that_is_interrupted_costs_nothing(tmp_path, monkeypatch):
     io, path = AtomicCheckpointIO(), tmp_path / "检查点" / "last.ckpt"
-    io.save_checkpoint({"step": 1}, path)
+    saved = {"step": 1, "pytorch-lightning_version": "2.6.6"}
+    io.save_checkpoint(saved, path)
 
     def interrupted(checkpoint, file):
         file.write(b"half")
@@ -372,7 +373,7 @@ def test_a_save_that_is_interrupted_costs_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         io.save_checkpoint({"step": 2}, path)
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
-    assert io.load_checkpoint(path) == {"step": 1}
+    assert io.load_checkpoint(path) == saved
 
 
 FULL_DISK = textwrap.dedent("""
@@ -456,10 +457,17 @@ def test_lightning_saves_and_resumes_through_it(tmp_path):
 
 def test_objects_are_loaded_only_on_request(tmp_path):
     io = AtomicCheckpointIO()
-    io.save_checkpoint({"where": Path("a")}, tmp_path / "a.ckpt")
+    saved = {"where": Path("a"), "pytorch-lightning_version": "2.6.6"}
+    io.save_checkpoint(saved, tmp_path / "a.ckpt")
     with pytest.raises(FireflyError, match=r"holds pathlib\.\w+, which could run code"):
         io.load_checkpoint(tmp_path / "a.ckpt")
-    assert io.load_checkpoint(tmp_path / "a.ckpt", weights_only=False) == {"where": Path("a")}
+    assert io.load_checkpoint(tmp_path / "a.ckpt", weights_only=False) == saved
+
+
+def test_a_file_of_another_program_is_refused(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "a.ckpt")
+    with pytest.raises(FireflyError, match=r"a\.ckpt: is not a checkpoint of a run"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")
 
 
 def test_other_filesystems_are_left_to_lightning():

@@ -224,6 +224,16 @@ def test_a_run_without_checkpoints(model_folder, rows_file, tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_dry_run_saves_nothing(model_folder, rows_file, tmp_path):
+    fit(model_folder, rows_file, tmp_path, "--trainer.fast_dev_run", "true")
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_the_last_step_is_saved_whatever_the_interval(trained, model_folder, rows_file, tmp_path):
+    fit(model_folder, rows_file, tmp_path, *SHORT, "--checkpoint.every_n_steps", 2)
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
 def test_what_lightning_refuses_is_one_line_too(model_folder, rows_file, tmp_path):
     message = one_line(fit(model_folder, rows_file, tmp_path, "--trainer.val_check_interval", 2.5, check=False))
     assert "val_check_interval" in message

@@ -91,15 +91,13 @@ def test_files_and_flags_that_the_readme_names_exist():
     package = ROOT / "firefly_lightning"
     there = {str(file.relative_to(package)) for file in package.rglob("*.py") if file.name != "__init__.py"}
     assert named == there
-    help_text = run("firefly-fit", "fit", "--help").stdout
     defaults = yaml.safe_load(run("firefly-fit", "fit", "--model.path", "x", "--print_config").stdout)
-    keys = set(re.findall(r"`((?:model|data|trainer|checkpoint|best_checkpoint)\.\w+)`", text))
+    keys = set(re.findall(r"`((?:model|data|trainer|checkpoint|best_checkpoint)\.(?!py`)\w+)`", text))
     assert len(keys) >= 20
     for key in keys:
         group, name = key.split(".")
         fields = defaults[group].get("init_args", defaults[group])
         assert name in fields, key
-    assert "--trainer.max_steps" in help_text
 
 
 @pytest.fixture
@@ -161,7 +159,7 @@ def check_command(command: str, box: Path, monkeypatch) -> str:
     if name == "firefly-fit" and "--help" not in args:
         args += SHORT
     if name == "firefly-fit" and args[0] == "fit" and "--help" not in args:
-        args += ["--trainer.max_steps", "6" if "last" in args else "4", "--trainer.val_check_interval", "2"]
+        args += ["--trainer.max_steps", "5" if "last" in args else "3", "--trainer.val_check_interval", "2"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n/exit\n"))
     result = run(name, *args, process="ddp" in args, cwd=box)
     CHECKS[names[0]](box, result.stdout)
@@ -205,7 +203,7 @@ def check_run(name: str, steps: range, version: int = 0, **columns: int):
         assert sorted(logged(root, version=version)) == list(steps)
         for column in ("lr", "grad_norm", "target_tokens_per_second", "epoch"):
             assert logged(root, column, version).keys() >= set(steps), column
-        for column, count in {"val_loss": 2, "val_perplexity": 2, **columns}.items():
+        for column, count in {"val_loss": 1, "val_perplexity": 1, **columns}.items():
             assert len(logged(root, column, version)) == count, column
         folder = root / "lightning_logs" / f"version_{version}"
         assert {"config.yaml", "loss.png", "metrics.csv"} <= {file.name for file in folder.iterdir()}
@@ -246,17 +244,17 @@ CHECKS = {
     "firefly build .*Weather": check_rows("weather.jsonl", "Weather", 4),
     "firefly prune .*--corpus": check_pruned("bloom-1b4-zh", verified=True),
     "firefly prune .*--tokenizer": check_pruned("bloom-small", verified=False),
-    "firefly-fit fit --config train.yaml$": check_run("first", range(4)),
-    "firefly-fit fit .*configs/firefly-1b4.yaml": check_run("firefly-1b4", range(4)),
-    "firefly-fit fit .*ddp": check_run("two", range(4)),
-    "firefly-fit fit .*sgd.yaml": check_run("sgd", range(4)),
-    "firefly-fit fit .*--ckpt_path last": check_run("first", range(4, 6), version=1, val_loss=1, val_perplexity=1),
+    "firefly-fit fit --config train.yaml$": check_run("first", range(3)),
+    "firefly-fit fit .*configs/firefly-1b4.yaml": check_run("firefly-1b4", range(3)),
+    "firefly-fit fit .*ddp": check_run("two", range(3)),
+    "firefly-fit fit .*sgd.yaml": check_run("sgd", range(3)),
+    "firefly-fit fit .*--ckpt_path last": check_run("first", range(3, 5), version=1),
     "firefly-fit validate": check_evaluation("val"),
     "firefly-fit test": check_evaluation("test"),
     "firefly export": check_exported,
     "firefly chat .*--prompt": check_answer,
     "firefly chat --model chat-model$": check_conversation,
-    "PYTHONPATH=. firefly-fit fit": check_run("mine", range(4), penalty=4),
+    "PYTHONPATH=. firefly-fit fit": check_run("mine", range(3), penalty=3),
 }
 """By a pattern that one command matches from its start: what it must have made."""
 

@@ -5,7 +5,6 @@ run can therefore stop, resume, and move to another number of devices at any ste
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -58,8 +57,7 @@ class StepPlan:
         self._quotas = [max(1, round(source.weight * len(source.rows))) for source in self.sources]
         self.rows_per_epoch = sum(self._quotas)
         self.steps_per_epoch = -(-self.rows_per_epoch // batch_size)
-        # Steps are asked for in order, each by several callers; two epochs meet at a boundary.
-        self._epoch = lru_cache(maxsize=2)(self._order)
+        self._orders: dict[int, Rows] = {}
 
     def rows(self, step: int) -> Rows:
         """Rows of an optimizer step, at most ``batch_size`` of them."""
@@ -96,6 +94,13 @@ class StepPlan:
             "rows_per_epoch": self.rows_per_epoch,
             "row_lengths": digest.hexdigest(),
         }
+
+    def _epoch(self, epoch: int) -> Rows:
+        # Steps are asked for in order, each by several callers; two epochs meet at a boundary.
+        if epoch not in self._orders:
+            self._orders = {kept: order for kept, order in self._orders.items() if abs(kept - epoch) == 1}
+            self._orders[epoch] = self._order(epoch)
+        return self._orders[epoch]
 
     def _order(self, epoch: int) -> Rows:
         parts = [self._take(index, epoch) for index in range(len(self.sources))]

@@ -1,5 +1,6 @@
 """The plan is a pure function of lengths, seed and step, the same for every number of devices."""
 
+import pickle
 from collections import Counter
 from itertools import pairwise
 
@@ -77,6 +78,12 @@ def test_any_step_can_be_asked_for_first():
     steps = range(3 * forwards.steps_per_epoch)
     expected = [forwards.rows(step).tolist() for step in steps]
     assert [backwards.rows(step).tolist() for step in reversed(steps)] == expected[::-1]
+
+
+def test_a_plan_reaches_a_worker():
+    plan = make_plan()
+    plan.rows(0)
+    assert pickle.loads(pickle.dumps(plan)).rows(9).tolist() == plan.rows(9).tolist()
 
 
 def test_epochs_and_seeds_differ():
