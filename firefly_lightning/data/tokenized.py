@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -251,8 +251,9 @@ def _record_batch(kept: Sequence[tuple[Row, EncodedRow]], kinds: dict[str, int])
     return pa.record_batch(columns, schema=SCHEMA)
 
 
-def _chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-    while chunk := list(itertools.islice(rows, size)):
+def _chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    stream = iter(rows)  # once: a progress bar that is iterated anew for every chunk ends with the second
+    while chunk := list(itertools.islice(stream, size)):
         yield chunk
 
 

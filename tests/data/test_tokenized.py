@@ -59,6 +59,17 @@ def long_rows(tmp_path):
     )
 
 
+def test_no_row_of_a_long_file_is_lost(encoder, rows_file, tmp_path, monkeypatch):
+    source = tmp_path / "many.jsonl"
+    source.write_text(rows_file.read_text("utf-8") * 30, "utf-8")
+    monkeypatch.setattr(tokenized, "ROWS_PER_BATCH", 128)
+    rows = TokenizedRows([tokenize(str(source), encoder, 512, "truncate", tmp_path)], ["x"])
+    assert len(rows) == sum(counts["rows"] for counts in rows.counts[0].values()) == 60 * 30
+    for index in range(0, 1800, 77):
+        assert np.array_equal(rows[index].input_ids, rows[index % 60].input_ids)
+        assert rows.describe(index).startswith(f"x:{index + 1} ")
+
+
 @pytest.mark.parametrize("policy", ["truncate", "truncate_keep_end", "drop"])
 def test_too_long_rows(tokenizer, encoder, tmp_path, policy):
     source = long_rows(tmp_path)
