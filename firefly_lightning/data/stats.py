@@ -13,11 +13,11 @@ from firefly_lightning.data.tokenized import COUNTED, Counts
 HEADINGS = {
     "rows": "rows read",
     "truncated": "truncated",
-    "dropped": "too long, dropped",
-    "no_target": "no target left, dropped",
-    "unanswered": "last turn unanswered",
+    "dropped": "too long, left out",
+    "no_target": "no target left, left out",
+    "unanswered": "last turn not answered",
     "tokens": "tokens kept",
-    "target_tokens": "of them learned",
+    "target_tokens": "tokens learned",
 }
 
 
@@ -34,10 +34,10 @@ def counts_table(names: Sequence[str], counts: Sequence[Counts]) -> str:
         for kind, numbers in source.items():
             totals[kind].update(numbers)
             totals["all"].update(numbers)
-    table = Table(title=", ".join(names), box=SIMPLE, title_justify="left")
+    table = Table(title=", ".join(names), box=SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
     table.add_column("kind", min_width=max(cell_len(kind) for kind in totals))
     for name in COUNTED:
-        table.add_column(HEADINGS[name], justify="right")
+        table.add_column(HEADINGS[name], justify="right", min_width=max(map(len, HEADINGS[name].split())))
     for kind, numbers in totals.items():
         table.add_row(kind, *(f"{numbers[name]:,}" for name in COUNTED))
     return render(table)
