@@ -25,7 +25,7 @@ ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 NOT_HERE = ("pip install ", "bin/demo", "bin/test")
 """Commands that need a network and minutes: .ci/run runs the two scripts, and both install the package."""
 
-SHORT = "--trainer.accelerator cpu --trainer.enable_progress_bar false".split()
+SHORT = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 
 
 class Block(NamedTuple):
@@ -76,21 +76,31 @@ def test_both_readmes_name_the_same_keys_and_files():
 
 def test_links_of_the_english_readme_lead_somewhere():
     text = ENGLISH.read_text("utf-8")
-    headings = {re.sub(r"\W+", "-", heading.lower()).strip("-") for heading in re.findall(r"^#+ (.+)$", text, re.M)}
+    headings = {
+        re.sub(r"\W+", "-", heading.lower()).strip("-") for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    }
     links = re.findall(r"\]\(([^)]+)\)", text)
     assert len(links) >= 2
     for link in links:
         assert link[1:] in headings if link.startswith("#") else (ROOT / link).is_file(), link
 
 
-def test_files_and_flags_that_the_readme_names_exist():
-    text = ENGLISH.read_text("utf-8")
-    table = text.split("## Architecture")[1].split("## Licences")[0]
-    modules = re.findall(r"^\| (`.+?) \|", table, re.M)
-    named = {name for row in modules for name in re.findall(r"`([^`]+\.py)`", row)}
+def test_the_architecture_table_names_every_module_in_the_order_of_imports():
+    table = ENGLISH.read_text("utf-8").split("## Architecture")[1]
+    rows = re.findall(r"^\| (`.+?) \|", table, re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`([^`]+\.py)`", row)]
     package = ROOT / "firefly_lightning"
-    there = {str(file.relative_to(package)) for file in package.rglob("*.py") if file.name != "__init__.py"}
-    assert named == there
+    there = [str(file.relative_to(package)) for file in package.rglob("*.py") if file.name != "__init__.py"]
+    assert sorted(named) == sorted(there)
+    for at, name in enumerate(named):
+        code = (package / name).read_text("utf-8")
+        for imported, member in re.findall(r"^\s*from firefly_lightning\.([\w.]+) import (\w+)", code, re.MULTILINE):
+            path = f"{imported.replace('.', '/')}.py" if imported != "data" else f"data/{member}.py"
+            assert path in named[:at], f"{name} imports {path}"
+
+
+def test_keys_that_the_readme_names_exist():
+    text = ENGLISH.read_text("utf-8")
     defaults = yaml.safe_load(run("firefly-fit", "fit", "--model.path", "x", "--print_config").stdout)
     keys = set(re.findall(r"`((?:model|data|trainer|checkpoint|best_checkpoint)\.(?!py`)\w+)`", text))
     assert len(keys) >= 20

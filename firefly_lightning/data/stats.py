@@ -48,4 +48,4 @@ def render(table: Table) -> str:
     console = Console(width=120)
     with console.capture() as capture:
         console.print(table)
-    return capture.get().rstrip()
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
