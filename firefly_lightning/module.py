@@ -12,7 +12,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import BloomForCausalLM, get_cosine_schedule_with_warmup
 
-from firefly_lightning.data.batches import MicroBatch
+from firefly_lightning.checkpoint import fit_loop_state
+from firefly_lightning.data.batches import MicroBatch, PlannedBatches
 from firefly_lightning.data.prompt import prompt_format
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import (
@@ -149,13 +150,19 @@ class FireflyModule(L.LightningModule):
         checkpoint[DESCRIPTION_KEY] = self._description
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the checkpoint is of this model.
+        """Checks that the checkpoint is of this model, and resumes at the step of the plan that comes next.
 
         Raises:
             FireflyError: If it is of another.
         """
         if self.model is not None:
             check_same_model(checkpoint, self.model.config, self.path)
+        batches = getattr(getattr(self._trainer, "datamodule", None), "train", None)
+        if isinstance(batches, PlannedBatches) and checkpoint["global_step"]:
+            state = fit_loop_state(
+                checkpoint["global_step"], batches.plan.steps_per_epoch, batches.micro_batches_per_step
+            )
+            checkpoint["loops"]["fit_loop"].update(state)
 
     def _shared_step(self, batch: MicroBatch) -> Tensor:
         """Summed negative log-likelihood of a micro-batch's targets."""

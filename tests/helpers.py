@@ -107,3 +107,15 @@ class OnAFullDisk(FireflyModule):
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+
+class Stopping(FireflyModule):
+    """Asks the trainer to stop in the middle of a step, as a time limit does."""
+
+    def __init__(self, stop_step: int, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.stop_step = stop_step
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if batch["step"] == self.stop_step and not batch_idx % 2:
+            self.trainer.should_stop = True

@@ -72,6 +72,70 @@ def test_killed_run_resumes_digit_for_digit(dropout_model, rows_file, tmp_path, 
     assert logged(tmp_path, "val_loss", version=1) == {s: loss for s, loss in val_losses.items() if s >= first}
 
 
+STOPS = {
+    "max_steps in the middle of an epoch": ["--trainer.max_steps", 8, "--checkpoint.every_n_steps", 3],
+    "max_steps at the end of an epoch": ["--trainer.max_steps", 6, "--checkpoint.every_n_steps", 4],
+    "max_steps at a validation": ["--trainer.max_steps", 4, "--checkpoint.every_n_steps", 3],
+    "max_epochs": ["--trainer.max_steps", -1, "--trainer.max_epochs", 1, "--checkpoint.every_n_steps", 4],
+    "in the middle of a step": ["--model", "tests.helpers.Stopping", "--model.stop_step", 7],
+}
+
+
+@pytest.fixture(scope="module")
+def constant(tmp_path_factory, dropout_model, rows_file):
+    """An uninterrupted run whose learning rate does not depend on its length."""
+    root = tmp_path_factory.mktemp("constant")
+    fit(dropout_model, rows_file, root, *ARGS, *CONSTANT)
+    return logged(root), logged(root, "val_loss")
+
+
+CONSTANT = [
+    *("--model.lr_scheduler", "torch.optim.lr_scheduler.ConstantLR", "--model.lr_scheduler.factor", 1),
+    *("--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", 1e-3),
+]
+
+
+@pytest.mark.parametrize("stop", STOPS.values(), ids=STOPS)
+def test_a_stopped_run_goes_on_digit_for_digit(dropout_model, rows_file, tmp_path, constant, stop):
+    losses, val_losses = constant
+    fit(dropout_model, rows_file, tmp_path, *ARGS, *CONSTANT, *stop)
+    done = max(logged(tmp_path)) + 1
+    assert done < 14
+    fit(dropout_model, rows_file, tmp_path, *ARGS, *CONSTANT, "--ckpt_path", "last")
+    assert logged(tmp_path, version=1) == {step: loss for step, loss in losses.items() if step >= done}
+    assert logged(tmp_path, "val_loss", version=1) == {s: loss for s, loss in val_losses.items() if s >= done}
+
+
+def test_the_best_checkpoint_resumes_too(dropout_model, rows_file, tmp_path, constant):
+    losses, val_losses = constant
+    fit(dropout_model, rows_file, tmp_path, *ARGS, *CONSTANT, "--trainer.max_steps", 10)
+    (best,) = (tmp_path / "checkpoints").glob("best-*.ckpt")
+    first = int(best.name.split("step=")[1].split("-")[0])
+    assert first in (4, 8)
+    fit(dropout_model, rows_file, tmp_path, *ARGS, *CONSTANT, "--ckpt_path", best)
+    assert logged(tmp_path, version=1) == {step: loss for step, loss in losses.items() if step >= first}
+    assert logged(tmp_path, "val_loss", version=1) == {s: loss for s, loss in val_losses.items() if s >= first}
+
+
+def test_a_resumed_run_may_take_other_micro_batches(model_folder, rows_file, tmp_path):
+    fit(model_folder, rows_file, tmp_path / "whole", *ARGS, *CONSTANT)
+    fit(model_folder, rows_file, tmp_path / "moved", *ARGS, *CONSTANT, "--trainer.max_steps", 8)
+    fit(
+        model_folder,
+        rows_file,
+        tmp_path / "moved",
+        *ARGS,
+        *CONSTANT,
+        "--data.micro_batch_size",
+        1,
+        "--ckpt_path",
+        "last",
+    )
+    whole, moved = logged(tmp_path / "whole"), logged(tmp_path / "moved", version=1)
+    assert sorted(moved) == list(range(8, 14))
+    assert all(float(moved[step]) == pytest.approx(float(whole[step]), rel=1e-5) for step in moved)
+
+
 def test_last_without_a_checkpoint_is_an_error(model_folder, rows_file, tmp_path):
     message = one_line(fit(model_folder, rows_file, tmp_path, "--ckpt_path", "last", check=False))
     assert message == f"{tmp_path}/checkpoints/last: no such checkpoint; check the path"
