@@ -1,7 +1,9 @@
 """The one exception for what a user can mend, and how a program reports it."""
 
 import errno
+import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,5 +46,16 @@ def describe_os_error(error: OSError, path: str | Path | None = None) -> str:
 
 
 def _exit(program: str, message: str, code: int = 1) -> None:
-    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if not rank or not _parent_ends():
+        name = f"{program} (rank {rank})" if rank else program
+        print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def _parent_ends(seconds: float = 2.0) -> bool:
+    """Whether the process that started this one ends soon: it met the same mistake, and has said so."""
+    parent, deadline = os.getppid(), time.monotonic() + seconds
+    while os.getppid() == parent and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return os.getppid() != parent

@@ -39,6 +39,14 @@ DESCRIPTION_FILES = (
 )
 """Files of a Hugging Face folder beside the weights, and keys of a description."""
 
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",  # transformers 5 has no BloomTokenizerFast; this one reads its file
+    # Without it, transformers 4 makes token_type_ids too, which Bloom refuses.
+    "model_input_names": ["input_ids", "attention_mask"],
+    **SPECIAL_TOKENS,
+}
+"""What tokenizer_config.json must say for the tokenizer to load and serve a Bloom in transformers 4 and 5."""
+
 UNUSED_ROWS = 1024
 """So many embedding rows without a token are no padding any more: Bloom has 200, tensor parallelism adds a few."""
 
@@ -176,8 +184,7 @@ def describe(model_config: BloomConfig, tokenizer: PreTrainedTokenizerFast, prom
         "generation_config.json": PUBLISHED_DECODING | ids,
         "tokenizer.json": _tokenizer_json(tokenizer),
         "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",  # the one name that both major releases have
-            **SPECIAL_TOKENS,
+            **TOKENIZER_CONFIG,
             "padding_side": "left",
             "clean_up_tokenization_spaces": False,
             # Here and not in chat_template.jinja, which transformers 4 reads in the encoding of the locale.

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from firefly_lightning.data.prompt import SPECIAL_TOKENS, PromptEncoder, check_special_tokens, prompt_format
 from firefly_lightning.data.rows import FILE_SUFFIXES, find_sources, is_file, read_rows
 from firefly_lightning.errors import FireflyError, describe_os_error
-from firefly_lightning.huggingface import load_tokenizer
+from firefly_lightning.huggingface import TOKENIZER_CONFIG, load_tokenizer
 
 SIDE_FILES = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 """Files of a tokenizer that name tokens by their strings, so that no new numbering touches them."""
@@ -218,7 +218,6 @@ def _copy_side_files(folder: Path, out: Path, ids: dict[str, int]) -> None:
     if "added_tokens_decoder" in config:
         decoder = {str(ids[token["content"]]): token for token in config["added_tokens_decoder"].values()}
         config["added_tokens_decoder"] = dict(sorted(decoder.items(), key=lambda item: int(item[0])))
-    # transformers 5 has no BloomTokenizerFast; this class reads the same file in 4 and 5.
-    config = {**SPECIAL_TOKENS, **config, "tokenizer_class": "PreTrainedTokenizerFast"}
+    config = {**TOKENIZER_CONFIG, **config, "tokenizer_class": TOKENIZER_CONFIG["tokenizer_class"]}
     text = json.dumps(config, ensure_ascii=False, indent=2)
     (out / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")

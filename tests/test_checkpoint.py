@@ -234,6 +234,11 @@ with torch.no_grad():
 tokenizers = AutoTokenizer.from_pretrained(out), PreTrainedTokenizerFast.from_pretrained(out)
 text = "你好，世界 hello 😀</s><pad>"
 messages = [{"role": "user", "content": "你好"}]
+for tokenizer in tokenizers:  # as its documentation shows it
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    model.generate(**inputs, max_new_tokens=2)
 print(json.dumps({
     "logits": logits.tolist(),
     "ids": [tokenizer(text)["input_ids"] for tokenizer in tokenizers],
