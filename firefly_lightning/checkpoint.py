@@ -73,53 +73,6 @@ def find_checkpoint(checkpoint: str) -> Path:
     return found[-1]
 
 
-def fit_loop_state(step: int, steps_per_epoch: int, micro_batches: int) -> dict[str, Any]:
-    """Lightning's own progress, as it is right after an optimizer step.
-
-    Lightning counts micro-batches and epochs, and what it saved depends on when it did: in the middle of a step, at a
-    validation, or when training ended, after which it takes an epoch that was cut short for a whole one. The plan
-    follows from the step alone, so a resumed run is told where that step is.
-
-    Args:
-        step: Optimizer steps done, at least one.
-        steps_per_epoch: Of the plan.
-        micro_batches: That a rank takes for a step.
-
-    Returns:
-        What replaces the entries of the same names in ``checkpoint["loops"]["fit_loop"]``.
-    """
-    epoch, last = divmod(step - 1, steps_per_epoch)
-
-    def batches(ready: int) -> dict[str, int]:
-        # Callbacks run before Lightning counts the micro-batch as completed.
-        return {"ready": ready, "started": ready, "processed": ready, "completed": ready - 1}
-
-    def steps(names: str, total: int, current: int) -> dict[str, dict[str, int]]:
-        return {"total": dict.fromkeys(names.split(), total), "current": dict.fromkeys(names.split(), current)}
-
-    epochs = {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
-    return {
-        "epoch_progress": {"total": epochs, "current": dict(epochs)},
-        "epoch_loop.state_dict": {"_batches_that_stepped": step - 1},
-        "epoch_loop.batch_progress": {
-            "total": batches(step * micro_batches),
-            "current": batches((last + 1) * micro_batches),
-            "is_last_batch": last + 1 == steps_per_epoch,
-        },
-        "epoch_loop.scheduler_progress": steps("ready completed", step, last + 1),
-        "epoch_loop.automatic_optimization.optim_progress": {
-            "optimizer": {
-                "step": steps("ready completed", step, last + 1),
-                "zero_grad": steps("ready started completed", step, last + 1),
-            }
-        },
-        "epoch_loop.val_loop.batch_progress": {
-            **steps("ready started processed completed", 0, 0),
-            "is_last_batch": False,
-        },
-    }
-
-
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoints, streamed to disk, and in place only when complete: a failed save costs nothing.
 

@@ -12,7 +12,6 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import BloomForCausalLM, get_cosine_schedule_with_warmup
 
-from firefly_lightning.checkpoint import fit_loop_state
 from firefly_lightning.data.batches import MicroBatch, PlannedBatches
 from firefly_lightning.data.prompt import prompt_format
 from firefly_lightning.errors import FireflyError
@@ -26,6 +25,7 @@ from firefly_lightning.huggingface import (
 )
 from firefly_lightning.loss import target_cross_entropy
 from firefly_lightning.metrics import TargetLoss
+from firefly_lightning.progress import fit_loop_state
 
 NAMED_ROWS = 32
 """Rows that a message about a bad step names; the published batch sizes are 16 and 8."""
