@@ -12,7 +12,7 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 # As many as the processes that tests start have: another number sums in another order, and last digits differ.
 torch.set_num_threads(1)
 
-SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
+SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
 def read_reviews(count: int) -> list[str]:
@@ -28,24 +28,34 @@ def reviews() -> list[str]:
     return read_reviews(600)
 
 
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory, reviews) -> Path:
-    """A Bloom of two layers, its 1,500-token vocabulary trained on the reviews; heads no power of two."""
-    folder = tmp_path_factory.mktemp("model")
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with Bloom's special tokens at ids 0 to 3."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=1500,
-        special_tokens=SPECIAL,
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL.values()),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(reviews, trainer)
-    names = dict(zip(["unk_token", "bos_token", "eos_token", "pad_token"], SPECIAL, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One of 320 tokens, most of them single bytes: characters are spread over tokens."""
+    return train_tokenizer(["春风又绿江南岸，明月何时照我还。", "你好，世界！hello world"] * 3, 320)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, reviews) -> Path:
+    """A Bloom of two layers, its 1,500-token vocabulary trained on the reviews; heads no power of two."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer(reviews, 1500)
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = BloomConfig(vocab_size=backend.get_vocab_size(), hidden_size=48, n_layer=2, n_head=6)
+    config = BloomConfig(vocab_size=len(tokenizer), hidden_size=48, n_layer=2, n_head=6)
     config.update({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3})
     model = BloomForCausalLM(config)
     with torch.no_grad():  # biases and layer norms away from 0 and 1, so that each of them matters

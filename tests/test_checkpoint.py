@@ -10,7 +10,6 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from safetensors import safe_open
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from firefly_lightning.checkpoint import AtomicCheckpointIO, export, find_checkpoint
@@ -24,8 +23,8 @@ from firefly_lightning.huggingface import (
     load_prompt_format,
     load_tokenizer,
 )
+from tests.conftest import tiny_tokenizer
 
-SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 TURNS = [("你好，世界", "春风😀"), ("hello ", "world\n"), ("", "还")]
 MESSAGES = [
     {"role": role, "content": text} for turn in TURNS for role, text in zip(("user", "assistant"), turn, strict=True)
@@ -34,17 +33,7 @@ MESSAGES = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=list(SPECIAL.values()),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(["春风又绿江南岸，明月何时照我还。", "你好，世界！hello world"] * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
+    return tiny_tokenizer()
 
 
 def make_bloom(**changes):

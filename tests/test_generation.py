@@ -5,32 +5,21 @@ import threading
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import BloomConfig, BloomForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import BloomConfig, BloomForCausalLM, GenerationConfig
 
 from firefly_lightning.data.prompt import PRESETS, PromptEncoder
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.generation import chat, default_decoding, generate_batch, generate_stream
 from firefly_lightning.huggingface import describe, write_description
+from tests.conftest import tiny_tokenizer
 
-SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 ANSWERS = {"你好": "世界😀！🎉", "春风又绿江南岸": "明月何时照我还", "hello": "龘𠮷 world"}
 GREEDY = GenerationConfig(max_new_tokens=40, do_sample=False)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=list(SPECIAL.values()),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(["春风又绿江南岸，明月何时照我还。", "你好，世界！hello world"] * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,12 @@ import pickle
 
 import jinja2
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from firefly_lightning.data.prompt import PRESETS, PromptEncoder, PromptFormat, check_special_tokens, prompt_format
 from firefly_lightning.errors import FireflyError
+from tests.conftest import SPECIAL, tiny_tokenizer
 
-SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 SEPARATORS = {
     "firefly": ("</s></s>", "</s>"),
     "firefly_turns": ("</s></s>", "</s></s>"),
@@ -23,17 +22,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def stock():
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=list(SPECIAL.values()),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(["春风又绿江南岸，明月何时照我还。", "你好，世界！hello world"] * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
+    return tiny_tokenizer()
 
 
 def literal(turns, first, later):
