@@ -218,6 +218,12 @@ def test_nothing_to_validate_on(model_folder, rows_file, tmp_path):
     assert one_line(result).startswith("data.val_files: nothing to validate on")
 
 
+def test_nothing_to_train_on(model_folder):
+    for command in (["fit"], ["validate", "--data.val_fraction", 0.5]):
+        result = run("firefly-fit", *command, "--model.path", model_folder, check=False)
+        assert one_line(result) == "data.train_files: nothing to train on; name at least one file"
+
+
 def test_a_run_without_checkpoints(model_folder, rows_file, tmp_path):
     fit(model_folder, rows_file, tmp_path, *SHORT, "--trainer.enable_checkpointing", "false")
     assert sorted(logged(tmp_path)) == [0, 1, 2]

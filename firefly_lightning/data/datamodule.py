@@ -116,10 +116,10 @@ class FireflyDataModule(L.LightningDataModule):
         encoder = PromptEncoder(self.tokenizer, self.prompt)
         self.world_size, self.rank = self._data_parallel_share()
         micro_batch_size = check_shares(self.batch_size, self.world_size, self.micro_batch_size)
-        if stage == "fit" and not self.train_sources:
-            raise FireflyError("data.train_files: nothing to train on; name at least one file")
         val_rows = None
-        if self.train_sources and stage in ("fit", "validate", "test"):
+        if stage == "fit" or self.val_fraction:
+            if not self.train_sources:
+                raise FireflyError("data.train_files: nothing to train on; name at least one file")
             train_rows = self._tokenized(self._train_files(), encoder)
             taken, held_out = self._split(train_rows)
             self.train = self._planned(train_rows, taken, self.batch_size, micro_batch_size, shuffle=True)
