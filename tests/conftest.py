@@ -48,6 +48,35 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer(["春风又绿江南岸，明月何时照我还。", "你好，世界！hello world"] * 3, 320)
 
 
+def tiny_bloom(**changes) -> BloomForCausalLM:
+    """A random one for the tiny tokenizer, with eight rows to spare."""
+    torch.manual_seed(0)
+    return BloomForCausalLM(
+        BloomConfig(**{"vocab_size": 328, "hidden_size": 16, "n_layer": 2, "n_head": 2, "pad_token_id": 3, **changes})
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def bloom() -> BloomForCausalLM:
+    return tiny_bloom()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(bloom, tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    bloom.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    # What Bloom's own folders say; transformers 5 has no such class.
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "BloomTokenizerFast"}))
+    return path
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory, reviews) -> Path:
     """A Bloom of two layers, its 1,500-token vocabulary trained on the reviews; heads no power of two."""

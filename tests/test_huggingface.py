@@ -1,0 +1,148 @@
+"""Hugging Face folders: what is loaded, and what is refused in one line."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from transformers import BloomConfig, GPT2Config, PreTrainedTokenizerFast
+
+from firefly_lightning.data.prompt import PRESETS
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.huggingface import (
+    check_same_model,
+    check_sizes,
+    describe,
+    load_bloom,
+    load_prompt_format,
+    load_tokenizer,
+)
+
+TURNS = [("你好，世界", "春风😀"), ("hello ", "world\n"), ("", "还")]
+MESSAGES = [
+    {"role": role, "content": text} for turn in TURNS for role, text in zip(("user", "assistant"), turn, strict=True)
+]
+
+
+def logits(bloom):
+    with torch.no_grad():
+        return bloom(torch.arange(40).view(2, 20)).logits
+
+
+def one_line(raised):
+    message = str(raised.value)
+    assert "\n" not in message
+    assert len(message) < 500
+    return message
+
+
+def test_loaded_model_and_tokenizer_are_the_folders(tiny_folder, bloom, tokenizer, capfd):
+    loaded = load_bloom(str(tiny_folder), torch.float32)
+    assert torch.equal(logits(loaded), logits(bloom))
+    assert load_bloom(str(tiny_folder), torch.bfloat16).dtype == torch.bfloat16
+    assert isinstance(load_tokenizer(str(tiny_folder)), PreTrainedTokenizerFast)
+    assert load_tokenizer(str(tiny_folder))("你好 😀")["input_ids"] == tokenizer("你好 😀")["input_ids"]
+    assert "class" not in capfd.readouterr().err
+
+
+def break_folder(tiny_folder, out, change):
+    out.mkdir()
+    for file in tiny_folder.iterdir():
+        (out / file.name).write_bytes(file.read_bytes())
+    change(out)
+
+
+def without_a_tensor(path):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(path / "model.safetensors")
+    del weights["transformer.h.1.mlp.dense_h_to_4h.weight"]
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+
+
+def with_config(path, **changes):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: (path / "config.json").unlink(), "has no config.json"),
+        (lambda path: (path / "config.json").write_text("{"), "not JSON"),
+        (lambda path: GPT2Config().save_pretrained(path), "is a gpt2 model"),
+        (lambda path: (path / "model.safetensors").unlink(), "the weights cannot be read"),
+        (lambda path: (path / "model.safetensors").write_bytes(b"x" * 100), "the weights cannot be read"),
+        (without_a_tensor, "the weights lack transformer.h.1.mlp.dense_h_to_4h.weight"),
+        (lambda path: with_config(path, vocab_size=336), "the weights cannot be read"),
+    ],
+)
+def test_a_model_that_is_not_whole_is_refused(tiny_folder, tmp_path, change, message):
+    path = tmp_path / "模型"
+    break_folder(tiny_folder, path, change)
+    with pytest.raises(FireflyError) as raised:
+        load_bloom(str(path), torch.float32)
+    assert one_line(raised).startswith(str(path))
+    assert message in str(raised.value)
+
+
+LOADERS = [lambda path: load_bloom(path, torch.float32), load_tokenizer, load_prompt_format]
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_a_folder_that_is_not_there_is_named(load, tmp_path):
+    for path in (str(tmp_path / "nowhere"), "nowhere"):
+        with pytest.raises(FireflyError) as raised:
+            load(path)
+        assert one_line(raised) == f"{path}: no such folder; check the path and the working folder"
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_a_hub_that_does_not_answer_is_named(load, monkeypatch):
+    def download(path, name):
+        raise LocalEntryNotFoundError("cannot reach\nthe hub")
+
+    monkeypatch.setattr("firefly_lightning.huggingface.hf_hub_download", download)
+    with pytest.raises(FireflyError) as raised:
+        load("nobody/nothing")
+    assert one_line(raised) == "nobody/nothing: neither a folder nor a model the hub gives out (cannot reach the hub)"
+
+
+def test_a_hub_model_without_a_saved_format_has_none(monkeypatch):
+    def download(path, name):
+        raise EntryNotFoundError("404")
+
+    monkeypatch.setattr("firefly_lightning.huggingface.hf_hub_download", download)
+    assert load_prompt_format("bigscience/bloom-560m") is None
+
+
+def test_a_tokenizer_that_is_missing_or_damaged_is_named(tmp_path):
+    with pytest.raises(FireflyError) as raised:
+        load_tokenizer(str(tmp_path))
+    assert one_line(raised) == f"{tmp_path}: has no tokenizer.json; copy the tokenizer's files there"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(FireflyError, match="the tokenizer cannot be read") as raised:
+        load_tokenizer(str(tmp_path))
+    one_line(raised)
+
+
+def test_weights_saved_without_the_head_load(tiny_folder, bloom, tmp_path):
+    bloom.transformer.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_bloom(str(tmp_path), torch.float32)), logits(bloom))
+
+
+def test_sizes_that_do_not_belong_together(tokenizer):
+    tokens = len(tokenizer.get_vocab())
+    for rows in (tokens, tokens + 1023):
+        check_sizes(BloomConfig(vocab_size=rows), tokenizer, "x")
+    for rows, message in ((tokens - 1, f"x: the tokenizer has {tokens} tokens"), (tokens + 1024, "x: 1024 of")):
+        with pytest.raises(FireflyError, match=message):
+            check_sizes(BloomConfig(vocab_size=rows), tokenizer, "x")
+
+
+def test_check_same_model_names_the_size_that_differs(bloom, tokenizer):
+    checkpoint = {"hugging_face": describe(bloom.config, tokenizer, PRESETS["firefly"])}
+    check_same_model(checkpoint, bloom.config, "x")
+    check_same_model({}, bloom.config, "x")
+    with pytest.raises(FireflyError, match="x: has hidden_size 32, but the checkpoint is of a model with 16"):
+        check_same_model(checkpoint, BloomConfig(vocab_size=328, hidden_size=32, n_layer=2, n_head=2), "x")
