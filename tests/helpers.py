@@ -71,6 +71,19 @@ def one_line(result) -> str:
     return lines[0].split(": error: ", 1)[1]
 
 
+def logits(bloom):
+    with torch.no_grad():
+        return bloom(torch.arange(40).view(2, 20)).logits
+
+
+def raised_line(raised) -> str:
+    """The message of a caught error, which must be one line of bearable length."""
+    message = str(raised.value)
+    assert "\n" not in message
+    assert len(message) < 500
+    return message
+
+
 def logged(root: Path, name: str = "train_loss", version: int = 0) -> dict[int, str]:
     """Step to value, digit for digit, from the metrics.csv of a run."""
     with (root / "lightning_logs" / f"version_{version}" / "metrics.csv").open() as file:

@@ -22,6 +22,7 @@ from firefly_lightning.huggingface import (
     load_prompt_format,
 )
 from tests.conftest import tiny_bloom
+from tests.helpers import logits, raised_line
 
 TURNS = [("你好，世界", "春风😀"), ("hello ", "world\n"), ("", "还")]
 MESSAGES = [
@@ -34,18 +35,6 @@ def save(path, bloom, tokenizer, prompt="firefly", **changes):
     description = describe(bloom.config, tokenizer, PRESETS[prompt])
     AtomicCheckpointIO().save_checkpoint({"state_dict": state_dict, "hugging_face": description, **changes}, path)
     return path
-
-
-def logits(bloom):
-    with torch.no_grad():
-        return bloom(torch.arange(40).view(2, 20)).logits
-
-
-def one_line(raised):
-    message = str(raised.value)
-    assert "\n" not in message
-    assert len(message) < 500
-    return message
 
 
 @pytest.mark.parametrize("prompt", PRESETS)
@@ -179,7 +168,7 @@ def test_export_refuses_what_is_no_whole_checkpoint(bloom, tokenizer, changes, m
     save(tmp_path / "a.ckpt", bloom, tokenizer, **changes(bloom))
     with pytest.raises(FireflyError) as raised:
         export(str(tmp_path / "a.ckpt"), str(tmp_path / "out"))
-    assert message in one_line(raised)
+    assert message in raised_line(raised)
     assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
 
 
@@ -190,7 +179,7 @@ def test_a_damaged_checkpoint_is_named(content, tmp_path):
     for load in (AtomicCheckpointIO().load_checkpoint, lambda path: export(str(path), str(tmp_path / "out"))):
         with pytest.raises(FireflyError) as raised:
             load(path)
-        assert one_line(raised).startswith(f"{path}: damaged, or not a checkpoint")
+        assert raised_line(raised).startswith(f"{path}: damaged, or not a checkpoint")
 
 
 def test_a_truncated_and_a_missing_checkpoint_are_named(bloom, tokenizer, tmp_path):
@@ -199,7 +188,7 @@ def test_a_truncated_and_a_missing_checkpoint_are_named(bloom, tokenizer, tmp_pa
     for name, message in (("a.ckpt", "damaged"), ("b.ckpt", "No such file")):
         with pytest.raises(FireflyError, match=message) as raised:
             AtomicCheckpointIO().load_checkpoint(tmp_path / name)
-        assert one_line(raised).startswith(str(tmp_path / name))
+        assert raised_line(raised).startswith(str(tmp_path / name))
 
 
 def test_export_leaves_a_folder_in_use_alone(bloom, tokenizer, tmp_path):

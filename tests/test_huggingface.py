@@ -17,23 +17,12 @@ from firefly_lightning.huggingface import (
     load_prompt_format,
     load_tokenizer,
 )
+from tests.helpers import logits, raised_line
 
 TURNS = [("你好，世界", "春风😀"), ("hello ", "world\n"), ("", "还")]
 MESSAGES = [
     {"role": role, "content": text} for turn in TURNS for role, text in zip(("user", "assistant"), turn, strict=True)
 ]
-
-
-def logits(bloom):
-    with torch.no_grad():
-        return bloom(torch.arange(40).view(2, 20)).logits
-
-
-def one_line(raised):
-    message = str(raised.value)
-    assert "\n" not in message
-    assert len(message) < 500
-    return message
 
 
 def test_loaded_model_and_tokenizer_are_the_folders(tiny_folder, bloom, tokenizer, capfd):
@@ -82,7 +71,7 @@ def test_a_model_that_is_not_whole_is_refused(tiny_folder, tmp_path, change, mes
     break_folder(tiny_folder, path, change)
     with pytest.raises(FireflyError) as raised:
         load_bloom(str(path), torch.float32)
-    assert one_line(raised).startswith(str(path))
+    assert raised_line(raised).startswith(str(path))
     assert message in str(raised.value)
 
 
@@ -94,7 +83,7 @@ def test_a_folder_that_is_not_there_is_named(load, tmp_path):
     for path in (str(tmp_path / "nowhere"), "nowhere"):
         with pytest.raises(FireflyError) as raised:
             load(path)
-        assert one_line(raised) == f"{path}: no such folder; check the path and the working folder"
+        assert raised_line(raised) == f"{path}: no such folder; check the path and the working folder"
 
 
 @pytest.mark.parametrize("load", LOADERS)
@@ -105,7 +94,9 @@ def test_a_hub_that_does_not_answer_is_named(load, monkeypatch):
     monkeypatch.setattr("firefly_lightning.huggingface.hf_hub_download", download)
     with pytest.raises(FireflyError) as raised:
         load("nobody/nothing")
-    assert one_line(raised) == "nobody/nothing: neither a folder nor a model the hub gives out (cannot reach the hub)"
+    assert (
+        raised_line(raised) == "nobody/nothing: neither a folder nor a model the hub gives out (cannot reach the hub)"
+    )
 
 
 def test_a_hub_model_without_a_saved_format_has_none(monkeypatch):
@@ -119,11 +110,11 @@ def test_a_hub_model_without_a_saved_format_has_none(monkeypatch):
 def test_a_tokenizer_that_is_missing_or_damaged_is_named(tmp_path):
     with pytest.raises(FireflyError) as raised:
         load_tokenizer(str(tmp_path))
-    assert one_line(raised) == f"{tmp_path}: has no tokenizer.json; copy the tokenizer's files there"
+    assert raised_line(raised) == f"{tmp_path}: has no tokenizer.json; copy the tokenizer's files there"
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(FireflyError, match="the tokenizer cannot be read") as raised:
         load_tokenizer(str(tmp_path))
-    one_line(raised)
+    raised_line(raised)
 
 
 def test_weights_saved_without_the_head_load(tiny_folder, bloom, tmp_path):

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -173,12 +174,6 @@ def test_sources_are_found_in_order(tmp_path, monkeypatch):
 
 
 def test_a_folder_is_read_as_a_dataset(tmp_path, monkeypatch):
-    try:
-        import datasets
-    except Exception as error:  # datasets 2.14.4, which the oldest stack resolves to, fails on pyarrow 21 and later
-        with pytest.raises(FireflyError, match="neither a file nor a dataset that could be loaded"):
-            list(read_records(str(tmp_path)))
-        pytest.skip(f"datasets cannot be imported: {error}")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "data"
     folder.mkdir()
