@@ -111,7 +111,16 @@ class FireflyModule(L.LightningModule):
         self._log_evaluation("test")
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
-        """Makes dropout a function of seed, step, micro-batch and rank, so that a resumed run draws the same."""
+        """Makes dropout a function of seed, step, micro-batch and rank, so that a resumed run draws the same.
+
+        Raises:
+            FireflyError: If the rows are not those of this step: nothing else would show it.
+        """
+        if self.automatic_optimization and batch["step"] != self.global_step:
+            raise FireflyError(
+                f"step {self.global_step} was given the rows of step {batch['step']}; "
+                "resume with the data module that the checkpoint was saved with"
+            )
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         torch.manual_seed(hash((seed, self.global_step, batch_idx, self.global_rank)) % 2**63)
 

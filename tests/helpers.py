@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from firefly_lightning import FireflyModule
+from firefly_lightning import FireflyDataModule, FireflyModule
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -132,3 +132,7 @@ class Stopping(FireflyModule):
     def on_train_batch_end(self, outputs, batch, batch_idx):
         if batch["step"] == self.stop_step and not batch_idx % 2:
             self.trainer.should_stop = True
+
+
+class RenamedData(FireflyDataModule):
+    """The same, under a name that no checkpoint knows."""

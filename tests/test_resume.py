@@ -106,6 +106,43 @@ def test_a_stopped_run_goes_on_digit_for_digit(dropout_model, rows_file, tmp_pat
     assert logged(tmp_path, "val_loss", version=1) == {s: loss for s, loss in val_losses.items() if s >= done}
 
 
+@pytest.mark.parametrize("kill_step", [6, 8], ids=["at the end of an epoch", "within an epoch"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_counted_in_epochs_resumes(dropout_model, rows_file, tmp_path, in_epochs, kill_step, workers):
+    """Its schedule asks for the number of batches before Lightning knows the step to resume at."""
+    losses, val_losses = in_epochs
+    args = [*EPOCHS, "--checkpoint.every_n_steps", 3, "--data.num_workers", workers]
+    kill = ["--model", "tests.helpers.Killed", "--model.kill_step", kill_step]
+    fit(dropout_model, rows_file, tmp_path, *args, *kill, check=False, process=True)
+    fit(dropout_model, rows_file, tmp_path, *args, "--ckpt_path", "last")
+    assert logged(tmp_path, version=1) == {step: loss for step, loss in losses.items() if step >= 6}
+    assert logged(tmp_path, "val_loss", version=1) == {s: loss for s, loss in val_losses.items() if s >= 6}
+
+
+EPOCHS = [
+    *("--data.batch_size", 8, "--data.micro_batch_size", 4, "--data.val_fraction", 0.25),
+    *("--model.learning_rate", 1e-3, "--model.warmup_steps", 2, "--trainer.max_epochs", 3),
+]
+
+
+@pytest.fixture(scope="module")
+def in_epochs(tmp_path_factory, dropout_model, rows_file):
+    root = tmp_path_factory.mktemp("epochs")
+    fit(dropout_model, rows_file, root, *EPOCHS)
+    assert sorted(logged(root, "val_loss")) == [5, 11, 17]
+    return logged(root), logged(root, "val_loss")
+
+
+def test_rows_of_another_step_are_never_trained_on(dropout_model, rows_file, tmp_path):
+    """A data module of another name does not find its state; its rows must not go to the wrong step."""
+    args = [*EPOCHS, "--trainer.max_epochs", 1]
+    fit(dropout_model, rows_file, tmp_path, *args)
+    args[-1] = 2
+    other = ["--data", "tests.helpers.RenamedData"]
+    message = one_line(fit(dropout_model, rows_file, tmp_path, *args, *other, "--ckpt_path", "last", check=False))
+    assert message.startswith("step 6 was given the rows of step 0")
+
+
 def test_the_best_checkpoint_resumes_too(dropout_model, rows_file, tmp_path, constant):
     losses, val_losses = constant
     fit(dropout_model, rows_file, tmp_path, *ARGS, *CONSTANT, "--trainer.max_steps", 10)

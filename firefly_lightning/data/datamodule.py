@@ -94,6 +94,8 @@ class FireflyDataModule(L.LightningDataModule):
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self._tokenizer: PreTrainedTokenizerFast | None = None
         self._val_check_interval: Any = None  # as the user set it
+        self._fitting = False
+        self._resumed_step = 0
         self._check_arguments()
 
     @property
@@ -113,6 +115,7 @@ class FireflyDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Maps the token ids, plans the steps and tells the trainer how many micro-batches make one."""
+        self._fitting, self._resumed_step = stage == "fit", 0
         encoder = PromptEncoder(self.tokenizer, self.prompt)
         self.world_size, self.rank = self._data_parallel_share()
         micro_batch_size = check_shares(self.batch_size, self.world_size, self.micro_batch_size)
@@ -131,9 +134,33 @@ class FireflyDataModule(L.LightningDataModule):
         if stage == "fit":
             self._set_accumulation()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The step that comes next, and the identity of the plan that says which rows it has."""
+        if self.trainer is None or not hasattr(self, "train"):
+            return {}
+        return {"step": self.trainer.global_step, "plan": self.train.plan.fingerprint()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Makes a resumed run take the rows that would have come next.
+
+        Raises:
+            FireflyError: If the plan is not the one that the checkpoint was saved under.
+        """
+        if not self._fitting or not state:
+            return
+        saved, now = state["plan"], self.train.plan.fingerprint()
+        changed = [f"{name} {saved.get(name)} → {now[name]}" for name in now if saved.get(name) != now[name]]
+        if changed:
+            raise FireflyError(
+                f"the checkpoint was saved with other data ({', '.join(changed)}); "
+                "resume with the same rows, data.seed and data.batch_size, or train the exported model anew"
+            )
+        self._resumed_step = state["step"]
+
     def train_dataloader(self) -> DataLoader[MicroBatch]:
-        """Micro-batches from the trainer's current optimizer step on."""
-        first_step = self.trainer.global_step if self.trainer else 0
+        """Micro-batches from the next optimizer step on."""
+        # The trainer restores its own count only after a schedule may have asked how many batches there are.
+        first_step = self._resumed_step or (self.trainer.global_step if self.trainer else 0)
         return self._loader(self.train, PlanLoader, first_step)
 
     def val_dataloader(self) -> DataLoader[MicroBatch] | list[Any]:
@@ -261,27 +288,14 @@ class FireflyDataModule(L.LightningDataModule):
 
 
 class PlanLoader(DataLoader[MicroBatch]):
-    """A loader whose state is the identity of its plan: its position is the trainer's step, which Lightning keeps."""
-
-    dataset: PlannedBatches
+    """A loader that Lightning takes for resumable, as it is: the data module makes it begin at the right step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to know about the rows of a run."""
-        return dict(self.dataset.plan.fingerprint())
+        """Nothing; see :meth:`FireflyDataModule.state_dict`."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes sure that a resumed run takes the rows that would have come next.
-
-        Raises:
-            FireflyError: If the plan is not the one that the checkpoint was saved under.
-        """
-        now = self.state_dict()
-        changed = [f"{name} {state.get(name)} → {now[name]}" for name in now if state.get(name) != now[name]]
-        if changed:
-            raise FireflyError(
-                f"the checkpoint was saved with other data ({', '.join(changed)}); "
-                "resume with the same rows, data.seed and data.batch_size, or train the exported model anew"
-            )
+        """Nothing to load."""
 
 
 def _weighted(source: str | Source) -> Source:
