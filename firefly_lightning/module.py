@@ -110,6 +110,10 @@ class FireflyModule(L.LightningModule):
         """Logs ``test_loss`` and ``test_perplexity``, weighted by target tokens."""
         self._log_evaluation("test")
 
+    def on_train_start(self) -> None:
+        """Forgets what a run that was stopped in the middle of a step had gathered."""
+        self._micro_losses.clear()
+
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
         """Makes dropout a function of seed, step, micro-batch and rank, so that a resumed run draws the same.
 
@@ -167,7 +171,7 @@ class FireflyModule(L.LightningModule):
         if self.model is not None:
             check_same_model(checkpoint, self.model.config, self.path)
         batches = getattr(getattr(self._trainer, "datamodule", None), "train", None)
-        if isinstance(batches, PlannedBatches) and checkpoint["global_step"]:
+        if isinstance(batches, PlannedBatches) and checkpoint["global_step"] and "loops" in checkpoint:
             state = fit_loop_state(
                 checkpoint["global_step"], batches.plan.steps_per_epoch, batches.micro_batches_per_step
             )
