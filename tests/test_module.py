@@ -22,7 +22,10 @@ def stock_step(model_folder, rows_file, numbers: list[int]):
     """Loss and gradients of rows (counted from 0) by stock logits and a masked cross-entropy, row by row."""
     tokenizer = load_tokenizer(str(model_folder))
     model = BloomForCausalLM.from_pretrained(model_folder).float()
-    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
     rows = list(read_rows(str(rows_file)))
     total, count = torch.zeros(()), 0
     for number in numbers:

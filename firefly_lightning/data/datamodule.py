@@ -108,7 +108,7 @@ class FireflyDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenises what the cache lacks, once per machine, and prints what was kept of every kind."""
         encoder = PromptEncoder(self.tokenizer, self.prompt)
-        for files in (self._train_files(), self.val_files, self.test_files):
+        for files in ([source["path"] for source in self.train_sources], self.val_files, self.test_files):
             if files:
                 rows = self._tokenized(files, encoder)
                 rank_zero_info(counts_table(rows.names, rows.counts))
@@ -123,8 +123,11 @@ class FireflyDataModule(L.LightningDataModule):
         if stage == "fit" or self.val_fraction:
             if not self.train_sources:
                 raise FireflyError("data.train_files: nothing to train on; name at least one file")
-            train_rows = self._tokenized(self._train_files(), encoder)
-            taken, held_out = self._split(train_rows)
+            files = [
+                (file, source["weight"]) for source in self.train_sources for file in find_sources([source["path"]])
+            ]
+            train_rows = self._tokenized([file for file, _ in files], encoder)
+            taken, held_out = self._split(train_rows, [weight for _, weight in files])
             self.train = self._planned(train_rows, taken, self.batch_size, micro_batch_size, shuffle=True)
             val_rows = self._planned(train_rows, held_out, 0, micro_batch_size) if self.val_fraction else None
         self.val = self._evaluated(self.val_files, encoder, micro_batch_size) or val_rows
@@ -196,9 +199,6 @@ class FireflyDataModule(L.LightningDataModule):
                     f"data.train_files: the weight of {source['path']} is {source['weight']}; it must be above 0"
                 )
 
-    def _train_files(self) -> list[str]:
-        return [source["path"] for source in self.train_sources]
-
     def _tokenized(self, files: Sequence[str], encoder: PromptEncoder) -> TokenizedRows:
         sources = find_sources(files)
         folders = [tokenize(source, encoder, self.max_length, self.too_long, self.cache_dir) for source in sources]
@@ -216,19 +216,14 @@ class FireflyDataModule(L.LightningDataModule):
         share = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
         return share["num_replicas"], share["rank"]
 
-    def _split(self, rows: TokenizedRows) -> tuple[list[WeightedRows], list[WeightedRows]]:
+    def _split(self, rows: TokenizedRows, weights: Sequence[float]) -> tuple[list[WeightedRows], list[WeightedRows]]:
         """The rows to train on, by source with its weight, and those held out for validation."""
         order = permutation(len(rows), self.seed)
         held_out = np.zeros(len(rows), bool)
         held_out[order[: round(self.val_fraction * len(rows))]] = True
-        taken, source_index = [], 0
-        for source in self.train_sources:
-            for _ in find_sources([source["path"]]):
-                own = rows.of_source(source_index)
-                own = own[~held_out[own]]
-                if len(own):
-                    taken.append(WeightedRows(own, source["weight"]))
-                source_index += 1
+        parts = [WeightedRows(rows.of_source(index), weight) for index, weight in enumerate(weights)]
+        parts = [WeightedRows(part.rows[~held_out[part.rows]], part.weight) for part in parts]
+        taken = [part for part in parts if len(part.rows)]
         if not taken or (self.val_fraction and not held_out.any()):
             raise FireflyError(
                 f"data.val_fraction {self.val_fraction} of {len(rows)} rows leaves one side empty; choose another"
