@@ -2,11 +2,21 @@
 
 import errno
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_PATIENCE = 2.0
+"""Seconds that a rank waits for its parent to report what both met."""
+
+_LOST_PEER = re.compile(
+    r"Connection (closed|reset) by peer|Connection refused|Broken pipe|Timed out waiting \d+ms for \w+ operation"
+    r"|NCCL (communicator was aborted|remote process exited)|Watchdog caught collective operation timeout"
+)
+"""What gloo and NCCL say when a process at the other end is gone."""
 
 
 class FireflyError(Exception):
@@ -34,6 +44,11 @@ def one_line_errors(program: str, *others: type[Exception]) -> Iterator[None]:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         _exit(program, describe_os_error(error))
+    except RuntimeError as error:
+        if not (lost := _LOST_PEER.search(str(error))):
+            raise
+        message = f"another process of this run ended or cannot be reached ({lost[0]})"
+        _exit(program, f"{message}; look for its own message, then resume with --ckpt_path last", wait=_PATIENCE + 1)
     except KeyboardInterrupt:
         _exit(program, "interrupted", code=130)
 
@@ -45,15 +60,17 @@ def describe_os_error(error: OSError, path: str | Path | None = None) -> str:
     return f"{where}: {error.strerror or error}{hint}"
 
 
-def _exit(program: str, message: str, code: int = 1) -> None:
+def _exit(program: str, message: str, code: int = 1, wait: float = 0.0) -> None:
+    """Reports and ends, after seconds in which the ranks that this process started can still report."""
     rank = int(os.environ.get("LOCAL_RANK", 0))
     if not rank or not _parent_ends():
         name = f"{program} (rank {rank})" if rank else program
         print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    time.sleep(wait if not rank else 0.0)
     sys.exit(code)
 
 
-def _parent_ends(seconds: float = 2.0) -> bool:
+def _parent_ends(seconds: float = _PATIENCE) -> bool:
     """Whether the process that started this one ends soon: it met the same mistake, and has said so."""
     parent, deadline = os.getppid(), time.monotonic() + seconds
     while os.getppid() == parent and time.monotonic() < deadline:

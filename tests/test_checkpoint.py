@@ -13,9 +13,10 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from firefly_lightning.checkpoint import AtomicCheckpointIO, export, find_checkpoint
+from firefly_lightning.checkpoint import AtomicCheckpointIO, find_checkpoint
 from firefly_lightning.data.prompt import PRESETS, PromptEncoder
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.export import export
 from firefly_lightning.huggingface import (
     describe,
     load_bloom,
@@ -223,7 +224,8 @@ FULL_DISK = textwrap.dedent("""
     import resource, signal, sys
     from pathlib import Path
     import torch
-    from firefly_lightning.checkpoint import AtomicCheckpointIO, export
+    from firefly_lightning.checkpoint import AtomicCheckpointIO
+    from firefly_lightning.export import export
     from firefly_lightning.errors import FireflyError
 
     folder = Path(sys.argv[1])
