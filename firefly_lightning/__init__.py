@@ -5,6 +5,7 @@ import sys
 
 # Where DeepSpeed is installed, transformers imports it, and it logs to standard output, which belongs to answers.
 with contextlib.redirect_stdout(sys.stderr):
+    from firefly_lightning import strategies
     from firefly_lightning.data.datamodule import FireflyDataModule, Source
     from firefly_lightning.data.plan import StepPlan
     from firefly_lightning.data.prompt import PromptEncoder, PromptFormat
@@ -21,4 +22,5 @@ __all__ = [
     "PromptFormat",
     "Source",
     "StepPlan",
+    "strategies",
 ]

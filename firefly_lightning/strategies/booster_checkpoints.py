@@ -1,0 +1,103 @@
+"""Checkpoints of ColossalAI's ``Booster``: the weights as one, the optimizer's states as each process has them."""
+
+import contextlib
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file as load_weights
+from torch import Tensor
+from typing_extensions import override
+
+from firefly_lightning.checkpoint import load_file
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.huggingface import DESCRIPTION_KEY, reason
+from firefly_lightning.strategies import padded_vocabulary
+from firefly_lightning.strategies.shards import ShardedCheckpoints
+
+WEIGHTS = "weights"
+"""Folder of the weights in a checkpoint; beside it, each process keeps its part of the optimizer's states."""
+
+
+class BoosterCheckpoints(ShardedCheckpoints):
+    """Mixed into a strategy around a ``Booster``.
+
+    Attributes:
+        name: Of the strategy.
+        booster: ColossalAI's.
+        wrapper: The boosted model.
+    """
+
+    name: ClassVar[str]
+    booster: Any
+    wrapper: Any
+
+    @abstractmethod
+    def full_precision(self) -> contextlib.AbstractContextManager[None]:
+        """While it lasts, weights that are saved or loaded are the float32 masters."""
+
+    @abstractmethod
+    def layout(self) -> dict[str, Any]:
+        """What must be the same where an optimizer's states are read again; the model is boosted."""
+
+    @override
+    def save_shards(self, folder: Path) -> None:
+        with self.full_precision():
+            self.booster.save_model(self.wrapper, str(folder / WEIGHTS), shard=True, use_safetensors=True)
+        if self.optimizers:
+            from firefly_lightning.strategies.colossalai_fixes import scaler_state
+
+            optimizer: Any = self.optimizers[0]
+            # ColossalAI would gather them, one weight after another, on the first process.
+            state = {"states": optimizer.optim.state_dict(), "scaler": scaler_state(optimizer)}
+            torch.save(state, folder / self._states_file)
+
+    @override
+    def load_shards(self, folder: Path, fitting: bool) -> None:
+        try:
+            with self.full_precision():
+                # Not strict: the tied head is one name more than there are weights.
+                self.booster.load_model(self.wrapper, str(folder / WEIGHTS), strict=False)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise FireflyError(f"{folder}: damaged ({reason(error)}); use an earlier one") from error
+        if fitting:
+            from firefly_lightning.strategies.colossalai_fixes import load_scaler_state
+
+            state, optimizer = load_file(folder / self._states_file, "cpu"), self.optimizers[0]
+            optimizer.optim.load_state_dict(state["states"])  # type: ignore
+            load_scaler_state(optimizer, state["scaler"])
+
+    @override
+    def writer(self) -> dict[str, Any]:
+        strategy: Any = self
+        return {"engine": "colossalai", "strategy": self.name, "processes": strategy.world_size, **self.layout()}
+
+    @property
+    def _states_file(self) -> str:
+        strategy: Any = self
+        return f"optimizer-{strategy.global_rank}.ckpt"
+
+
+def read_weights(folder: Path, trainer: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of a checkpoint, without what was added to the vocabulary.
+
+    Args:
+        folder: The checkpoint.
+        trainer: What its ``trainer.ckpt`` holds.
+
+    Returns:
+        Weights by name, as in a ``LightningModule``.
+
+    Raises:
+        FireflyError: If they are damaged.
+    """
+    weights: dict[str, Tensor] = {}
+    try:
+        for file in sorted((folder / WEIGHTS).glob("*.safetensors")):
+            weights.update({f"model.{name}": weight for name, weight in load_weights(file).items()})
+    except SafetensorError as error:
+        raise FireflyError(f"{folder}: damaged ({reason(error)}); use an earlier one") from error
+    padded_vocabulary.strip(weights, trainer[DESCRIPTION_KEY]["config.json"]["vocab_size"])
+    return weights

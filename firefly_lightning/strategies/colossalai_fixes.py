@@ -1,0 +1,171 @@
+"""What ColossalAI 0.5.0 does wrong or not at all, by subclass. Importing this imports ColossalAI."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from colossalai.booster.plugin import GeminiPlugin, HybridParallelPlugin
+from colossalai.booster.plugin.gemini_plugin import get_param_info
+from colossalai.zero import GeminiDDP, GeminiOptimizer
+from colossalai.zero.gemini.placement_policy import PlacementPolicyFactory, StaticPlacementPolicy
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from typing_extensions import override
+
+
+class Float32Gemini(GeminiDDP):  # type: ignore[misc]
+    """Gemini that computes in float32: it can, but it and its optimizer insist on being told a 16-bit type."""
+
+    claims_bfloat16 = False
+
+    @property
+    def mixed_precision(self) -> torch.dtype:
+        """What weights and inputs are cast to."""
+        return torch.bfloat16 if self.claims_bfloat16 else torch.float32
+
+    @mixed_precision.setter
+    def mixed_precision(self, dtype: torch.dtype) -> None:
+        """Nothing: ``GeminiDDP.__init__`` sets what its assertion lets pass."""
+
+
+class ClippingGeminiOptimizer(GeminiOptimizer):  # type: ignore[misc]
+    """Gemini's optimizer that clips bfloat16 gradients on the host too, and keeps the norm before clipping.
+
+    ``HybridAdam`` divides gradients by ``div_scale`` except bfloat16 ones on a CPU: these it takes as they are.
+    """
+
+    gradient_norm = float("nan")
+
+    def _get_combined_scale(self) -> float:
+        scale = float(super()._get_combined_scale())
+        self.gradient_norm = self._current_grad_norm / loss_scale(self)
+        if scale != -1:
+            for grad in (parameter.grad for group in self.param_groups for parameter in group["params"]):
+                if grad is not None and grad.dtype is torch.bfloat16 and grad.device.type == "cpu":
+                    grad.div_(scale)
+        return scale
+
+
+class FractionsOfChunks(StaticPlacementPolicy):  # type: ignore[misc]
+    """Gemini's ``static`` placement with fractions of all memory: it counts a chunk once for each of its weights."""
+
+    @override
+    def setup_grads_device(self, params: list[Tensor], grads_device_map: dict[Tensor, torch.device]) -> None:
+        one_of_each = {self.chunk_manager.get_chunk(parameter): parameter for parameter in params}
+        super().setup_grads_device(list(one_of_each.values()), grads_device_map)
+
+
+PlacementPolicyFactory.policies["static"] = FractionsOfChunks
+
+
+class FixedGeminiPlugin(GeminiPlugin):  # type: ignore[misc]
+    """Makes the classes above.
+
+    Args:
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        options: Of ``GeminiPlugin``.
+    """
+
+    def __init__(self, precision: str, **options: Any) -> None:
+        self.wrapper = Float32Gemini if precision == "fp32" else GeminiDDP
+        super().__init__(precision="bf16" if precision == "fp32" else precision, **options)
+
+    def configure(self, model: Any, optimizer: Optimizer | None = None, *rest: Any, **named: Any) -> tuple[Any, ...]:
+        """The wrapped model and optimizer; the other things that can be boosted are not."""
+        info = get_param_info(optimizer)
+        wrapper = self.wrapper(
+            model, **self.gemini_config, zero_group=self.zero_group, extra_dp_group=self.extra_dp_group
+        )
+        if optimizer is None:
+            return wrapper, None, None, None, None
+        wrapper.claims_bfloat16 = True
+        boosted = ClippingGeminiOptimizer(
+            optimizer, wrapper, **self.zero_optim_config, **self.optim_kwargs, params_info=info
+        )
+        wrapper.claims_bfloat16 = False
+        return wrapper, boosted, None, None, None
+
+
+class FixedHybridPlugin(HybridParallelPlugin):  # type: ignore[misc]
+    """Also does ZeRO in float32: its optimizer can, and only an assertion that compares with ``fp32`` forbids it.
+
+    Args:
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        options: Of ``HybridParallelPlugin``.
+    """
+
+    def __init__(self, precision: str, **options: Any) -> None:
+        super().__init__(precision=precision, **options)
+        if precision == "fp32":
+            self.precision = "float32"  # neither 16-bit type nor what the assertion knows: nothing is cast
+
+
+def loss_scale(optimizer: Any) -> float:
+    """What the loss is multiplied with before the backward pass; 1 except in float16."""
+    return float(getattr(_mixin(optimizer), "loss_scale", 1.0))
+
+
+def scaler_state(optimizer: Any) -> dict[str, Any]:
+    """All that the scaler of the loss has learned; ColossalAI's own ``state_dict`` leaves out its counters."""
+    scaler = vars(getattr(_mixin(optimizer), "grad_scaler", object))
+    return {name: scaler[name] for name in ("_scale", "_growth_step", "_hysteresis_step") if name in scaler}
+
+
+def load_scaler_state(optimizer: Any, state: dict[str, Any]) -> None:
+    """Sets what :func:`scaler_state` returned."""
+    if state:
+        scaler = _mixin(optimizer).grad_scaler
+        vars(scaler).update(state, _scale=state["_scale"].to(scaler._scale.device))
+
+
+@contextmanager
+def gemini_masters(wrapper: Any) -> Iterator[None]:
+    """Has Gemini save and load float32 masters as they are.
+
+    It would round them to the 16-bit type, and where gradients accumulate take the 16-bit weights instead.
+    """
+    manager = wrapper.chunk_manager
+    reused, dtype = manager.reuse_fp16_chunk, wrapper.mixed_precision
+    manager.reuse_fp16_chunk, wrapper.mixed_precision = wrapper.master_weights, torch.float32
+    try:
+        yield
+    finally:
+        manager.reuse_fp16_chunk, wrapper.mixed_precision = reused, dtype
+
+
+@contextmanager
+def hybrid_masters(parameters: Iterator[Parameter], optimizer: Any, group: dist.ProcessGroup) -> Iterator[None]:
+    """Puts float32 masters in the place of 16-bit weights: the plugin saves these alone, and loads masters from them.
+
+    Args:
+        parameters: Of the model.
+        optimizer: Boosted; None where there is none.
+        group: The data-parallel processes, over which ZeRO spreads masters.
+    """
+    masters = (optimizer and optimizer.get_working_to_master_map()) or {}
+    weights = [(parameter, parameter.data) for parameter in parameters if id(parameter) in masters]
+    for parameter, _ in weights:
+        parameter.data = _whole(masters[id(parameter)], parameter, group)
+    try:
+        yield
+    finally:
+        for parameter, data in weights:
+            data.copy_(parameter.data)
+            parameter.data = data
+
+
+def _whole(master: Tensor, parameter: Parameter, group: dist.ProcessGroup) -> Tensor:
+    if master.shape == parameter.shape:
+        return master.data
+    gathered = master.new_empty(master.numel() * dist.get_world_size(group), device=parameter.device)
+    dist.all_gather_into_tensor(gathered, master.to(parameter.device), group=group)
+    return gathered[: parameter.numel()].view_as(parameter)
+
+
+def _mixin(optimizer: Any) -> Any:
+    """ColossalAI's optimizers call what knows about precision by three names."""
+    names = ("mix_precision_mixin", "mixed_precision_mixin", "mixed_precision")
+    return next((getattr(optimizer, name) for name in names if hasattr(optimizer, name)), None)

@@ -1,0 +1,104 @@
+"""A DeepSpeed configuration beside a plan and a trainer: what both say must agree, and is checked before loading."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from firefly_lightning.errors import FireflyError, describe_os_error
+from firefly_lightning.huggingface import reason
+
+AUTO = "auto"
+"""What files written for Hugging Face's trainer say where that trainer is to fill in its own value."""
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The configuration of a JSON file.
+
+    Raises:
+        FireflyError: If there is no such file, or it holds no JSON object.
+    """
+    try:
+        config = json.loads(Path(path).expanduser().read_text("utf-8"))
+    except OSError as error:
+        raise FireflyError(describe_os_error(error, path)) from error
+    except ValueError as error:
+        raise FireflyError(f"{path}: not JSON ({reason(error)}); mend the DeepSpeed configuration") from error
+    if not isinstance(config, dict):
+        raise FireflyError(f"{path}: must hold a JSON object, this is {type(config).__name__}")
+    return config
+
+
+def without_auto(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy without what is left to the trainer; an optimizer or schedule that is partly so goes as a whole."""
+    left = {name for name in ("optimizer", "scheduler") if AUTO in json.dumps(config.get(name))}
+    return _without_auto({name: value for name, value in config.items() if name not in left})
+
+
+def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in config.items() if value != AUTO}
+    return {name: _without_auto(value) if isinstance(value, dict) else value for name, value in kept.items()}
+
+
+def settle(config: dict[str, Any], name: str, value: Any, whose: str) -> None:
+    """Sets a value that follows from elsewhere.
+
+    Args:
+        config: What to complete.
+        name: Which key.
+        value: What it must be.
+        whose: Who says so.
+
+    Raises:
+        FireflyError: If the configuration says otherwise.
+    """
+    if config.setdefault(name, value) != value:
+        raise FireflyError(
+            f"the DeepSpeed configuration has {name} {config[name]}, {whose} {value}; leave it out there"
+        )
+
+
+def settle_precision(config: dict[str, Any], precision: str) -> None:
+    """Completes ``fp16`` and ``bf16`` where the configuration has them; Lightning adds what is not there.
+
+    Raises:
+        FireflyError: If they say otherwise than ``trainer.precision``.
+    """
+    wanted = {"bf16": precision.startswith("bf16"), "fp16": precision.startswith("16")}
+    for name, enabled in wanted.items():
+        section = config.get(name)
+        if section is not None and section.setdefault("enabled", enabled) != enabled:
+            raise FireflyError(
+                f"the DeepSpeed configuration has {name} enabled {section['enabled']}, "
+                f"but trainer.precision is {precision}; make them agree"
+            )
+
+
+def check_zero(config: dict[str, Any]) -> None:
+    """Refuses stages and kinds of offloading that DeepSpeed has not.
+
+    Raises:
+        FireflyError: If it has such.
+    """
+    zero = config.get("zero_optimization") or {}
+    stage = zero.get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise FireflyError(f"ZeRO has the stages 1, 2 and 3, not {stage}; take ddp to shard nothing")
+    for name in ("offload_optimizer", "offload_param"):
+        device = device_of(zero, name)
+        if device not in ("none", "cpu", "nvme"):
+            raise FireflyError(f"{name}: there is no device {device}; name cpu or nvme")
+        if stage < 3 and (device == "nvme" or (name == "offload_param" and device != "none")):
+            raise FireflyError(f"{name} to {device} needs stage 3, this is stage {stage}; take zero3_offload")
+        if device == "nvme":
+            _check_nvme_path(name, zero[name].get("nvme_path"))
+
+
+def device_of(zero: dict[str, Any], name: str) -> str:
+    """Where ``offload_optimizer`` or ``offload_param`` puts things; ``none`` where it is off."""
+    return str((zero.get(name) or {}).get("device", "none"))
+
+
+def _check_nvme_path(name: str, path: str | None) -> None:
+    if not path or not Path(path).is_dir() or not os.access(path, os.W_OK):
+        raise FireflyError(f"{name}: nvme_path {path} is no folder to write to; name one on a fast disk")

@@ -1,0 +1,73 @@
+"""Hugging Face models under ZeRO-3, whose parameters are sharded, and look empty, from the moment they are made."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn import Parameter
+
+
+@contextmanager
+def sharded_hugging_face(config: dict[str, Any]) -> Iterator[None]:
+    """Lets ``from_pretrained`` fill, and constructors initialise, models made under ``deepspeed.zero.Init``.
+
+    Args:
+        config: DeepSpeed's, with stage 3.
+    """
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # While it lives, every from_pretrained is collective: rank 0 reads a tensor, each rank keeps its part.
+    alive = HfDeepSpeedConfig(config)
+    with _initialised_whole():
+        yield
+    del alive
+
+
+@contextmanager
+def _initialised_whole() -> Iterator[None]:
+    """Gathers the weights of a module while a constructor of transformers draws them.
+
+    It draws them once all modules exist, and by then they are sharded. transformers 5 fills tensors of no elements,
+    and what PyTorch's modules drew for themselves stays, with embeddings fifty times too wide. In transformers 4
+    DeepSpeed gathers a module's own, but not its children's, which some models draw with it.
+    """
+    import deepspeed
+    from transformers import PreTrainedModel
+
+    init_weights, initialise = PreTrainedModel.init_weights, PreTrainedModel._initialize_weights
+    constructing = False  # from_pretrained gathers for itself what it has to draw
+
+    @functools.wraps(init_weights)
+    def init_weights_gathered(self: Any) -> None:
+        nonlocal constructing
+        before, constructing = constructing, True
+        try:
+            init_weights(self)
+        finally:
+            constructing = before
+
+    @functools.wraps(initialise)
+    def initialise_gathered(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        drawn = not constructing or getattr(module, "_is_hf_initialized", False)
+        sharded = [] if drawn else _sharded_parameters(module)
+        with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0, enabled=bool(sharded)):
+            initialise(self, module, *args, **kwargs)
+
+    PreTrainedModel.init_weights, PreTrainedModel._initialize_weights = init_weights_gathered, initialise_gathered
+    try:
+        yield
+    finally:
+        PreTrainedModel.init_weights, PreTrainedModel._initialize_weights = init_weights, initialise
+
+
+def _sharded_parameters(module: nn.Module) -> list[Parameter]:
+    """A module's own and its children's, which some models initialise with it, as far as nobody has gathered them."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from transformers import PreTrainedModel
+
+    modules = [module, *(child for child in module.children() if not isinstance(child, PreTrainedModel))]
+    parameters = (parameter for owner in modules for parameter in owner.parameters(recurse=False))
+    status = ZeroParamStatus.NOT_AVAILABLE
+    return list(dict.fromkeys(item for item in parameters if getattr(item, "ds_status", None) is status))

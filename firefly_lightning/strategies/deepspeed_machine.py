@@ -1,0 +1,108 @@
+"""DeepSpeed on a machine: whether it is installed, where it computes and logs, and what it compiles."""
+
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch.optim import Adam, AdamW, Optimizer
+
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.huggingface import reason
+
+
+def require_deepspeed() -> None:
+    """Checks that the extra is installed.
+
+    Raises:
+        FireflyError: If it is not.
+    """
+    for package in ("deepspeed", "accelerate"):  # transformers loads sharded weights by way of accelerate
+        if find_spec(package) is None:
+            raise FireflyError(f'{package} is not installed; run pip install "firefly-lightning[deepspeed]"')
+
+
+def keep_quiet() -> None:
+    """Keeps DeepSpeed's warnings off standard output, which belongs to results, and leaves out what nobody can mend."""
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its own use of it
+    logger = logging.getLogger("DeepSpeed")
+    logger.addFilter(_is_news)
+    import deepspeed  # noqa: F401  (gives the logger its handler)
+
+    logger.handlers.clear()  # without any, Python writes warnings to standard error
+    logger.propagate = True
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "Setting accelerator to CPU" not in record.getMessage()
+
+
+def compute_on_cpu() -> None:
+    """Makes DeepSpeed compute on the processor, on a machine with GPUs too.
+
+    It decides when it is imported, which is before a trainer can say; ``DS_ACCELERATOR`` overrules both.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    if get_accelerator().device_name() != "cpu" and "DS_ACCELERATOR" not in os.environ:
+        set_accelerator(CPU_Accelerator())
+    # Would be compiled by every process that begins, and serves inference only.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def cpu_adam(optimizer: Optimizer) -> Optimizer:
+    """PyTorch's Adam or AdamW as the ``DeepSpeedCPUAdam`` that steps where offloaded states are.
+
+    Raises:
+        FireflyError: If it is another optimizer or variant, or the machine cannot compile DeepSpeed's.
+    """
+    if type(optimizer).__name__ == "DeepSpeedCPUAdam":
+        return optimizer
+    decoupled = {Adam: False, AdamW: True}.get(type(optimizer))
+    if decoupled is None or any(optimizer.defaults.get(variant) for variant in ("amsgrad", "maximize")):
+        settings = [name for name in ("amsgrad", "maximize") if optimizer.defaults.get(name)]
+        name = " with ".join([type(optimizer).__name__, *settings])
+        raise FireflyError(f"offload_optimizer: DeepSpeed has no {name} on the host; take torch.optim.AdamW or Adam")
+    decoupled = decoupled or bool(optimizer.defaults.get("decoupled_weight_decay"))
+    known = ("params", "lr", "betas", "eps", "weight_decay", "initial_lr")
+    groups = [{name: group[name] for name in known if name in group} for group in optimizer.param_groups]
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    _announce()
+    with _build_tools():
+        converted: Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=decoupled)
+    return converted
+
+
+@cache
+def _announce() -> None:
+    rank_zero_info("DeepSpeed compiles its Adam when it is first used on a machine; that takes a minute or two")
+
+
+@contextmanager
+def _build_tools() -> Iterator[None]:
+    """DeepSpeed compiles this optimizer when it is first used: with ``ninja``, which an environment has in its own bin.
+
+    Raises:
+        FireflyError: If it cannot.
+    """
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([before, str(Path(sys.executable).parent)])
+    try:
+        yield
+    except RuntimeError as error:
+        compiler = os.environ.get("CXX", "c++")
+        cause = reason(error.__cause__ or error)
+        problem = cause if shutil.which(compiler) else f"there is no C++ compiler {compiler}"
+        raise FireflyError(f"offload_optimizer: DeepSpeed cannot compile its Adam ({problem}); install g++") from error
+    finally:
+        os.environ["PATH"] = before

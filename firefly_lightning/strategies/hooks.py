@@ -1,0 +1,84 @@
+"""What FireflyModule asks of a strategy beyond Lightning's interface, answered for one device and DDP."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from transformers import BloomConfig, BloomForCausalLM
+
+from firefly_lightning.errors import FireflyError
+
+
+class StrategyHooks:
+    """Mixed into a strategy that shards: it overrides what differs there.
+
+    Attributes:
+        norm_follows_step: Whether the gradient's norm is known only after the optimizer's step, because the engine
+            computes it there.
+        generates_in_step: Whether ranks must call the model equally often, because a forward pass is collective.
+    """
+
+    norm_follows_step = False
+    generates_in_step = False
+
+    def check_model(self, config: BloomConfig) -> None:
+        """Refuses what this strategy cannot train; called before weights are loaded.
+
+        Args:
+            config: Of the model that is about to be loaded.
+
+        Raises:
+            FireflyError: If it cannot.
+        """
+
+    def build_model(self, config: BloomConfig, build: Callable[[], BloomForCausalLM]) -> BloomForCausalLM:
+        """The model with its weights, sharded where the strategy shards before the optimizer is made.
+
+        Args:
+            config: Of the model.
+            build: Makes the whole model, on the calling process, in memory of the host.
+        """
+        return build()
+
+    def convert_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """The engine's own kind of an optimizer, with the same parameters and settings.
+
+        Raises:
+            FireflyError: If the engine has none.
+        """
+        return optimizer
+
+    def gradient_norm(self, parameters: Iterable[Parameter]) -> Tensor:
+        """Euclidean norm of the whole gradient of a step before clipping, the same on every rank.
+
+        Called before the optimizer's step, or after it where ``norm_follows_step``.
+        """
+        norms = [torch.linalg.vector_norm(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+def check_accumulation(strategy: Strategy, micro_batches: int) -> None:
+    """Refuses Lightning's own DeepSpeed strategies where gradients are accumulated: both divide them.
+
+    Args:
+        strategy: Of the run.
+        micro_batches: That make a step on one rank.
+
+    Raises:
+        FireflyError: If it is one of those and accumulates.
+    """
+    ours = isinstance(strategy, StrategyHooks)
+    if isinstance(strategy, DeepSpeedStrategy) and not ours and micro_batches > 1:
+        stage = (strategy.config or {}).get("zero_optimization", {}).get("stage")
+        raise FireflyError(
+            f"Lightning's own DeepSpeed strategy divides gradients by {micro_batches} micro-batches twice; "
+            f"take trainer.strategy zero{stage}, which does not"
+        )
+
+
+def hooks_of(strategy: Strategy | None) -> StrategyHooks:
+    """A strategy's own answers, or the plain ones."""
+    return strategy if isinstance(strategy, StrategyHooks) else StrategyHooks()

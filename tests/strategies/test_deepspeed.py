@@ -1,0 +1,593 @@
+"""ZeRO by DeepSpeed: resuming, random weights, precisions, configurations, optimizers, and what is refused."""
+
+import ctypes
+import json
+import math
+import pickle
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch.nn import Parameter
+from torch.optim import SGD, Adam, AdamW
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from firefly_lightning import FireflyModule
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.strategies import ZeroStrategy, deepspeed_machine
+from firefly_lightning.strategies.deepspeed_config import (
+    check_zero,
+    read_config,
+    settle,
+    settle_precision,
+    without_auto,
+)
+from firefly_lightning.strategies.deepspeed_machine import cpu_adam
+from firefly_lightning.strategies.hooks import check_accumulation
+from tests.helpers import logged, one_line, raised_line, run, run_ranks
+
+PRECISIONS = {
+    "zero1": "32-true",
+    "zero2": "bf16-mixed",
+    "zero3": "32-true",
+    "zero2_offload": "32-true",
+    "zero3_offload": "bf16-mixed",
+}
+STEPS = 6
+HERE = "tests.strategies.test_deepspeed"
+FP16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+class Drawn(FireflyModule):
+    """Saves the weights that it begins with."""
+
+    def on_train_start(self):
+        super().on_train_start()
+        save_weights(self)
+
+
+class OwnModel(FireflyModule):
+    """A user's own: a Hugging Face model that draws some weights of a module with its parent's, and a plain layer."""
+
+    def configure_model(self):
+        if self.model is None:
+            self.model = GPT2LMHeadModel(GPT2Config(vocab_size=1500, n_embd=24, n_layer=3, n_head=2, n_positions=512))
+            self.plain = torch.nn.Linear(24, 24)
+
+    def on_train_start(self):
+        save_weights(self)
+
+    def training_step(self, batch, batch_idx):
+        ids = batch["input_ids"]
+        return self.model(ids, labels=ids).loss + self.plain.weight.square().sum() + self.plain.bias.sum()
+
+    def configure_optimizers(self):
+        return AdamW(self.parameters(), 1e-3)
+
+    def on_before_optimizer_step(self, optimizer):
+        """Nothing of FireflyModule's."""
+
+    def on_train_batch_end(self, *args):
+        """Likewise."""
+
+    def on_save_checkpoint(self, checkpoint):
+        """Likewise."""
+
+
+class Spoiling(FireflyModule):
+    """A finite loss whose gradient is not."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss + (loss - loss).sqrt() if batch["step"] == 1 else loss
+
+
+class Measured(FireflyModule):
+    """Tells how much memory loading took at its peak, and ends."""
+
+    def configure_model(self):
+        m_mmap_threshold = -3
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, 65536)  # what is freed is given back, and no longer counted
+        before, top, done = anonymous_memory(), [0], threading.Event()
+
+        def watch():
+            while not done.wait(0.002):
+                top[0] = max(top[0], anonymous_memory())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        super().configure_model()
+        done.set()
+        watcher.join()
+        raise FireflyError(f"rank {self.global_rank} took {top[0] - before} bytes")
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that no file backs; weights that are only mapped do not count."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
+
+
+class Inspected(FireflyModule):
+    """Writes down what DeepSpeed was told."""
+
+    def on_train_start(self):
+        super().on_train_start()
+        engine = self.trainer.strategy.deepspeed_engine
+        inner = engine.optimizer.optimizer
+        group = {name: inner.param_groups[0][name] for name in ("betas", "eps", "weight_decay")}
+        facts = {
+            "stage": engine.zero_optimization_stage(),
+            "bucket": engine.zero_reduce_bucket_size(),
+            "rows": engine.train_micro_batch_size_per_gpu(),
+            "accumulated": engine.gradient_accumulation_steps(),
+            "clip": engine.gradient_clipping(),
+            "optimizer": type(inner).__name__,
+            "decoupled": getattr(inner, "adam_w_mode", None),
+            **group,
+        }
+        (Path(self.trainer.default_root_dir) / "facts.json").write_text(json.dumps(facts))
+
+
+class Ungathered(ZeroStrategy):
+    """Without what initialises random models rightly."""
+
+    model_sharded_context = DeepSpeedStrategy.model_sharded_context
+
+
+class DividingTwice(ZeroStrategy):
+    """Without what keeps DeepSpeed from dividing gradients that Lightning has divided."""
+
+    backward = DeepSpeedStrategy.backward
+
+
+class HalfPrecision(ZeroStrategy):
+    """Computes in fp16 on any processor; slow ones emulate it, and DeepSpeed therefore refuses them."""
+
+    def setup_environment(self):
+        super().setup_environment()
+        from deepspeed.accelerator import get_accelerator
+
+        self._asked, get_accelerator().is_fp16_supported = get_accelerator().is_fp16_supported, lambda: True
+
+    def teardown(self):
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().is_fp16_supported = self._asked
+        super().teardown()
+
+
+def save_weights(module: FireflyModule) -> None:
+    import deepspeed
+
+    weights = {}
+    for name, parameter in module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            weights[name] = parameter.detach().float().clone()
+    heads = module.model.get_input_embeddings().weight, module.model.get_output_embeddings().weight
+    assert heads[0] is heads[1]
+    if module.global_rank == 0:
+        torch.save(weights, Path(module.trainer.default_root_dir) / "drawn.pt")
+
+
+def command(verb: str, strategy: str, folder: Path, rows: Path, root: Path, *more: object, model: str = "") -> list:
+    root.mkdir(parents=True, exist_ok=True)
+    return [
+        *("firefly-fit", verb, *(["--model", model] if model else []), "--model.path", folder),
+        *("--data.train_files", rows, "--trainer.default_root_dir", root, "--trainer.accelerator", "cpu"),
+        *("--trainer.devices", 2, "--trainer.enable_progress_bar", "false", "--trainer.strategy", strategy),
+        *("--data.batch_size", 8, *more),
+    ]
+
+
+def steps(count: int, warmup: int = 2) -> list[object]:
+    return ["--trainer.max_steps", count, "--model.learning_rate", 1e-3, "--model.warmup_steps", warmup]
+
+
+@pytest.fixture(scope="module")
+def dropout_folder(odd_folder, tmp_path_factory) -> Path:
+    """Dropout shows whether the random state is the same after resuming."""
+    folder = tmp_path_factory.mktemp("dropout") / "model"
+    shutil.copytree(odd_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_dropout": 0.1, "attention_dropout": 0.1}))
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture(scope="module")
+def resumed(dropout_folder, rows_file, tmp_path_factory) -> Path:
+    """By strategy: an uninterrupted run in `whole`, one that was stopped, resumed, and then validated in `parts`."""
+    folder = tmp_path_factory.mktemp("resumed")
+    commands = []
+    for strategy, precision in PRECISIONS.items():
+        common = ["--data.val_fraction", 0.25, "--data.micro_batch_size", 2, "--trainer.precision", precision]
+        fit = [*common, "--trainer.gradient_clip_val", 0.1, *steps(STEPS)]
+        whole, parts = (folder / strategy / name for name in ("whole", "parts"))
+        stopping = {"model": "tests.helpers.Stopping"}
+        commands += [
+            command("fit", strategy, dropout_folder, rows_file, whole, *fit),
+            command("fit", strategy, dropout_folder, rows_file, parts, *fit, "--model.stop_step", 3, **stopping),
+            command("fit", strategy, dropout_folder, rows_file, parts, *fit, "--ckpt_path", "last"),
+            command("validate", strategy, dropout_folder, rows_file, parts, *common, "--ckpt_path", "last"),
+        ]
+    run_ranks(2, *commands)
+    return folder
+
+
+@pytest.mark.parametrize("strategy", PRECISIONS)
+def test_a_stopped_run_goes_on_digit_for_digit(resumed, strategy):
+    whole, parts = (resumed / strategy / name for name in ("whole", "parts"))
+    done = max(logged(parts)) + 1
+    assert 0 < done < STEPS
+    for name in ("train_loss", "grad_norm", "lr"):
+        expected = {step: value for step, value in logged(whole, name).items() if step >= done}
+        assert logged(parts, name, version=1) == expected
+    assert logged(parts, "val_loss", version=1) == logged(whole, "val_loss")
+
+
+@pytest.mark.parametrize("strategy", PRECISIONS)
+def test_a_checkpoint_is_validated(resumed, strategy):
+    parts = resumed / strategy / "parts"
+    (expected,) = logged(parts, "val_loss", version=1).values()
+    (found,) = logged(parts, "val_loss", version=2).values()
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_checkpoint_of_another_stage_or_number_of_processes_is_refused(resumed, dropout_folder, rows_file, tmp_path):
+    last = resumed / "zero1" / "parts" / "checkpoints" / "last.ckpt"
+    args = [tmp_path, *steps(STEPS), "--ckpt_path", last, "--trainer.devices", 1]
+    other = command("fit", "zero3", dropout_folder, rows_file, *args)
+    text = run_ranks(1, ["-" + other[0], *other[1:]])
+    assert "was saved otherwise (stage 1 → 3, processes 2 → 1); resume as it was saved" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "code"])
+def test_damaged_shards_are_refused_and_code_in_them_is_not_run(resumed, tmp_path, damage):
+    folder = tmp_path / "last.ckpt"
+    shutil.copytree(resumed / "zero3" / "parts" / "checkpoints" / "last.ckpt", folder)
+    shard = folder / "checkpoint" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    ran = tmp_path / "ran"
+    if damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:1000])
+    elif damage == "missing":
+        shard.unlink()
+    else:
+        torch.save(Touching(str(ran)), shard)
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(shard, weights_only=True)
+    export = run("firefly", "export", "--checkpoint", folder, "--out", tmp_path / "out", check=False)
+    assert f"{folder}: the shards cannot be read" in one_line(export)
+    assert not export.stdout
+    assert not ran.exists()
+
+
+class Touching:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+# ------------------------------------------------------------------------------- runs that differ from one another
+
+
+@pytest.fixture(scope="module")
+def config_files(tmp_path_factory) -> dict[str, Path]:
+    """Files of DeepSpeed's configuration."""
+    folder = tmp_path_factory.mktemp("configs")
+    offload = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 12345}
+    contents = {
+        "full": {  # agrees with the plan, and leaves to the trainer what it may
+            "zero_optimization": offload | {"stage3_prefetch_bucket_size": "auto"},
+            "gradient_accumulation_steps": 2, "train_micro_batch_size_per_gpu": "auto", "train_batch_size": 8,
+            "gradient_clipping": 0.1, "bf16": {"enabled": "auto"},
+            "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+        },
+        "optimizer": {
+            "zero_optimization": {"stage": 2},
+            "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True, "adam_w_mode": True}},
+            "scheduler": {"type": "WarmupLR", "params": {
+                "warmup_min_lr": 0, "warmup_max_lr": 1e-3, "warmup_num_steps": 4, "warmup_type": "linear"}},
+        },
+        "contradicting": {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 3},
+    }  # fmt: skip
+    for name, content in contents.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return {name: folder / f"{name}.json" for name in contents}
+
+
+def by_config(file: Path) -> str:
+    return json.dumps({"class_path": "firefly_lightning.strategies.ZeroStrategy", "init_args": {"config": str(file)}})
+
+
+@pytest.fixture(scope="module")
+def runs(odd_folder, rows_file, config_files, tmp_path_factory) -> Path:
+    """Runs of three steps, each in the folder of its name."""
+    folder = tmp_path_factory.mktemp("runs")
+    commands = []
+
+    def add(name: str, strategy: str, *more: object, model: str = "") -> None:
+        commands.append(command("fit", strategy, odd_folder, rows_file, folder / name, *more, *steps(3), model=model))
+
+    two = ["--data.micro_batch_size", 2]
+    for stage in (2, 3):
+        scratch = ["--model.from_scratch", "true"]
+        add(f"drawn-{stage}", f"zero{stage}", *scratch, model=f"{HERE}.Drawn")
+        add(f"own-{stage}", f"zero{stage}", model=f"{HERE}.OwnModel")
+        half = ["--trainer.strategy.stage", stage, "--trainer.strategy.initial_scale_power", 8]
+        add(f"half-{stage}", f"{HERE}.HalfPrecision", *half, *two, "--trainer.precision", "16-mixed")
+    add("drawn-bf16", "zero3", *scratch, "--trainer.precision", "bf16-mixed", model=f"{HERE}.Drawn")
+    ungathered = [f"{HERE}.Ungathered", "--trainer.strategy.stage", 3]
+    add("ungathered", *ungathered, *scratch)
+    add("own-ungathered", *ungathered, model=f"{HERE}.OwnModel")
+    add("once", "zero2", *two)
+    add("twice", f"{HERE}.DividingTwice", "--trainer.strategy.stage", 2, *two)
+    clipped = [*two, "--trainer.gradient_clip_val", 0.1]
+    add("offload", "zero3_offload", *clipped, model=f"{HERE}.Inspected")
+    add("full", by_config(config_files["full"]), *two, model=f"{HERE}.Inspected")
+    add("optimizer", by_config(config_files["optimizer"]), *two, model=f"{HERE}.Inspected")
+    run_ranks(2, *commands)
+    return folder
+
+
+def drawn(runs: Path, name: str) -> dict[str, torch.Tensor]:
+    return torch.load(runs / name / "drawn.pt")
+
+
+def test_random_weights_under_stage_3_are_those_of_one_device(runs):
+    whole, sharded = drawn(runs, "drawn-2"), drawn(runs, "drawn-3")  # stage 2 shards after construction
+    assert whole.keys() == sharded.keys()
+    assert all(torch.equal(weight, whole[name]) for name, weight in sharded.items())
+
+
+@pytest.mark.parametrize("run", ["drawn-3", "drawn-bf16"])
+def test_random_weights_under_stage_3_have_the_right_distribution(runs, run):
+    assert float(logged(runs / run)[0]) == pytest.approx(math.log(1499), rel=0.02)
+    for name, weight in drawn(runs, run).items():
+        if "layernorm" in name or "ln_f" in name or name.endswith("bias"):
+            assert (weight == name.endswith("weight")).all(), name
+        else:
+            sampling_error = 5 * 0.02 / math.sqrt(2 * weight.numel())
+            assert abs(float(weight.std()) - 0.02) < sampling_error, name
+
+
+def test_a_users_own_model_is_drawn_as_on_one_device(runs):
+    whole, sharded = drawn(runs, "own-2"), drawn(runs, "own-3")
+    assert all(torch.equal(weight, whole[name]) for name, weight in sharded.items())
+    assert "plain.weight" in sharded
+
+
+def test_without_help_random_weights_under_stage_3_are_wrong(runs):
+    """If this fails, transformers or DeepSpeed have mended it: take deepspeed_init's wrappers out."""
+    if not transformers.__version__.startswith("4."):
+        assert float(logged(runs / "ungathered")[0]) > 2 * math.log(1499)
+    whole, sharded = drawn(runs, "own-2"), drawn(runs, "own-ungathered")
+    name = "model.transformer.h.0.attn.c_proj.weight"
+    assert float(sharded[name].std()) > 1.5 * float(whole[name].std())
+
+
+def test_without_help_accumulated_gradients_are_divided_twice(runs):
+    """If this fails, Lightning or DeepSpeed have mended it: take `scale_wrt_gas` and `check_accumulation` out."""
+    once, twice = (float(logged(runs / name, "grad_norm")[0]) for name in ("once", "twice"))
+    assert twice == pytest.approx(once / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_fp16_trains_with_its_scale_undone_in_the_norm(runs, stage):
+    for name, tolerance in (("train_loss", 1e-3), ("grad_norm", 1e-2)):
+        half, full = (list(map(float, logged(runs / run, name).values())) for run in (f"half-{stage}", "once"))
+        assert half == pytest.approx(full, rel=tolerance)
+
+
+def test_a_full_configuration_holds_and_is_completed(runs):
+    assert logged(runs / "full") == logged(runs / "offload")
+    found, usual = (json.loads((runs / name / "facts.json").read_text()) for name in ("full", "offload"))
+    assert usual == {
+        "stage": 3, "bucket": 200_000_000, "rows": 2, "accumulated": 2, "clip": 0.1, "optimizer": "DeepSpeedCPUAdam",
+        "decoupled": True, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0,
+    }  # fmt: skip
+    assert found == usual | {"bucket": 12345}
+
+
+def test_optimizer_and_schedule_of_a_configuration_hold(runs):
+    rates = [float(rate) for rate in logged(runs / "optimizer", "lr").values()]
+    assert rates[1:] == [0.0, 1e-3 / 4]  # DeepSpeed's schedules begin with the second step
+    assert json.loads((runs / "optimizer" / "facts.json").read_text())["rows"] == 2
+
+
+# -------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.fixture(scope="module")
+def refusals(odd_folder, large_folder, rows_file, config_files, tmp_path_factory) -> str:
+    """What is said by runs that must fail; they have no weights where refusing must come before loading."""
+    root, empty, lacking = (tmp_path_factory.mktemp(name) for name in ("root", "empty", "lacking"))
+    for folder in (empty, lacking):
+        shutil.copytree(odd_folder, folder, dirs_exist_ok=True)
+    (empty / "model.safetensors").unlink()
+    leave_out(lacking / "model.safetensors", "transformer.h.1.mlp.dense_h_to_4h.weight")
+    commands = []
+
+    def add(strategy: str, folder: Path, *more: object, model: str = "") -> None:
+        name, *rest = command("fit", strategy, folder, rows_file, root, *more, "--trainer.max_steps", 3, model=model)
+        commands.append([f"-{name}", *rest])
+
+    for strategy, precision in (("zero1", "bf16-mixed"), ("zero2", "32-true"), ("zero3", "bf16-mixed")):
+        add(strategy, odd_folder, "--trainer.precision", precision, model=f"{HERE}.Spoiling")
+    add("zero3", lacking)
+    add("zero2_offload", odd_folder, model=f"{HERE}.OwnModel")
+    add("zero2_offload", empty, "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", 1e-3)
+    add("zero2", empty, "--trainer.gradient_clip_val", 0.1, "--trainer.gradient_clip_algorithm", "value")
+    add("zero2", empty, "--trainer.precision", "16-mixed")
+    add(by_config(config_files["contradicting"]), empty)
+    add("zero3", large_folder, model=f"{HERE}.Measured")
+    text = run_ranks(2, *commands)
+    assert "Traceback" not in text, text
+    return text
+
+
+@pytest.fixture(scope="module")
+def large_folder(odd_folder, tmp_path_factory) -> Path:
+    """A model of about 100 MB, in one file."""
+    folder = tmp_path_factory.mktemp("large")
+    shutil.copytree(odd_folder, folder, dirs_exist_ok=True)
+    BloomForCausalLM(BloomConfig(vocab_size=1499, hidden_size=512, n_layer=8, n_head=8)).save_pretrained(folder)
+    return folder
+
+
+def leave_out(file: Path, name: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(file)
+    del weights[name]
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(refusals):
+    lines = [line for line in refusals.splitlines() if "error: step 1: loss 7." in line and "gradient norm inf" in line]
+    assert len(lines) == 2 * 3, refusals
+
+
+def test_weights_under_stage_3_never_lie_whole_in_memory(refusals, large_folder):
+    size = (large_folder / "model.safetensors").stat().st_size
+    taken = [int(found) for found in re.findall(r"took (\d+) bytes", refusals)]
+    assert len(taken) == 2
+    assert all(0.45 * size < found < 0.75 * size for found in taken), (taken, size)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "the weights lack transformer.h.1.mlp.dense_h_to_4h.weight; fetch them again",
+        "offload_optimizer needs DeepSpeedCPUAdam, not AdamW; in configure_optimizers, take",
+        "offload_optimizer: DeepSpeed has no SGD on the host; take torch.optim.AdamW or Adam",
+        "trainer.gradient_clip_algorithm: DeepSpeed clips by norm only; leave it out",
+        "the DeepSpeed configuration has gradient_accumulation_steps 3, the plan of steps 1; leave it out there",
+    ],
+)
+def test_is_refused_in_one_line(refusals, message):
+    assert refusals.count(message) == 2  # each of the two processes
+
+
+def test_fp16_is_refused_where_the_processor_has_none(refusals):
+    assert ("16-mixed: DeepSpeed has no fp16 on this processor; take bf16-mixed" in refusals) == (not FP16)
+
+
+@pytest.mark.parametrize("package", ["deepspeed", "accelerate"])
+def test_a_missing_engine_names_the_extra(monkeypatch, model_folder, rows_file, tmp_path, package):
+    monkeypatch.setattr(deepspeed_machine, "find_spec", lambda name: None if name == package else name)
+    result = run(*command("fit", "zero2", model_folder, rows_file, tmp_path), check=False)
+    assert one_line(result) == f'{package} is not installed; run pip install "firefly-lightning[deepspeed]"'
+
+
+def test_a_missing_compiler_is_named(monkeypatch, model_folder, rows_file, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    args = command("fit", "zero2_offload", model_folder, rows_file, tmp_path, "--trainer.devices", 1)
+    line = one_line(run(*args, check=False, process=True))
+    assert "DeepSpeed cannot compile its Adam (there is no C++ compiler no-such-compiler); install g++" in line
+
+
+def test_lightnings_own_strategies_are_refused_where_they_would_divide_twice():
+    with pytest.raises(FireflyError) as raised:
+        check_accumulation(DeepSpeedStrategy(stage=3), 4)
+    assert "divides gradients by 4 micro-batches twice; take trainer.strategy zero3" in raised_line(raised)
+    check_accumulation(DeepSpeedStrategy(stage=3), 1)
+    check_accumulation(ZeroStrategy(stage=3), 4)
+
+
+# ---------------------------------------------------------------------------------- optimizers and configurations
+
+
+def test_adam_keeps_its_groups_on_the_host():
+    weights = [Parameter(torch.ones(3)) for _ in range(2)]
+    groups = [{"params": weights[:1], "lr": 0.5, "weight_decay": 0.1}, {"params": weights[1:]}]
+    for kind, decoupled in ((AdamW, True), (Adam, False)):
+        converted = cpu_adam(kind(groups, lr=1e-2, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.0))
+        assert type(converted).__name__ == "DeepSpeedCPUAdam"
+        assert converted.adam_w_mode is decoupled
+        kept = [(group["lr"], group["betas"], group["eps"], group["weight_decay"]) for group in converted.param_groups]
+        assert kept == [(0.5, (0.8, 0.9), 1e-3, 0.1), (1e-2, (0.8, 0.9), 1e-3, 0.0)]
+        assert [group["params"] for group in converted.param_groups] == [weights[:1], weights[1:]]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "name"),
+    [(SGD, "SGD"), (lambda p: AdamW(p, amsgrad=True), "AdamW with amsgrad"), (torch.optim.NAdam, "NAdam")],
+)
+def test_other_optimizers_are_refused_on_the_host(optimizer, name):
+    with pytest.raises(FireflyError) as raised:
+        cpu_adam(optimizer([Parameter(torch.ones(3))]))
+    assert f"DeepSpeed has no {name} on the host" in raised_line(raised)
+
+
+def test_options_reach_deepspeed(tmp_path):
+    nvme = {"offload_optimizer_device": "nvme", "offload_params_device": "nvme", "nvme_path": str(tmp_path)}
+    strategy = ZeroStrategy(stage=3, offload_optimizer=True, offload_parameters=True, **nvme, thread_count=4)
+    zero = strategy.config["zero_optimization"]
+    for section in ("offload_optimizer", "offload_param"):
+        assert (zero[section]["device"], zero[section]["nvme_path"]) == ("nvme", str(tmp_path))
+    assert strategy.config["aio"]["thread_count"] == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stage": 0}, "ZeRO has the stages 1, 2 and 3, not 0; take ddp"),
+        ({"zero_optimization": False}, "not 0"),
+        ({"stage": 2, "offload_parameters": True}, "offload_param to cpu needs stage 3, this is stage 2"),
+        ({"stage": 3, "offload_parameters": True, "offload_params_device": "gpu"}, "there is no device gpu"),
+        (
+            {"stage": 3, "offload_optimizer": True, "offload_optimizer_device": "nvme", "nvme_path": "/no/such"},
+            "offload_optimizer: nvme_path /no/such is no folder to write to",
+        ),
+        ({"load_full_weights": True}, "export the checkpoint"),
+        ({"config": "/no/such.json"}, "/no/such.json: No such file or directory"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message):
+    with pytest.raises(FireflyError) as raised:
+        ZeroStrategy(**options)
+    assert message in raised_line(raised)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_configuration_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "zero.json").write_text(text)
+    with pytest.raises(FireflyError) as raised:
+        read_config(tmp_path / "zero.json")
+    assert "zero.json: " in raised_line(raised)
+
+
+def test_what_is_left_to_the_trainer_is_left_out():
+    config = {
+        "train_batch_size": "auto", "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 3, "x": "auto"},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "scheduler": {"type": "WarmupLR"},
+    }  # fmt: skip
+    expected = {"bf16": {}, "zero_optimization": {"stage": 3}, "scheduler": {"type": "WarmupLR"}}
+    assert without_auto(config) == expected
+
+
+def test_a_configuration_must_agree_with_plan_and_trainer():
+    config = {"gradient_clipping": 1.0, "bf16": {}, "fp16": {"enabled": False}, "zero_optimization": {"stage": 1}}
+    settle(config, "train_batch_size", 8, "the plan")
+    settle_precision(config, "bf16-mixed")
+    check_zero(config)
+    assert config["train_batch_size"] == 8
+    assert config["bf16"] == {"enabled": True}
+    with pytest.raises(FireflyError, match=r"has gradient_clipping 1.0, the trainer 0.5; leave it"):
+        settle(config, "gradient_clipping", 0.5, "the trainer")
+    with pytest.raises(FireflyError, match=r"has bf16 enabled True, but trainer.precision is 32-true"):
+        settle_precision(config, "32-true")

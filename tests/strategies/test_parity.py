@@ -1,0 +1,100 @@
+"""Every strategy trains like one process of plain PyTorch: same first loss, same twenty losses, same weights."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BloomForCausalLM
+
+from tests.helpers import ROOT, logged, run, run_ranks
+from tests.strategies.conftest import BATCH_SIZE, STEPS
+
+ZERO = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+
+# name: (processes, of them data-parallel)
+STRATEGIES = {
+    "auto": (1, 1),
+    "ddp": (2, 2),
+    **dict.fromkeys((*ZERO, "gemini", "gemini_offload"), (2, 2)),
+    "tensor_parallel": (2, 1),
+    "fsdp2": (2, 2),
+    "native_tp": (2, 1),
+}
+
+CONFIGS = ROOT / "configs" / "strategy"
+
+# What torch itself cannot do without a GPU, and what is said then.
+REFUSED = {"fsdp2": "runs FSDP2 on GPUs only"} if torch.__version__ < "2.6" else {}
+
+RUNS = [  # Adam's eps, micro-batches of a step, precision, tolerance
+    (1e-4, 1, "32-true", 1e-4),
+    (1e-8, 4, "32-true", 1e-4),
+    (1e-4, 4, "bf16-mixed", 2e-2),
+]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_strategy_trains_like_plain_pytorch(strategy, fit_args, expected, tmp_path):
+    processes, shares = STRATEGIES[strategy]
+    commands, roots = [], []
+    for eps, accumulated, precision, _ in RUNS:
+        roots.append(tmp_path / f"{eps}-{accumulated}-{precision}")
+        file = CONFIGS / f"{strategy}.yaml"
+        chosen = ["--config", file] if not commands and file.is_file() else ["--trainer.strategy", strategy]
+        own = [*chosen, "--trainer.devices", processes, "--trainer.precision", precision]
+        micro_batch_size = BATCH_SIZE // shares // accumulated
+        commands.append(fit_args(roots[-1], eps, *own, "--data.micro_batch_size", micro_batch_size))
+    if not ran(strategy, processes, *commands):
+        return
+    problems = []
+    for root, (eps, _, precision, tolerance) in zip(roots, RUNS, strict=True):
+        problems += [f"{root.name}: {problem}" for problem in differences(root, expected[eps], tolerance, precision)]
+    assert not problems, "\n".join(problems)
+
+
+def test_every_strategy_has_a_configuration_that_opens_with_its_command():
+    files = sorted(CONFIGS.glob("*.yaml"))
+    assert {file.stem for file in files} == STRATEGIES.keys() - {"auto", "ddp"}
+    for file in files:
+        command = file.read_text("utf-8").splitlines()[0]
+        assert command == f"# firefly-fit fit --config configs/firefly-1b4.yaml --config configs/strategy/{file.name}"
+        run("firefly-fit", *command.split()[2:], "--print_config")
+
+
+def ran(strategy: str, processes: int, *commands: list[object]) -> bool:
+    """Runs commands; where the strategy must refuse this torch, sees that it does, and says so."""
+    if strategy not in REFUSED:
+        run_ranks(processes, *commands)
+        return True
+    with pytest.raises(AssertionError, match=REFUSED[strategy]):
+        run_ranks(processes, commands[0])
+    return False
+
+
+def differences(root: Path, expected, tolerance: float, precision: str) -> list[str]:
+    losses = [float(loss) for _, loss in sorted(logged(root).items())]
+    norms = [float(norm) for _, norm in sorted(logged(root, "grad_norm").items())]
+    assert len(losses) == len(norms) == len(expected.losses) == STEPS
+    found = {
+        "first loss": (relative(losses[0], expected.losses[0]), 1e-5 if precision == "32-true" else tolerance),
+        "losses": (max(map(relative, losses, expected.losses)), tolerance),
+        "gradient norms": (max(map(relative, norms, expected.norms)), 10 * tolerance),
+    }
+    run("firefly", "export", "--checkpoint", root / "checkpoints" / "last.ckpt", "--out", root / "exported")
+    trained = dict(BloomForCausalLM.from_pretrained(root / "exported").named_parameters())
+    assert trained.keys() == dict(expected.model.named_parameters()).keys()
+    apart = {name: difference(trained[name], value) for name, value in expected.model.named_parameters()}
+    worst = max(apart, key=apart.get)
+    found[f"weights, {worst}"] = (apart[worst], tolerance)
+    print(root.name, {name: f"{value:.1e}" for name, (value, _) in found.items()})
+    return [f"{name} differ by {value:.1e}" for name, (value, most) in found.items() if not value <= most]
+
+
+def relative(value: float, expected: float) -> float:
+    return abs(value - expected) / abs(expected) if math.isfinite(value) else math.inf
+
+
+def difference(weight: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest, relative to the largest weight of the tensor."""
+    return float((weight.float() - expected).abs().max() / expected.abs().max())

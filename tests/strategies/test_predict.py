@@ -1,0 +1,81 @@
+"""Under every strategy, `predict` gives the answers of stock Hugging Face, each row once, in the order of the files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import write_rows
+from tests.helpers import run, run_ranks
+from tests.predicting import DECODING, answers, predicted, teach
+from tests.strategies.test_parity import REFUSED, STRATEGIES
+
+# By default DeepSpeed keeps what is as small as this model whole on every process, and no rank needs the others.
+NOTHING_WHOLE = {
+    "stage": 3,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+ZERO3 = {
+    "class_path": "firefly_lightning.strategies.ZeroStrategy",
+    "init_args": {"config": {"zero_optimization": NOTHING_WHOLE}},
+}
+SAMPLED = ["--model.decoding.temperature", 5.0, "--model.decoding.max_new_tokens", 12]
+
+
+@pytest.fixture(scope="module")
+def rows(rows_file, tmp_path_factory) -> Path:
+    """Nine: two ranks with micro-batches of four have one left, and one of them has nothing to do."""
+    lines = rows_file.read_text("utf-8").splitlines()[:9]
+    return write_rows(tmp_path_factory.mktemp("rows") / "nine.jsonl", [json.loads(line) for line in lines])
+
+
+@pytest.fixture(scope="module")
+def other_rows(rows, tmp_path_factory) -> Path:
+    """The same with other answers."""
+    lines = [json.loads(line) for line in rows.read_text("utf-8").splitlines()]
+    targets = [line["target"] for line in lines]
+    changed = [{**line, "target": target} for line, target in zip(lines, targets[1:] + targets[:1], strict=True)]
+    return write_rows(tmp_path_factory.mktemp("rows") / "other.jsonl", changed)
+
+
+@pytest.fixture(scope="module")
+def taught(odd_folder, rows, tmp_path_factory) -> Path:
+    return teach(odd_folder, rows, tmp_path_factory.mktemp("taught"))
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in REFUSED])
+def test_answers_are_those_of_stock_hugging_face(strategy, taught, rows, other_rows, tmp_path):
+    processes, shares = STRATEGIES[strategy]
+    common = [
+        "--model.path", taught, "--trainer.default_root_dir", tmp_path, "--data.batch_size", 8,
+        "--data.micro_batch_size", 4,
+        "--trainer.strategy", json.dumps(ZERO3) if strategy == "zero3" else strategy,
+        "--trainer.devices", processes, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
+    ]  # fmt: skip
+    fit = ["firefly-fit", "fit", *common, "--data.train_files", other_rows, "--trainer.max_steps", 4]
+    predict = ["firefly-fit", "predict", *common, "--data.predict_files", rows]
+    run_ranks(
+        processes,
+        [*fit, "--model.learning_rate", 5e-3, "--model.warmup_steps", 0],
+        [*predict, *DECODING, "--ckpt_path", "last"],
+        [*predict, *DECODING, "--trainer.precision", "bf16-mixed"],
+        [*predict, *SAMPLED],
+        [*predict, *SAMPLED, "--model", "tests.predicting.Recorded"],
+    )
+    run("firefly", "export", "--checkpoint", tmp_path / "checkpoints", "--out", tmp_path / "exported")
+    before, after = answers(taught, [rows]), answers(tmp_path / "exported", [rows])
+    assert before != after
+    assert len({len(row["generated"]) for row in before}) > 3, "ranks are done at different times"
+    trained, rounded, sampled, again = (predicted(tmp_path, version) for version in range(1, 5))
+    assert trained == after
+    assert sum(map(dict.__eq__, rounded, before)) >= 7, "what was learned by heart outlives rounding"
+    assert sampled == again != before, "sampled, and repeatable"
+    by_rank = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(processes)]
+    if shares == 1:
+        assert all(answered == by_rank[0] for answered in by_rank), "ranks that split a model draw the same"
+    else:
+        assert [len(answered) for answered in by_rank] == [5, 4], "the second has nothing to do at the end"
+    assert not list((tmp_path / "lightning_logs").rglob(".predictions*"))
