@@ -1,4 +1,4 @@
-"""Callbacks of every run: checkpoints, throughput, the loss curve, the counts of the data."""
+"""Callbacks of every run: checkpoints, throughput, the loss curve, predictions."""
 
 import csv
 import time
@@ -8,7 +8,9 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from firefly_lightning.predictions import Prediction, PredictionFile
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -92,6 +94,47 @@ class LossCurve(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):
                 draw_losses(read_losses(Path(logger.log_dir)), Path(logger.log_dir) / "loss.png")
+
+
+class PredictionWriter(Callback):
+    """Writes what ``predict`` generates into ``predictions.jsonl``, in the order of the rows' files.
+
+    It is beside the other files of the run, or under ``trainer.default_root_dir`` where there is no logger, and appears
+    when it is complete. A dry run writes nothing.
+    """
+
+    # Lightning's BasePredictionWriter wants the sampler to be its own.
+    def __init__(self) -> None:
+        self._file: PredictionFile | None = None
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins this rank's part."""
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a helper of the trainer
+            folder = trainer.log_dir or trainer.default_root_dir  # rank 0 says which version_N it is
+            self._file = PredictionFile(Path(folder), trainer.global_rank)
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: list[Prediction],
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Writes the answers of a micro-batch."""
+        if self._file:
+            self._file.write(outputs)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Joins the parts of all ranks."""
+        if not self._file:
+            return
+        self._file.close()
+        trainer.strategy.barrier("predictions")
+        if trainer.is_global_zero:
+            self._file.join(trainer.world_size)
+            rank_zero_info(f"Predictions are in {self._file.path}")
 
 
 Losses = dict[str, dict[int, float]]

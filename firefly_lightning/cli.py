@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from firefly_lightning.callbacks import BestCheckpoint, LastCheckpoint, LossCurve, Throughput
+from firefly_lightning.callbacks import BestCheckpoint, LastCheckpoint, LossCurve, PredictionWriter, Throughput
 from firefly_lightning.checkpoint import AtomicCheckpointIO, find_checkpoint
 from firefly_lightning.data.datamodule import FireflyDataModule
 from firefly_lightning.errors import one_line_errors
@@ -36,11 +36,24 @@ class FireflyCLI(LightningCLI):
             seed_everything_default=0,
             # A run may be resumed into its own folder; its configuration is then written again.
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"log_every_n_steps": 1, "callbacks": [Throughput(), LossCurve()]},
+            trainer_defaults={"log_every_n_steps": 1, "callbacks": [Throughput(), LossCurve(), PredictionWriter()]},
             parser_class=_Parser,
+            parser_kwargs={
+                "predict": {"description": "Answers every row of data.predict_files; writes predictions.jsonl."}
+            },
             auto_configure_optimizers=False,
             **kwargs,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, without the flag that would gather all predictions in memory: they go to a file."""
+        known = LightningCLI.subcommands()
+        return {**known, "predict": known["predict"] | {"return_predictions"}}
+
+    def predict(self, **kwargs: Any) -> None:
+        """What ``firefly-fit predict`` runs."""
+        self.trainer.predict(return_predictions=False, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the two kinds of checkpoints, and gives the data the model's tokenizer."""

@@ -1,67 +1,20 @@
-"""Answers of a model: one streamed character by character, many in a batch, and the chat of the command line."""
+"""Answers of a model: one streamed character by character, or many in a batch."""
 
 import contextlib
 import copy
-import io
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from queue import SimpleQueue
 from threading import Event, Thread
-from typing import Any, Literal
+from typing import Any, TypedDict
 
 import torch
 from tokenizers.decoders import DecodeStream
 from transformers import BloomForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from firefly_lightning.data.prompt import PRESETS, PromptEncoder, Turn
+from firefly_lightning.data.prompt import PromptEncoder, Turn
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.huggingface import (
-    PUBLISHED_DECODING,
-    check_sizes,
-    load_bloom,
-    load_prompt_format,
-    load_tokenizer,
-    reason,
-)
-
-
-def chat(
-    model: str,
-    prompt: str | None = None,
-    device: str = "auto",
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    seed: int | None = None,
-    max_new_tokens: int | None = None,
-) -> None:
-    """Talks with a model.
-
-    Args:
-        model: Folder or hub name.
-        prompt: Answers this once, on stdout; without it, a conversation of several turns.
-        device: Such as cpu or cuda:0; auto takes a GPU if there is one.
-        dtype: Type of the weights; auto is bfloat16 on a GPU and float32 elsewhere.
-        seed: Makes the answers repeatable.
-        max_new_tokens: Longest answer; the model's own setting by default.
-
-    Raises:
-        FireflyError: If the model cannot be loaded, or the device is not there.
-    """
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        _take_any_character(stream)
-    bloom, encoder = _load(model, device, dtype)
-    config = default_decoding(bloom)
-    config.max_new_tokens = max_new_tokens or config.max_new_tokens
-
-    def answer(turns: Sequence[Turn], question: str) -> Iterator[str]:
-        return generate_stream(bloom, encoder, turns, question, config, seed)
-
-    if prompt is None:
-        _converse(answer)
-    else:
-        # What the locale could not decode from the command line is UTF-8 after all.
-        _show(answer([], os.fsencode(prompt).decode("utf-8", "replace")), [])
+from firefly_lightning.huggingface import PUBLISHED_DECODING, reason
 
 
 def generate_stream(
@@ -122,20 +75,48 @@ def generate_batch(
         questions: At once in memory, padded to the longest.
         generation_config: ``default_decoding`` of the model by default.
     """
-    if not questions:
-        return []
-    prompts = [encoder.encode_question([], question) for question in questions]
-    width = max(map(len, prompts))
-    # On the left: an answer goes on from the last column, and ALiBi measures from the first column attended to.
-    padding = [width - len(ids) for ids in prompts]
-    input_ids = [[encoder.pad_token_id] * pad + ids for pad, ids in zip(padding, prompts, strict=True)]
-    attention_mask = [[0] * pad + [1] * (width - pad) for pad in padding]
-    output = model.generate(
-        torch.tensor(input_ids, device=model.device),
-        attention_mask=torch.tensor(attention_mask, device=model.device),
-        generation_config=_decoding(generation_config, model, encoder),
+    return answer_prompts(
+        model, encoder, [encoder.encode_question([], question) for question in questions], generation_config
     )
-    return [_decode(encoder, ids) for ids in output[:, width:].tolist()]
+
+
+def answer_prompts(
+    model: BloomForCausalLM,
+    encoder: PromptEncoder,
+    prompts: Sequence[Sequence[int]],
+    generation_config: GenerationConfig | None = None,
+    seed: int | None = None,
+    in_step: bool = False,
+    device: torch.device | None = None,
+) -> list[str]:
+    """Answers of prompts, all generated together.
+
+    Args:
+        model: Generates.
+        encoder: Of the format the model was trained with.
+        prompts: Token ids of each, up to where its answer begins.
+        generation_config: ``default_decoding`` of the model by default.
+        seed: Makes the answers repeatable, and leaves PyTorch's random state as it was.
+        in_step: All ranks call this together and run the model equally often, until the last of them is done; one
+            without prompts runs it on a token of padding.
+        device: Where the model runs, which is not always where it lies; ``model.device`` by default.
+    """
+    if not prompts and not in_step:
+        return []
+    stopped = Event()
+    if not prompts:
+        stopped.set()  # at once; transformers goes on running the model while another rank needs it
+    input_ids, attention_mask = _pad_left(prompts or [[encoder.pad_token_id]], encoder.pad_token_id)
+    device = device or model.device
+    with _seeded(seed, device):
+        output = model.generate(
+            input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            generation_config=_decoding(generation_config, model, encoder),
+            stopping_criteria=StoppingCriteriaList([_StopWhen(stopped)]),
+            synced_gpus=in_step,
+        )
+    return [_decode(encoder, ids) for ids in output[: len(prompts), input_ids.shape[1] :].tolist()]
 
 
 def default_decoding(model: BloomForCausalLM) -> GenerationConfig:
@@ -144,10 +125,55 @@ def default_decoding(model: BloomForCausalLM) -> GenerationConfig:
     return copy.deepcopy(config) if config.max_new_tokens else GenerationConfig(**PUBLISHED_DECODING)
 
 
+class Decoding(TypedDict, total=False):
+    """Settings of generation, as in Hugging Face's ``GenerationConfig``; what is not set is the model's own."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    no_repeat_ngram_size: int
+    num_beams: int
+    length_penalty: float
+
+
+def change_decoding(config: GenerationConfig, changes: Decoding) -> GenerationConfig:
+    """Another config with some settings changed.
+
+    Raises:
+        FireflyError: If there is no such setting, or it cannot have that value.
+    """
+    changed = copy.deepcopy(config)
+    if changes.get("do_sample") is False:
+        for name in ("temperature", "top_k", "top_p"):  # of sampling; 4.51 warns where they stay
+            setattr(changed, name, getattr(GenerationConfig(), name))
+    try:
+        unknown = changed.update(**changes)
+    except (ValueError, TypeError) as error:
+        raise FireflyError(f"model.decoding: {reason(error).rstrip('.')}; choose another value") from error
+    if unknown:
+        raise FireflyError(f"model.decoding: no setting is called {', '.join(unknown)}; see GenerationConfig")
+    return changed
+
+
 def _decoding(config: GenerationConfig | None, model: BloomForCausalLM, encoder: PromptEncoder) -> GenerationConfig:
     config = default_decoding(model) if config is None else copy.deepcopy(config)
     config.eos_token_id, config.pad_token_id = encoder.eos_token_id, encoder.pad_token_id
     return config
+
+
+def _pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, (prompts, longest).
+
+    On the left: an answer goes on from the last column, and ALiBi measures from the first column attended to.
+    """
+    width = max(map(len, prompts))
+    input_ids = [[pad_token_id] * (width - len(ids)) + list(ids) for ids in prompts]
+    attention_mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+    return torch.tensor(input_ids), torch.tensor(attention_mask)
 
 
 def _decode(encoder: PromptEncoder, ids: list[int]) -> str:
@@ -205,70 +231,3 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def _load(path: str, device: str, dtype: str) -> tuple[BloomForCausalLM, PromptEncoder]:
-    place = _device(device)
-    default = "bfloat16" if place.type == "cuda" else "float32"
-    bloom, tokenizer = load_bloom(path, getattr(torch, default if dtype == "auto" else dtype)), load_tokenizer(path)
-    check_sizes(bloom.config, tokenizer, path)
-    prompt = load_prompt_format(path)
-    if prompt is None:
-        print(f"note: {path} has no prompt_format.json; the format 'firefly' is used", file=sys.stderr)
-    return bloom.to(place).eval(), PromptEncoder(tokenizer, prompt or PRESETS["firefly"])
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: this torch was built without CUDA
-        raise FireflyError(f"device {name}: not on this machine ({reason(error)}); try cpu") from error
-
-
-def _converse(answer: Callable[[Sequence[Turn], str], Iterator[str]]) -> None:
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  # gives input() line editing
-    print("/clear forgets what was said, /exit or Ctrl-D leaves, Ctrl-C stops an answer.", file=sys.stderr)
-    turns: list[Turn] = []
-    while (question := _ask()) not in (None, "/exit"):
-        if question == "/clear":
-            turns.clear()
-        elif question:
-            pieces: list[str] = []
-            with contextlib.suppress(KeyboardInterrupt):
-                _show(answer(turns, question), pieces)
-            turns.append((question, "".join(pieces)))
-
-
-def _ask() -> str | None:
-    try:
-        return input("> ").strip()
-    except KeyboardInterrupt:
-        print()
-        return ""
-    except EOFError:
-        print()
-        return None
-
-
-def _show(answer: Iterator[str], pieces: list[str]) -> None:
-    """Prints an answer while it comes, and collects it."""
-    try:
-        for piece in answer:
-            print(piece, end="", flush=True)
-            pieces.append(piece)
-    finally:
-        print(flush=True)
-
-
-def _take_any_character(stream: Any) -> None:
-    """A terminal's encoding may lack a character, or all Chinese ones: then it is most likely set wrongly."""
-    if not isinstance(stream, io.TextIOWrapper):
-        return
-    try:
-        "你好".encode(stream.encoding)
-        stream.reconfigure(errors="replace")
-    except UnicodeEncodeError:
-        stream.reconfigure(encoding="utf-8", errors="replace")

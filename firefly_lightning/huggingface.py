@@ -93,6 +93,11 @@ def load_bloom(path: str, dtype: torch.dtype) -> BloomForCausalLM:
     return model
 
 
+def random_bloom(config: BloomConfig, dtype: torch.dtype) -> BloomForCausalLM:
+    """The model with weights drawn as Hugging Face draws them, from PyTorch's random state."""
+    return BloomForCausalLM(config).to(dtype)
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     """The tokenizer of ``tokenizer.json``.
 

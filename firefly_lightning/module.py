@@ -1,6 +1,9 @@
 """FireflyModule: a (pruned) Bloom that learns the targets of instruction rows."""
 
+import math
 import os
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -8,24 +11,31 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import BloomForCausalLM, get_cosine_schedule_with_warmup
+from transformers import BloomForCausalLM, GenerationConfig, get_cosine_schedule_with_warmup
 
-from firefly_lightning.data.batches import MicroBatch, PlannedBatches
-from firefly_lightning.data.prompt import prompt_format
+from firefly_lightning.data.batches import MicroBatch, PlannedBatches, data_parallel_share
+from firefly_lightning.data.prompt import PromptEncoder, prompt_format
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.generation import Decoding, change_decoding, default_decoding
 from firefly_lightning.huggingface import (
     DESCRIPTION_KEY,
+    PUBLISHED_DECODING,
     check_same_model,
     check_sizes,
     describe,
     load_bloom,
+    load_config,
     load_tokenizer,
+    random_bloom,
 )
 from firefly_lightning.loss import target_cross_entropy
 from firefly_lightning.metrics import TargetLoss
+from firefly_lightning.predictions import Prediction, predict
 from firefly_lightning.progress import fit_loop_state
+from firefly_lightning.strategies.hooks import StrategyHooks, check_accumulation, hooks_of
 
 NAMED_ROWS = 32
 """Rows that a message about a bad step names; the published batch sizes are 16 and 8."""
@@ -42,8 +52,11 @@ class FireflyModule(L.LightningModule):
         learning_rate: Of AdamW, reached at the end of the warm-up.
         warmup_steps: Optimizer steps of linear warm-up before the cosine.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        from_scratch: Begin with random weights of the folder's ``config.json``, not with its weights.
         optimizer: Replaces AdamW; its own arguments hold, ``learning_rate`` is not used.
         lr_scheduler: Replaces warm-up and cosine; stepped once an optimizer step.
+        decoding: How ``predict`` answers, where it differs from the model's own generation config, such as
+            ``{max_new_tokens: 100, do_sample: false}``.
     """
 
     def __init__(
@@ -52,8 +65,10 @@ class FireflyModule(L.LightningModule):
         learning_rate: float = 3e-5,
         warmup_steps: int = 3000,
         gradient_checkpointing: bool = False,
+        from_scratch: bool = False,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
+        decoding: Decoding | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
@@ -61,12 +76,29 @@ class FireflyModule(L.LightningModule):
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
         self.gradient_checkpointing = gradient_checkpointing
+        self.from_scratch = from_scratch
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.decoding = decoding or Decoding()
         self.model: BloomForCausalLM = None  # until configure_model, where Lightning wants it to be built
         self.evaluation_loss = TargetLoss()
         self._micro_losses: list[Tensor] = []
+        self._step, self._step_loss = 0, 0.0
         self._description: dict[str, Any] | None = None
+
+    def setup(self, stage: str) -> None:
+        """Refuses a model, an optimizer or a decoding that cannot be had, before weights are loaded.
+
+        Raises:
+            FireflyError: If there is such a one, or the folder holds no Bloom.
+        """
+        self._hooks.check_model(load_config(self.path))
+        change_decoding(GenerationConfig(**PUBLISHED_DECODING), self.decoding)
+        if stage == "predict":
+            self._encoder = PromptEncoder(*self._tokenizer_and_prompt())
+        if stage == "fit":
+            check_accumulation(self.trainer.strategy, self.trainer.accumulate_grad_batches)
+            self._make_optimizer([Parameter(torch.zeros(1))])
 
     def configure_model(self) -> None:
         """Loads the weights; here rather than in the constructor, so that a strategy can shard them as they come.
@@ -76,7 +108,9 @@ class FireflyModule(L.LightningModule):
         """
         if self.model is not None:
             return
-        self.model = load_bloom(self.path, torch.get_default_dtype())
+        config, dtype = load_config(self.path), torch.get_default_dtype()
+        build = partial(random_bloom, config, dtype) if self.from_scratch else partial(load_bloom, self.path, dtype)
+        self.model = self._hooks.build_model(config, build)
         self.model.train()  # from_pretrained leaves it in evaluation mode, and Lightning keeps that
         tokenizer, _ = self._tokenizer_and_prompt()
         check_sizes(self.model.config, tokenizer, self.path)
@@ -102,6 +136,14 @@ class FireflyModule(L.LightningModule):
         """Adds a micro-batch to the mean over target tokens."""
         self._evaluation_step(batch)
 
+    def predict_step(self, batch: MicroBatch, batch_idx: int) -> list[Prediction]:
+        """Answers to the first input of every row; sampled ones depend on seed, micro-batch and rank alone."""
+        loader: Any = self.trainer.predict_dataloaders
+        config = change_decoding(default_decoding(self.model), self.decoding)
+        in_step = self._hooks.generates_in_step and self.trainer.world_size > 1
+        seed = self._seed(batch["step"])
+        return predict(self.model, self._encoder, batch, loader.dataset.rows.kinds, config, seed, in_step)
+
     def on_validation_epoch_end(self) -> None:
         """Logs ``val_loss`` and ``val_perplexity``, weighted by target tokens."""
         self._log_evaluation("val")
@@ -125,8 +167,7 @@ class FireflyModule(L.LightningModule):
                 f"step {self.global_step} was given the rows of step {batch['step']}; "
                 "resume with the data module that the checkpoint was saved with"
             )
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        torch.manual_seed(hash((seed, self.global_step, batch_idx, self.global_rank)) % 2**63)
+        torch.manual_seed(self._seed(self.global_step, batch_idx))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Logs the loss of the step, the learning rate and the gradient's norm before clipping.
@@ -134,16 +175,27 @@ class FireflyModule(L.LightningModule):
         Raises:
             FireflyError: If loss or gradient is not finite; before the weights are touched, naming the step's rows.
         """
-        loss = self.trainer.strategy.reduce(torch.stack(self._micro_losses).mean(), reduce_op="mean")
+        strategy: Any = self.trainer.strategy
+        if strategy.handles_gradient_accumulation and len(self._micro_losses) < self.trainer.accumulate_grad_batches:
+            return  # such an engine is asked to step after every micro-batch, and knows which is the last
+        loss = strategy.reduce(torch.stack(self._micro_losses).mean(), reduce_op="mean")
         self._micro_losses.clear()
-        grad_norm = self._grad_norm()
-        # A gradient scaler skips steps whose gradients overflow; without one nothing else would stop them.
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if not torch.isfinite(loss if scaled else loss + grad_norm):
-            raise FireflyError(self._describe_bad_step(float(loss), float(grad_norm)))
+        self._step, self._step_loss = self.global_step, float(loss)
         self.log("train_loss", loss, prog_bar=True)
         self.log("lr", torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64))
-        self.log("grad_norm", grad_norm)
+        if self._hooks.norm_follows_step:
+            self._check_step(grad_norm=0.0, weights="still those before it")
+        else:
+            self._log_gradient_norm(weights="still those before it")
+
+    def on_train_batch_end(self, outputs: Any, batch: MicroBatch, batch_idx: int) -> None:
+        """Logs the gradient's norm where the engine has computed it in its step.
+
+        Raises:
+            FireflyError: If it is not finite.
+        """
+        if self._hooks.norm_follows_step and not self._micro_losses:
+            self._log_gradient_norm(weights="spoilt, the last checkpoint is whole")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with linear warm-up into a cosine that ends at the last step, unless replaced.
@@ -151,8 +203,7 @@ class FireflyModule(L.LightningModule):
         Raises:
             FireflyError: If the run has no last step for the cosine to end at.
         """
-        make_optimizer = self.optimizer or (lambda parameters: AdamW(parameters, self.learning_rate, weight_decay=0.0))
-        optimizer = make_optimizer(self.parameters())
+        optimizer = self._make_optimizer(self.parameters())
         scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler else self._cosine(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -190,9 +241,29 @@ class FireflyModule(L.LightningModule):
         self.evaluation_loss.reset()
         self.log_dict({f"{stage}_loss": loss, f"{stage}_perplexity": loss.exp()}, prog_bar=True)
 
-    def _grad_norm(self) -> Tensor:
-        norms = [torch.linalg.vector_norm(p.grad) for p in self.parameters() if p.grad is not None]
-        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self.device)
+    @property
+    def _hooks(self) -> StrategyHooks:
+        return hooks_of(getattr(self._trainer, "strategy", None))
+
+    def _seed(self, *where: int) -> int:
+        """Of a place in the run, another on every rank; ranks that split a model must draw the same."""
+        _, rank = data_parallel_share(self.trainer.strategy)
+        return hash((int(os.environ.get("PL_GLOBAL_SEED", 0)), *where, rank)) % 2**63
+
+    def _make_optimizer(self, parameters: Iterable[Parameter]) -> Optimizer:
+        make = self.optimizer or (lambda parameters: AdamW(parameters, self.learning_rate, weight_decay=0.0))
+        return self._hooks.convert_optimizer(make(parameters))
+
+    def _log_gradient_norm(self, weights: str) -> None:
+        norm = self._hooks.gradient_norm(self.parameters())
+        self._check_step(float(norm), weights)
+        self.log("grad_norm", norm)
+
+    def _check_step(self, grad_norm: float, weights: str) -> None:
+        # A gradient scaler skips steps whose gradients overflow; without one nothing else would stop them.
+        scaled = self.trainer.precision == "16-mixed"
+        if not math.isfinite(self._step_loss if scaled else self._step_loss + grad_norm):
+            raise FireflyError(self._describe_bad_step(grad_norm, weights))
 
     def _cosine(self, optimizer: Optimizer) -> LambdaLR:
         steps = self.trainer.estimated_stepping_batches
@@ -208,11 +279,11 @@ class FireflyModule(L.LightningModule):
             return datamodule.tokenizer, datamodule.prompt
         return load_tokenizer(self.path), prompt_format("firefly")
 
-    def _describe_bad_step(self, loss: float, grad_norm: float) -> str:
+    def _describe_bad_step(self, grad_norm: float, weights: str) -> str:
         describe_step = getattr(getattr(self.trainer, "datamodule", None), "describe_step", None)
-        rows = describe_step(self.global_step) if describe_step else []
+        rows = describe_step(self._step) if describe_step else []
         shown = ", ".join(rows[:NAMED_ROWS]) + (f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else "")
         return (
-            f"step {self.global_step}: loss {loss}, gradient norm {grad_norm}; the weights are still those before it. "
+            f"step {self._step}: loss {self._step_loss}, gradient norm {grad_norm}; the weights are {weights}. "
             f"Look at its rows, or lower the learning rate. Rows: {shown or 'not known'}"
         )

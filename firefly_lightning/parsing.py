@@ -22,7 +22,9 @@ _KEY = re.compile(r'Parser key "([^"]+)"')
 _EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$", re.MULTILINE)
 _REQUIRED = re.compile(r"arguments are required: ([\w., -]+)")
 _GIVEN = re.compile(r"Given value: (.*)")
-_UNKNOWN_ITEM = re.compile(r"<class '([\w.]+)'>\]\n(?:(?!Subtypes:).|\n)*?Unexpected keys: \{'([^']+)'")
+_UNKNOWN_ITEM = re.compile(
+    r"<class '([\w.]+)'>(?:, <class 'NoneType'>)?\]\n(?:(?!Subtypes:).|\n)*?Unexpected keys: \{'([^']+)'"
+)
 _FRAME = re.compile(r"Parser key |Expected an? |Does not validate|Subtypes:|Errors:|Problem with|Given value")
 _MISSING_ITEM = re.compile(r"Missing required keys: \{'([^']+)'")
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from jsonargparse import CLI
 
-from firefly_lightning.checkpoint import export
+from firefly_lightning.chat import chat
 from firefly_lightning.data.build import build
 from firefly_lightning.errors import one_line_errors
-from firefly_lightning.generation import chat
+from firefly_lightning.export import export
 from firefly_lightning.parsing import OneLineErrors
 from firefly_lightning.pruning import prune
 

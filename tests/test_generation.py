@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, GenerationConfig
 
+from firefly_lightning.chat import chat
 from firefly_lightning.data.prompt import PRESETS, PromptEncoder
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.generation import chat, default_decoding, generate_batch, generate_stream
+from firefly_lightning.generation import default_decoding, generate_batch, generate_stream
 from firefly_lightning.huggingface import describe, write_description
 from tests.conftest import tiny_tokenizer
 

@@ -1,12 +1,12 @@
 """Micro-batches: the tensors that a training step receives, and the order in which a rank receives them."""
 
 from collections.abc import Iterator, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from firefly_lightning.data.plan import Rows, StepPlan
 from firefly_lightning.data.tokenized import TokenizedRow, TokenizedRows
@@ -112,6 +112,39 @@ class EpochSampler(DistributedSampler[int]):
 
     def __len__(self) -> int:
         return len(self.batches)
+
+
+class PlanLoader(DataLoader[MicroBatch]):
+    """A loader that Lightning takes for resumable, as it is: the data module makes it begin at the right step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing; see :meth:`FireflyDataModule.state_dict`."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+
+def data_parallel_share(strategy: Any) -> tuple[int, int]:
+    """How many ranks share the rows, and which of them this is; ranks that split a model count as one.
+
+    Args:
+        strategy: Lightning's; None is one device.
+    """
+    share = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
+    return share["num_replicas"], share["rank"]
+
+
+def first_turns(batch: PaddedRows) -> list[tuple[list[int], list[int]]]:
+    """Of each row, the token ids up to its first target, and those of this target; later turns are left out."""
+    width = batch["input_ids"].shape[1]
+    ids, learned = batch["input_ids"].tolist(), np.array(batch["target_positions"].cpu()) + 1
+    turns = []
+    for index in np.unique(learned // width):
+        at = learned[learned // width == index] % width
+        end = at[0] + np.sum(at - at[0] == np.arange(len(at)))  # input and separator part later targets from the first
+        turns.append((ids[index][: at[0]], ids[index][at[0] : end]))
+    return turns
 
 
 def collate(rows: Sequence[TokenizedRow], pad_id: int) -> PaddedRows:

@@ -1,23 +1,28 @@
 """FireflyDataModule: from names of files to planned micro-batches."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 import lightning as L
 import numpy as np
+import numpy.typing as npt
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from firefly_lightning.data.batches import EpochSampler, MicroBatch, PlannedBatches
-from firefly_lightning.data.plan import StepPlan, WeightedRows, check_shares, permutation
+from firefly_lightning.data.batches import EpochSampler, MicroBatch, PlanLoader, PlannedBatches, data_parallel_share
+from firefly_lightning.data.plan import Rows, StepPlan, WeightedRows, check_shares, permutation
 from firefly_lightning.data.prompt import PromptEncoder, PromptFormat, prompt_format
 from firefly_lightning.data.rows import find_sources
 from firefly_lightning.data.stats import counts_table
 from firefly_lightning.data.tokenized import TokenizedRows, TooLong, default_cache_dir, tokenize
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import load_tokenizer
+
+WHOLE = sys.maxsize
+"""A length that cuts no row."""
 
 
 class _Path(TypedDict):
@@ -45,6 +50,8 @@ class FireflyDataModule(L.LightningDataModule):
         val_files: Likewise, to validate on.
         val_fraction: Share of the training rows to validate on instead, between 0 and 1.
         test_files: Likewise, for ``test``; the validation rows where there are none.
+        predict_files: Likewise, to answer with ``predict``; the test or else the validation rows where there are none.
+            Files are read whole for it: no row is cut or left out, whatever its length.
         batch_size: Rows in one optimizer step, over all devices.
         micro_batch_size: Rows that one device works on at a time; all of its share where not given. Gradients are
             accumulated over the rest: the step stays the same.
@@ -68,6 +75,7 @@ class FireflyDataModule(L.LightningDataModule):
         val_files: str | list[str] | None = None,
         val_fraction: float = 0.0,
         test_files: str | list[str] | None = None,
+        predict_files: str | list[str] | None = None,
         batch_size: int = 16,
         micro_batch_size: int | None = None,
         max_length: int = 512,
@@ -82,6 +90,7 @@ class FireflyDataModule(L.LightningDataModule):
         self.tokenizer_path = tokenizer
         self.train_sources = [_weighted(item) for item in _listed(train_files)]
         self.val_files, self.test_files = _listed(val_files), _listed(test_files)
+        self.predict_files = _listed(predict_files)
         self.val_fraction = val_fraction
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
@@ -108,17 +117,23 @@ class FireflyDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenises what the cache lacks, once per machine, and prints what was kept of every kind."""
         encoder = PromptEncoder(self.tokenizer, self.prompt)
-        for files in ([source["path"] for source in self.train_sources], self.val_files, self.test_files):
+        train_files = [source["path"] for source in self.train_sources]
+        answered = self._files_to_answer() if getattr(self.trainer, "predicting", False) else []
+        for files in [answered] if answered else [train_files, self.val_files, self.test_files]:
             if files:
-                rows = self._tokenized(files, encoder)
+                rows = self._tokenized(files, encoder, WHOLE if answered else self.max_length)
                 rank_zero_info(counts_table(rows.names, rows.counts))
 
     def setup(self, stage: str) -> None:
         """Maps the token ids, plans the steps and tells the trainer how many micro-batches make one."""
         self._fitting, self._resumed_step = stage == "fit", 0
         encoder = PromptEncoder(self.tokenizer, self.prompt)
-        self.world_size, self.rank = self._data_parallel_share()
+        self.world_size, self.rank = data_parallel_share(self.trainer.strategy if self.trainer else None)
         micro_batch_size = check_shares(self.batch_size, self.world_size, self.micro_batch_size)
+        if stage == "predict" and (answered := self._files_to_answer()):
+            rows = self._tokenized(answered, encoder, WHOLE)
+            self.answered = self._prompted(rows, np.arange(len(rows)), micro_batch_size)
+            return
         val_rows = None
         if stage == "fit" or self.val_fraction:
             if not self.train_sources:
@@ -126,7 +141,7 @@ class FireflyDataModule(L.LightningDataModule):
             files = [
                 (file, source["weight"]) for source in self.train_sources for file in find_sources([source["path"]])
             ]
-            train_rows = self._tokenized([file for file, _ in files], encoder)
+            train_rows = self._tokenized([file for file, _ in files], encoder, self.max_length)
             taken, held_out = self._split(train_rows, [weight for _, weight in files])
             self.train = self._planned(train_rows, taken, self.batch_size, micro_batch_size, shuffle=True)
             val_rows = self._planned(train_rows, held_out, 0, micro_batch_size) if self.val_fraction else None
@@ -134,6 +149,10 @@ class FireflyDataModule(L.LightningDataModule):
         self.test = self._evaluated(self.test_files, encoder, micro_batch_size) or self.val
         if stage == "validate" and not self.val:
             raise FireflyError("data.val_files: nothing to validate on; name a file there, or set data.val_fraction")
+        if stage == "predict":
+            if not self.val:
+                raise FireflyError("data.predict_files: nothing to answer; name a file there")
+            self.answered = self._prompted(self.val.rows, self.val.plan.sources[0].rows, micro_batch_size)
         if stage == "fit":
             self._set_accumulation()
 
@@ -180,6 +199,10 @@ class FireflyDataModule(L.LightningDataModule):
             raise FireflyError("data.test_files: nothing to test on; name a file there, or validation files")
         return self._loader(self.test)
 
+    def predict_dataloader(self) -> DataLoader[MicroBatch]:
+        """All rows to answer once."""
+        return self._loader(self.answered)
+
     def describe_step(self, step: int) -> list[str]:
         """Source, line and kind of every row of an optimizer step of training."""
         return [self.train.rows.describe(int(row)) for row in self.train.plan.rows(step)]
@@ -199,22 +222,19 @@ class FireflyDataModule(L.LightningDataModule):
                     f"data.train_files: the weight of {source['path']} is {source['weight']}; it must be above 0"
                 )
 
-    def _tokenized(self, files: Sequence[str], encoder: PromptEncoder) -> TokenizedRows:
+    def _tokenized(self, files: Sequence[str], encoder: PromptEncoder, max_length: int) -> TokenizedRows:
         sources = find_sources(files)
-        folders = [tokenize(source, encoder, self.max_length, self.too_long, self.cache_dir) for source in sources]
+        folders = [tokenize(source, encoder, max_length, self.too_long, self.cache_dir) for source in sources]
         rows = TokenizedRows(folders, sources)
         if not len(rows):
             raise FireflyError(
-                f"{', '.join(sources)}: no row has a target within {self.max_length} tokens; "
+                f"{', '.join(sources)}: no row has a target within {max_length} tokens; "
                 "raise data.max_length or change data.too_long"
             )
         return rows
 
-    def _data_parallel_share(self) -> tuple[int, int]:
-        """How many ranks share the rows, and which of them this is; ranks that split a model count as one."""
-        strategy = self.trainer.strategy if self.trainer else None
-        share = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
-        return share["num_replicas"], share["rank"]
+    def _files_to_answer(self) -> list[str]:
+        return self.predict_files or self.test_files or self.val_files
 
     def _split(self, rows: TokenizedRows, weights: Sequence[float]) -> tuple[list[WeightedRows], list[WeightedRows]]:
         """The rows to train on, by source with its weight, and those held out for validation."""
@@ -233,8 +253,13 @@ class FireflyDataModule(L.LightningDataModule):
     def _evaluated(self, files: Sequence[str], encoder: PromptEncoder, micro_batch_size: int) -> PlannedBatches | None:
         if not files:
             return None
-        rows = self._tokenized(files, encoder)
+        rows = self._tokenized(files, encoder, self.max_length)
         return self._planned(rows, [WeightedRows(np.arange(len(rows)))], 0, micro_batch_size)
+
+    def _prompted(self, rows: TokenizedRows, taken: Rows, micro_batch_size: int) -> PlannedBatches:
+        """Rows to answer: those together whose prompts are of like length."""
+        prompts = rows.lengths - rows.target_tokens
+        return self._planned(rows, [WeightedRows(taken)], 0, micro_batch_size, lengths=prompts)
 
     def _planned(
         self,
@@ -243,11 +268,13 @@ class FireflyDataModule(L.LightningDataModule):
         batch_size: int,
         micro_batch_size: int,
         shuffle: bool = False,
+        lengths: npt.NDArray[np.int32] | None = None,
     ) -> PlannedBatches:
+        lengths = rows.lengths if lengths is None else lengths
         if not shuffle:  # evaluation: each row once, like lengths together, one micro-batch a step and rank
             batch_size = micro_batch_size * self.world_size
-            sources = [WeightedRows(part.rows[np.argsort(-rows.lengths[part.rows], kind="stable")]) for part in sources]
-        plan = StepPlan(rows.lengths, rows.target_tokens, sources, batch_size, self.seed, shuffle)
+            sources = [WeightedRows(part.rows[np.argsort(-lengths[part.rows], kind="stable")]) for part in sources]
+        plan = StepPlan(lengths, rows.target_tokens, sources, batch_size, self.seed, shuffle)
         pad_id = self.tokenizer.pad_token_id
         return PlannedBatches(rows, plan, micro_batch_size, self.world_size, self.rank, pad_id)
 
@@ -280,17 +307,6 @@ class FireflyDataModule(L.LightningDataModule):
             pin_memory=self.pin_memory,
             persistent_workers=self.num_workers > 0,
         )
-
-
-class PlanLoader(DataLoader[MicroBatch]):
-    """A loader that Lightning takes for resumable, as it is: the data module makes it begin at the right step."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing; see :meth:`FireflyDataModule.state_dict`."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
 
 
 def _weighted(source: str | Source) -> Source:

@@ -139,6 +139,15 @@ class PromptEncoder:
         """Ids of plain texts; special tokens typed in them stay text."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def decode_turn(self, prompt_ids: Sequence[int], target_ids: Sequence[int]) -> Turn:
+        """Texts of a row's first turn, from its ids up to the target and those of the target; cut ones as they are."""
+        source = _between(self._start, list(prompt_ids), self._separator)
+        target = _between([], list(target_ids), self._end)
+        return self._decode(source), self._decode(target)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.backend.decode(ids, skip_special_tokens=True))
+
     def _join(self, turns: Iterable[tuple[list[int], list[int]]]) -> EncodedRow:
         ids, mask = list(self._start), [False] * len(self._start)
         for index, (source, target) in enumerate(turns):
@@ -156,6 +165,12 @@ class PromptEncoder:
         if not special.issuperset(borders) or not (ids or name == "start"):
             raise FireflyError(f"prompt format: {name} {text!r} must begin and end with a special token such as </s>")
         return ids
+
+
+def _between(before: list[int], ids: list[int], after: list[int]) -> list[int]:
+    first = len(before) if ids[: len(before)] == before else 0
+    last = len(ids) - (len(after) if ids[-len(after) :] == after else 0)
+    return ids[first:last]
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
