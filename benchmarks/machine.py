@@ -1,0 +1,35 @@
+"""What a figure was measured on."""
+
+import datetime
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def machine() -> dict[str, str | int]:
+    """Processor, cores, releases and date, for the record beside a figure."""
+    cpu = next(
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    packages = ("torch", "transformers", "lightning", "deepspeed", "colossalai")
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count() or 1,
+        **{name: release for name in packages if (release := _version(name))},
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    file = Path(path)
+    return file.read_text("utf-8").splitlines() if file.is_file() else []
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
