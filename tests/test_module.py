@@ -4,40 +4,23 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import BloomForCausalLM
 
 from firefly_lightning import FireflyDataModule, FireflyModule
 from firefly_lightning.data.prompt import PRESETS
-from firefly_lightning.data.rows import read_rows
-from firefly_lightning.huggingface import load_tokenizer
 from firefly_lightning.loss import target_cross_entropy
 from tests.helpers import fit, logged, one_line, run
+from tests.reference import backward, labelled
 
 STEP = ["--data.batch_size", 8, "--trainer.max_steps", 1, "--model.warmup_steps", 0, "--model.learning_rate", 1e-3]
 RECORD = ["--model", "tests.helpers.Recording"]
 
 
 def stock_step(model_folder, rows_file, numbers: list[int]):
-    """Loss and gradients of rows (counted from 0) by stock logits and a masked cross-entropy, row by row."""
-    tokenizer = load_tokenizer(str(model_folder))
-    model = BloomForCausalLM.from_pretrained(model_folder).float()
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False).input_ids
-
-    rows = list(read_rows(str(rows_file)))
-    total, count = torch.zeros(()), 0
-    for number in numbers:
-        ids, labels = [1], [-100]
-        for index, (source, target) in enumerate(rows[number].turns):
-            given, learned = encode(source) + [2] * (1 if index else 2), [*encode(target), 2]
-            ids, labels = ids + given + learned, labels + [-100] * len(given) + learned
-        logits = model(torch.tensor([ids])).logits[0, :-1]
-        total = total + F.cross_entropy(logits, torch.tensor(labels[1:]), ignore_index=-100, reduction="sum")
-        count += sum(label != -100 for label in labels)
-    (total / count).backward()
-    return float(total.detach() / count), {name: parameter.grad for name, parameter in model.named_parameters()}
+    """Loss and gradients of rows (counted from 0)."""
+    model, rows = BloomForCausalLM.from_pretrained(model_folder).float(), labelled(model_folder, rows_file)
+    loss = backward(model, [rows[number] for number in numbers])
+    return loss, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def assert_close(grads, expected, tolerance=1e-5):
