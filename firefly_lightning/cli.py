@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from firefly_lightning.callbacks import BestCheckpoint, LastCheckpoint, LossCurve, PredictionWriter, Throughput
 from firefly_lightning.checkpoint import AtomicCheckpointIO, find_checkpoint
 from firefly_lightning.data.datamodule import FireflyDataModule
-from firefly_lightning.errors import one_line_errors
+from firefly_lightning.errors import FireflyError, one_line_errors
 from firefly_lightning.module import FireflyModule
 from firefly_lightning.parsing import OneLineErrors
 
@@ -85,10 +85,17 @@ class FireflyCLI(LightningCLI):
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:
-        """Leaves out this project's checkpoints where the trainer is told to save none."""
+        """Leaves out this project's checkpoints where the trainer is told to save none.
+
+        Raises:
+            FireflyError: If arguments of the trainer do not go together.
+        """
         if config["enable_checkpointing"] is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
-        return super()._instantiate_trainer(config, callbacks)
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except ValueError as error:  # what Lightning says of arguments that do not go together
+            raise FireflyError(str(error)) from error
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the configuration alone: Lightning would let the checkpoint's arguments win over the command line."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_PATIENCE = 2.0
+_PATIENCE = 5.0
 """Seconds that a rank waits for its parent to report what both met."""
 
 _LOST_PEER = re.compile(

@@ -195,7 +195,7 @@ class FireflyModule(L.LightningModule):
             FireflyError: If it is not finite.
         """
         if self._hooks.norm_follows_step and not self._micro_losses:
-            self._log_gradient_norm(weights="spoilt, the last checkpoint is whole")
+            self._log_gradient_norm(weights="not to be trusted, the last checkpoint is")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with linear warm-up into a cosine that ends at the last step, unless replaced.

@@ -245,6 +245,13 @@ def test_what_lightning_refuses_is_one_line_too(model_folder, rows_file, tmp_pat
     assert "val_check_interval" in message
 
 
+def test_arguments_of_the_trainer_that_do_not_go_together(model_folder, rows_file, tmp_path):
+    zero = {"class_path": "firefly_lightning.strategies.ZeroStrategy", "init_args": {"stage": 2}}
+    chosen = ["--trainer.strategy", json.dumps(zero), "--trainer.precision", "64-true"]
+    line = one_line(fit(model_folder, rows_file, tmp_path, *SHORT, *chosen, check=False))
+    assert "64-true" in line
+
+
 def test_a_path_is_required():
     assert one_line(run("firefly-fit", "fit", check=False)).startswith("model.path is required")
 

@@ -1,5 +1,6 @@
 """Every strategy trains like one process of plain PyTorch: same first loss, same twenty losses, same weights."""
 
+import json
 import math
 from pathlib import Path
 
@@ -22,6 +23,24 @@ STRATEGIES = {
     "native_tp": (2, 1),
 }
 
+# By default DeepSpeed keeps what is as small as the tests' model whole on every process, and shards nothing.
+NOTHING_WHOLE = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+
+
+def sharded(**zero: object) -> str:
+    """Stage 3 as a YAML file spells it out."""
+    config = {"zero_optimization": {"stage": 3, **NOTHING_WHOLE, **zero}}
+    return json.dumps({"class_path": "firefly_lightning.strategies.ZeroStrategy", "init_args": {"config": config}})
+
+
+OFFLOADED = {f"offload_{what}": {"device": "cpu"} for what in ("optimizer", "param")}
+SPELLED_OUT = {"zero3": sharded(), "zero3_offload": sharded(**OFFLOADED)}
+
 CONFIGS = ROOT / "configs" / "strategy"
 
 # What torch itself cannot do without a GPU, and what is said then.
@@ -41,7 +60,8 @@ def test_a_strategy_trains_like_plain_pytorch(strategy, fit_args, expected, tmp_
     for eps, accumulated, precision, _ in RUNS:
         roots.append(tmp_path / f"{eps}-{accumulated}-{precision}")
         file = CONFIGS / f"{strategy}.yaml"
-        chosen = ["--config", file] if not commands and file.is_file() else ["--trainer.strategy", strategy]
+        named = ["--trainer.strategy", SPELLED_OUT.get(strategy, strategy)]
+        chosen = ["--config", file] if not commands and file.is_file() else named
         own = [*chosen, "--trainer.devices", processes, "--trainer.precision", precision]
         micro_batch_size = BATCH_SIZE // shares // accumulated
         commands.append(fit_args(roots[-1], eps, *own, "--data.micro_batch_size", micro_batch_size))

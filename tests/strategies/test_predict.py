@@ -8,20 +8,8 @@ import pytest
 from tests.conftest import write_rows
 from tests.helpers import run, run_ranks
 from tests.predicting import DECODING, answers, predicted, teach
-from tests.strategies.test_parity import REFUSED, STRATEGIES
+from tests.strategies.test_parity import REFUSED, SPELLED_OUT, STRATEGIES
 
-# By default DeepSpeed keeps what is as small as this model whole on every process, and no rank needs the others.
-NOTHING_WHOLE = {
-    "stage": 3,
-    "stage3_param_persistence_threshold": 0,
-    "stage3_max_live_parameters": 0,
-    "stage3_max_reuse_distance": 0,
-    "stage3_prefetch_bucket_size": 0,
-}
-ZERO3 = {
-    "class_path": "firefly_lightning.strategies.ZeroStrategy",
-    "init_args": {"config": {"zero_optimization": NOTHING_WHOLE}},
-}
 SAMPLED = ["--model.decoding.temperature", 5.0, "--model.decoding.max_new_tokens", 12]
 
 
@@ -52,7 +40,7 @@ def test_answers_are_those_of_stock_hugging_face(strategy, taught, rows, other_r
     common = [
         "--model.path", taught, "--trainer.default_root_dir", tmp_path, "--data.batch_size", 8,
         "--data.micro_batch_size", 4,
-        "--trainer.strategy", json.dumps(ZERO3) if strategy == "zero3" else strategy,
+        "--trainer.strategy", SPELLED_OUT.get(strategy, strategy),
         "--trainer.devices", processes, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
     ]  # fmt: skip
     fit = ["firefly-fit", "fit", *common, "--data.train_files", other_rows, "--trainer.max_steps", 4]
