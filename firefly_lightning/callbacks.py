@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from firefly_lightning.checkpoint_io import AtomicCheckpointIO
 from firefly_lightning.predictions import Prediction, PredictionFile
 
 
@@ -18,11 +19,20 @@ class LastCheckpoint(ModelCheckpoint):
 
     Args:
         every_n_steps: Optimizer steps between checkpoints.
+        portable: Whether all checkpoints of the run go on under any strategy and number of processes, or only as the
+            strategy's own, which may be faster to save.
         dirpath: Folder; ``checkpoints`` under ``trainer.default_root_dir`` by default.
     """
 
-    def __init__(self, every_n_steps: int = 1000, dirpath: str | None = None) -> None:
+    def __init__(self, every_n_steps: int = 1000, portable: bool = True, dirpath: str | None = None) -> None:
         super().__init__(dirpath=dirpath, every_n_train_steps=every_n_steps, save_top_k=0, save_last=True)
+        self.portable = portable
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Tells whatever writes checkpoints which kind they are."""
+        super().setup(trainer, pl_module, stage)
+        if isinstance(io := trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+            io.portable = self.portable
 
     @property
     def state_key(self) -> str:

@@ -1,17 +1,15 @@
-"""Checkpoints that are whole or absent: files, and the folders of strategies that save in parts."""
+"""Files and folders of checkpoints: whole or absent, found, and read without running what they hold."""
 
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from typing_extensions import override
 
 from firefly_lightning.errors import FireflyError, describe_os_error
 from firefly_lightning.huggingface import reason
@@ -40,55 +38,6 @@ def find_checkpoint(checkpoint: str) -> Path:
         problem = "holds no last.ckpt; name a checkpoint" if folder.is_dir() else "no such checkpoint; check the path"
         raise FireflyError(f"{checkpoint}: {problem}")
     return found[-1]
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints, streamed to disk, and in place only when complete: a failed save costs nothing.
-
-    Lightning's own first copies the whole checkpoint in memory, and runs whatever code a loaded file holds.
-    """
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Writes beside ``path``, then renames.
-
-        Raises:
-            FireflyError: If the disk does not take it; a checkpoint that was there stays as it was.
-        """
-        if storage_options is not None or _is_remote(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        try:
-            with whole_file(Path(path)) as file:
-                torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:
-            os_error = _os_error_behind(error)
-            if os_error is None:
-                raise
-            message = describe_os_error(os_error, path)
-            raise FireflyError(f"{message}; the checkpoint was not saved, earlier ones are untouched") from error
-
-    @override
-    def load_checkpoint(
-        self,
-        path: str | Path,
-        map_location: Callable[..., Any] | None = lambda storage, _: storage,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
-        """Loads tensors and plain values, and refuses anything that could run code unless ``weights_only`` is False.
-
-        Everything a ``Trainer`` saves for this package is of that kind on every supported release.
-
-        Raises:
-            FireflyError: If there is no such file, it is no checkpoint, is damaged, or holds other objects.
-        """
-        weights_only = weights_only is not False
-        if _is_remote(path):
-            return super().load_checkpoint(path, map_location, weights_only)
-        checkpoint = load_file(Path(path), map_location, weights_only)
-        if "pytorch-lightning_version" not in checkpoint:
-            raise FireflyError(f"{path}: is not a checkpoint of a run; name a file that training saved")
-        return checkpoint
 
 
 def load_file(path: Path, map_location: Any, weights_only: bool = True) -> dict[str, Any]:
@@ -159,7 +108,7 @@ def replace(partial: Path, target: Path) -> None:
         remove(replaced)
         target.rename(replaced)
     partial.replace(target)
-    _sync(target.parent)
+    sync(target.parent)
     remove(replaced)
 
 
@@ -175,22 +124,10 @@ def _replaced(target: Path) -> Path:
     return target.with_name(f".{target.name}.replaced")
 
 
-def _sync(folder: Path) -> None:
-    """Makes a rename survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Makes what is in a file, or which names a folder holds, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _os_error_behind(error: BaseException) -> OSError | None:
-    """PyTorch closes its archive after a failed write, fails again, and raises that as a RuntimeError."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    return cause
-
-
-def _is_remote(path: str | Path) -> bool:
-    return "://" in str(path)

@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from firefly_lightning.callbacks import BestCheckpoint, LastCheckpoint, LossCurve, PredictionWriter, Throughput
-from firefly_lightning.checkpoint import AtomicCheckpointIO, find_checkpoint
+from firefly_lightning.checkpoint import find_checkpoint
+from firefly_lightning.checkpoint_io import AtomicCheckpointIO
 from firefly_lightning.data.datamodule import FireflyDataModule
 from firefly_lightning.errors import FireflyError, one_line_errors
 from firefly_lightning.module import FireflyModule

@@ -13,10 +13,8 @@ from firefly_lightning.checkpoint import TRAINER_FILE, find_checkpoint, load_fil
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.folders import new_folder
 from firefly_lightning.huggingface import DESCRIPTION_FILES, DESCRIPTION_KEY, reason, some, write_description
+from firefly_lightning.portable import MODEL_PREFIX, PortableReader
 from firefly_lightning.strategies.shards import WRITER_KEY
-
-WEIGHT_PREFIX = "model."
-"""What a ``LightningModule`` puts before the names of its ``BloomForCausalLM``."""
 
 READERS = {
     "colossalai": "firefly_lightning.strategies.booster_checkpoints",
@@ -70,7 +68,10 @@ def _read_portable(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:
-    """The checkpoint of a strategy that saves in parts, in the form of one that does not."""
+    """The checkpoint of any strategy that saves a folder, in the form of Lightning's own files."""
+    if PortableReader.is_at(folder):
+        reader = PortableReader(folder)
+        return reader.trainer() | {"state_dict": {name: reader.weight(name) for name in reader.names()}}
     trainer = load_file(folder / TRAINER_FILE, "cpu")
     engine = trainer.get(WRITER_KEY, {}).get("engine")
     if engine not in READERS:
@@ -80,8 +81,8 @@ def _read_folder(folder: Path) -> dict[str, Any]:
 
 
 def _bloom_weights(state_dict: dict[str, Any], config: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
-    ours = [name for name in state_dict if name.startswith(WEIGHT_PREFIX)]
-    weights = {name.removeprefix(WEIGHT_PREFIX): state_dict[name] for name in ours}
+    ours = [name for name in state_dict if name.startswith(MODEL_PREFIX)]
+    weights = {name.removeprefix(MODEL_PREFIX): state_dict[name] for name in ours}
     with torch.device("meta"):
         expected = BloomForCausalLM(BloomConfig.from_dict(config)).state_dict()
     if config["tie_word_embeddings"]:  # the head is the embedding, and is stored once

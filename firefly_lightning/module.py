@@ -33,6 +33,7 @@ from firefly_lightning.huggingface import (
 )
 from firefly_lightning.loss import target_cross_entropy
 from firefly_lightning.metrics import TargetLoss
+from firefly_lightning.portable_whole import NAMES_KEY, accept_names, numbered_names
 from firefly_lightning.predictions import Prediction, predict
 from firefly_lightning.progress import fit_loop_state
 from firefly_lightning.strategies.hooks import StrategyHooks, check_accumulation, hooks_of
@@ -152,6 +153,12 @@ class FireflyModule(L.LightningModule):
         """Logs ``test_loss`` and ``test_perplexity``, weighted by target tokens."""
         self._log_evaluation("test")
 
+    def on_fit_start(self) -> None:
+        """Lets the optimizer take the states of a portable checkpoint, which knows parameters by name."""
+        for optimizer in self.trainer.optimizers:
+            if hasattr(optimizer, "register_load_state_dict_pre_hook"):  # an engine's own may lack it
+                accept_names(self, optimizer)
+
     def on_train_start(self) -> None:
         """Forgets what a run that was stopped in the middle of a step had gathered."""
         self._micro_losses.clear()
@@ -212,6 +219,7 @@ class FireflyModule(L.LightningModule):
         if self._description is None:  # the same at every save, and a tokenizer takes a moment to write out
             self._description = describe(self.model.config, *self._tokenizer_and_prompt())
         checkpoint[DESCRIPTION_KEY] = self._description
+        checkpoint[NAMES_KEY] = [numbered_names(self, optimizer) for optimizer in self.trainer.optimizers]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint is of this model, and resumes at the step of the plan that comes next.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from firefly_lightning.data.batches import PlannedBatches
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.strategies.agreement import agreed
 from firefly_lightning.strategies.deepspeed_checkpoints import TAG, fill_sharded, plain_values_only, read_lazily
 from firefly_lightning.strategies.deepspeed_config import (
     check_zero,
@@ -32,8 +33,6 @@ from firefly_lightning.strategies.deepspeed_init import sharded_hugging_face
 from firefly_lightning.strategies.deepspeed_machine import compute_on_cpu, cpu_adam, keep_quiet, require_deepspeed
 from firefly_lightning.strategies.hooks import StrategyHooks
 from firefly_lightning.strategies.shards import ShardedCheckpoints
-
-T = TypeVar("T")
 
 
 class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
@@ -109,7 +108,7 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
 
     @override
     def build_model(self, config: BloomConfig, build: Callable[[], BloomForCausalLM]) -> BloomForCausalLM:
-        return self._agreed(build)
+        return agreed(build)
 
     @override
     def convert_optimizer(self, optimizer: Optimizer) -> Optimizer:
@@ -135,7 +134,7 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
     def load_shards(self, folder: Path, fitting: bool) -> None:
         module: Any = self.lightning_module
         if self.zero_stage_3 and not fitting:
-            fill_sharded(module, self._agreed(lambda: read_lazily(folder) if self.is_global_zero else {}))
+            fill_sharded(module, agreed(lambda: read_lazily(folder) if self.is_global_zero else {}))
             return
         with plain_values_only(folder):
             self.deepspeed_engine.load_checkpoint(
@@ -151,23 +150,6 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
         zero = self.config["zero_optimization"]
         offload = {name: device_of(zero, name) for name in ("offload_optimizer", "offload_param")}
         return {"engine": "deepspeed", "stage": zero["stage"], **offload, "processes": self.world_size}
-
-    def _agreed(self, act: Callable[[], T]) -> T:
-        """Acts on every rank; what one of them cannot do ends all, which would else wait for it.
-
-        Raises:
-            FireflyError: If one of them raises it.
-        """
-        result, problem = None, ""
-        try:
-            result = act()
-        except FireflyError as error:
-            problem = str(error)
-        problems = [""] * self.world_size
-        torch.distributed.all_gather_object(problems, problem)
-        if result is None or any(problems):
-            raise FireflyError(problem or next(filter(None, problems)))
-        return result
 
     @property
     def _needs_cpu_adam(self) -> bool:

@@ -16,7 +16,7 @@ from transformers import BloomConfig, BloomForCausalLM
 from typing_extensions import override
 
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.huggingface import reason
+from firefly_lightning.strategies.agreement import agreed
 from firefly_lightning.strategies.dtensors import AXES, local, norm
 from firefly_lightning.strategies.hooks import StrategyHooks
 from firefly_lightning.strategies.native_checkpoints import NativeCheckpoints
@@ -85,7 +85,7 @@ class NativeStrategy(StrategyHooks, NativeCheckpoints):
         Raises:
             FireflyError: On all processes, if the first cannot build it.
         """
-        source = self._build_on_first(build)
+        source = agreed(lambda: build() if self.is_global_zero else None)
         configs: Any = self.broadcast(None if source is None else (source.config, source.generation_config))
         with torch.device("meta"):
             model = BloomForCausalLM(configs[0]).to(torch.get_default_dtype())
@@ -137,20 +137,6 @@ class NativeStrategy(StrategyHooks, NativeCheckpoints):
         The step calls parts of the model, and only the root's own forward pass gathers embedding, head and last norm.
         """
         return self._in_forward(partial(getattr(self.lightning_module, name), *args, **kwargs))
-
-    def _build_on_first(self, build: Callable[[], BloomForCausalLM]) -> BloomForCausalLM | None:
-        model, failure = None, None
-        if self.is_global_zero:
-            try:
-                model = build()
-            except Exception as error:  # the others wait for a word
-                failure = error
-        message = self.broadcast(None if failure is None else reason(failure))
-        if failure is not None:
-            raise failure
-        if message is not None:
-            raise FireflyError(message)
-        return model
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         gradients = _gradients(_parameters(optimizer))

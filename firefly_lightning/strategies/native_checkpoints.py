@@ -1,22 +1,27 @@
 """Checkpoints of models that PyTorch holds in parts: one file of the whole, or a folder of everyone's parts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from firefly_lightning.checkpoint import AtomicCheckpointIO, load_file
+from firefly_lightning.checkpoint import load_file
+from firefly_lightning.checkpoint_io import AtomicCheckpointIO
+from firefly_lightning.portable import WEIGHT, PortableReader, States
+from firefly_lightning.portable_whole import is_scalar, scalars_of
 from firefly_lightning.strategies.dtensors import join, local, part_like, split_of, whole, with_parts
 from firefly_lightning.strategies.shards import WRITER_KEY, ShardedCheckpoints
 
 
 class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
-    """Saves one file like that of one device or, where asked for, a folder; reads both.
+    """Saves what every strategy reads or, of its own, one file like that of one device, or a folder; reads all three.
 
     Lightning's own folders are pickles, which run whatever code they hold, and are not whole or absent.
     """
@@ -30,7 +35,7 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        if self._save_distributed_checkpoint:
+        if self._saves_parts:
             super().save_checkpoint(checkpoint, filepath, storage_options)
         elif self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
@@ -50,14 +55,14 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        if self._save_distributed_checkpoint:
+        if self._saves_parts:
             return {}
         state = _each_once(self._state(), self._gather)
         return state if self.is_global_zero else {}
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        if self._save_distributed_checkpoint:
+        if self._saves_parts:
             return {}
         state = _with_state(optimizer.state_dict(), lambda _, value: self._gather(value))
         return state if self.is_global_zero else {}
@@ -73,6 +78,36 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             _load_optimizer(optimizer, saved, part_like)
+
+    @override
+    def portable_states(self) -> Iterator[tuple[str, States]]:
+        module: Any = self.lightning_module
+        for name, parameter in module.named_parameters():
+            tensors = {key: value for key, value in self._optimizer_state(parameter).items() if not is_scalar(value)}
+            yield name, {key: self._copy(value) for key, value in {WEIGHT: parameter, **tensors}.items()}
+
+    @override
+    def optimizer_steps(self) -> int:
+        states = (state for optimizer in self.optimizers for state in optimizer.state.values())
+        return int(max((float(state.get("step", 0)) for state in states), default=0))
+
+    @override
+    def load_portable(self, reader: PortableReader, fitting: bool) -> None:
+        module: Any = self.lightning_module
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                local(parameter).copy_(part_like(reader.weight(name), parameter))
+        trainer = reader.trainer() if fitting else {}
+        saved: dict[str, list[str]] = {}
+        for key, name in reader.states():
+            saved.setdefault(name, []).append(key)
+        for optimizer in self.optimizers if fitting else []:
+            for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+                name = names[id(parameter)]
+                if name in saved:
+                    state = {key: _like(reader.state(key, name), parameter, part_like) for key in saved[name]}
+                    optimizer.state[parameter] = scalars_of(trainer, name) | state
 
     @override
     def save_shards(self, folder: Path) -> None:
@@ -93,6 +128,18 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
         if fitting:
             for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
                 _load_optimizer(optimizer, state, _as_it_is)
+
+    @property
+    def _saves_parts(self) -> bool:
+        """Whether checkpoints are folders that all processes fill."""
+        return self.saves_portable or self._save_distributed_checkpoint
+
+    def _optimizer_state(self, parameter: Parameter) -> dict[str, Any]:
+        return next((dict(one.state[parameter]) for one in self.optimizers if parameter in one.state), {})
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        """The whole of a tensor in host memory of its own."""
+        return whole(tensor.detach()).to("cpu", copy=True)
 
     def _state(self) -> dict[str, Any]:
         """The parameters themselves, by name; two names of one share it."""

@@ -101,14 +101,20 @@ def differences(root: Path, expected, tolerance: float, precision: str) -> list[
         "losses": (max(map(relative, losses, expected.losses)), tolerance),
         "gradient norms": (max(map(relative, norms, expected.norms)), 10 * tolerance),
     }
+    worst, apart = weights_apart(root, expected)
+    found[f"weights, {worst}"] = (apart, tolerance)
+    print(root.name, {name: f"{value:.1e}" for name, (value, _) in found.items()})
+    return [f"{name} differ by {value:.1e}" for name, (value, most) in found.items() if not value <= most]
+
+
+def weights_apart(root: Path, expected) -> tuple[str, float]:
+    """The exported weight that differs most from what was expected, and by how much."""
     run("firefly", "export", "--checkpoint", root / "checkpoints" / "last.ckpt", "--out", root / "exported")
     trained = dict(BloomForCausalLM.from_pretrained(root / "exported").named_parameters())
     assert trained.keys() == dict(expected.model.named_parameters()).keys()
     apart = {name: difference(trained[name], value) for name, value in expected.model.named_parameters()}
     worst = max(apart, key=apart.get)
-    found[f"weights, {worst}"] = (apart[worst], tolerance)
-    print(root.name, {name: f"{value:.1e}" for name, (value, _) in found.items()})
-    return [f"{name} differ by {value:.1e}" for name, (value, most) in found.items() if not value <= most]
+    return worst, apart[worst]
 
 
 def relative(value: float, expected: float) -> float:
