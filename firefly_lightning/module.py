@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterable
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import lightning as L
@@ -36,6 +37,7 @@ from firefly_lightning.metrics import TargetLoss
 from firefly_lightning.portable_whole import NAMES_KEY, accept_names, numbered_names
 from firefly_lightning.predictions import Prediction, predict
 from firefly_lightning.progress import fit_loop_state
+from firefly_lightning.settings import OptimizerSettings
 from firefly_lightning.strategies.hooks import StrategyHooks, check_accumulation, hooks_of
 
 NAMED_ROWS = 32
@@ -86,6 +88,8 @@ class FireflyModule(L.LightningModule):
         self._micro_losses: list[Tensor] = []
         self._step, self._step_loss = 0, 0.0
         self._description: dict[str, Any] | None = None
+        self._settings: list[OptimizerSettings] = []
+        self._resumed = False
 
     def setup(self, stage: str) -> None:
         """Refuses a model, an optimizer or a decoding that cannot be had, before weights are loaded.
@@ -154,14 +158,18 @@ class FireflyModule(L.LightningModule):
         self._log_evaluation("test")
 
     def on_fit_start(self) -> None:
-        """Lets the optimizer take the states of a portable checkpoint, which knows parameters by name."""
+        """Notes what is configured, and lets optimizers take states by name, before a checkpoint is loaded."""
         for optimizer in self.trainer.optimizers:
             if hasattr(optimizer, "register_load_state_dict_pre_hook"):  # an engine's own may lack it
                 accept_names(self, optimizer)
+        self._settings = [OptimizerSettings.of(*each) for each in self._optimizers_with_schedules()]
 
     def on_train_start(self) -> None:
-        """Forgets what a run that was stopped in the middle of a step had gathered."""
+        """Forgets what a run that stopped in the middle of a step had gathered, and puts settings above a checkpoint's."""
         self._micro_losses.clear()
+        if self._resumed:
+            for settings, each in zip(self._settings, self._optimizers_with_schedules(), strict=True):
+                settings.apply(*each)
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
         """Makes dropout a function of seed, step, micro-batch and rank, so that a resumed run draws the same.
@@ -227,6 +235,7 @@ class FireflyModule(L.LightningModule):
         Raises:
             FireflyError: If it is of another.
         """
+        self._resumed = True
         if self.model is not None:
             check_same_model(checkpoint, self.model.config, self.path)
         batches = getattr(getattr(self._trainer, "datamodule", None), "train", None)
@@ -261,6 +270,11 @@ class FireflyModule(L.LightningModule):
     def _make_optimizer(self, parameters: Iterable[Parameter]) -> Optimizer:
         make = self.optimizer or (lambda parameters: AdamW(parameters, self.learning_rate, weight_decay=0.0))
         return self._hooks.convert_optimizer(make(parameters))
+
+    def _optimizers_with_schedules(self) -> list[tuple[Any, Any]]:
+        """Each of the trainer's optimizers with its schedule, or None."""
+        schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        return list(zip_longest(self.trainer.optimizers, schedules[: len(self.trainer.optimizers)]))
 
     def _log_gradient_norm(self, weights: str) -> None:
         norm = self._hooks.gradient_norm(self.parameters())
