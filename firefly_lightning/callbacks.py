@@ -12,21 +12,36 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from firefly_lightning.checkpoint_io import AtomicCheckpointIO
 from firefly_lightning.predictions import Prediction, PredictionFile
+from firefly_lightning.signals import Signals
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps ``last.ckpt``, from which ``--ckpt_path last`` resumes.
+    """Keeps ``last.ckpt``, from which ``--ckpt_path last`` resumes; saves and ends a run that is told to.
+
+    SIGTERM ends the run with exit code 143 once the step is done and saved. SLURM's signal before its time limit has
+    the run saved and requeued then. Both may reach one process only.
 
     Args:
         every_n_steps: Optimizer steps between checkpoints.
+        keep: Checkpoints that are kept; those before the last are called ``step=N.ckpt``.
         portable: Whether all checkpoints of the run go on under any strategy and number of processes, or only as the
             strategy's own, which may be faster to save.
         dirpath: Folder; ``checkpoints`` under ``trainer.default_root_dir`` by default.
     """
 
-    def __init__(self, every_n_steps: int = 1000, portable: bool = True, dirpath: str | None = None) -> None:
-        super().__init__(dirpath=dirpath, every_n_train_steps=every_n_steps, save_top_k=0, save_last=True)
+    def __init__(
+        self, every_n_steps: int = 1000, keep: int = 1, portable: bool = True, dirpath: str | None = None
+    ) -> None:
+        several = {"save_top_k": keep, "monitor": "step", "mode": "max", "filename": "{step}", "save_last": "link"}
+        one = {"save_top_k": 0, "save_last": True}
+        super().__init__(dirpath=dirpath, every_n_train_steps=every_n_steps, **(several if keep > 1 else one))
         self.portable = portable
+        self._signals: Signals | None = None
+
+    @property
+    def state_key(self) -> str:
+        """The same for every interval: a resumed run may save more or less often."""
+        return type(self).__qualname__
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Tells whatever writes checkpoints which kind they are."""
@@ -34,15 +49,39 @@ class LastCheckpoint(ModelCheckpoint):
         if isinstance(io := trainer.strategy.checkpoint_io, AtomicCheckpointIO):
             io.portable = self.portable
 
-    @property
-    def state_key(self) -> str:
-        """The same for every interval: a resumed run may save more or less often."""
-        return type(self).__qualname__
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins to listen."""
+        super().on_train_start(trainer, pl_module)
+        self._signals = Signals(trainer)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
+        """Ends the run where SIGTERM came during the last step.
+
+        Raises:
+            SIGTERMException: Then.
+        """
+        if self._signals:
+            self._signals.end()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
+        """Saves where the interval, or a signal, says so."""
+        super().on_train_batch_end(trainer, *arguments)
+        batch_idx = arguments[-1]
+        if self._signals and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._signals.obey(lambda: self._save_now(trainer))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the last step too, where the interval left it out."""
         if not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._save_now(trainer)
+
+    def _save_now(self, trainer: L.Trainer) -> None:
+        if self._last_global_step_saved == trainer.global_step:
+            return
+        candidates = self._monitor_candidates(trainer)
+        if self.save_top_k:
+            self._save_topk_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
 
 
 class BestCheckpoint(ModelCheckpoint):

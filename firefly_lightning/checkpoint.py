@@ -15,24 +15,36 @@ from firefly_lightning.errors import FireflyError, describe_os_error
 from firefly_lightning.huggingface import reason
 
 TRAINER_FILE = "trainer.ckpt"
-"""In a checkpoint that is a folder: what Lightning saves, but for weights and optimizer states. Written last."""
+"""In a checkpoint that is a folder: what Lightning saves, but for weights and optimizer states."""
+
+WRITER_KEY = "written_by"
+"""Where ``trainer.ckpt`` says which strategy wrote an engine's own folder, and on how many processes."""
+
+MANIFEST = "checkpoint.json"
+"""In a portable checkpoint: names, sizes and digests of its other files."""
 
 
 def find_checkpoint(checkpoint: str) -> Path:
-    """The checkpoint itself, or the latest ``last*.ckpt`` for a folder of them and for ``last`` inside it.
+    """The checkpoint that a path means.
 
-    A checkpoint is a file, or a folder that a strategy has filled in parts.
+    A checkpoint is a file, or a folder, which a file inside it stands for too. A folder of checkpoints, and ``last``
+    inside it, mean its latest ``last*.ckpt``, or where there is none its latest ``step=*.ckpt``.
 
     Raises:
         FireflyError: If there is none.
     """
     path = Path(checkpoint).expanduser()
-    if path.is_file() or (path / TRAINER_FILE).is_file():
+    for place in (path, path.parent) if path.is_file() else (path,):
+        if any((place / name).is_file() for name in (TRAINER_FILE, MANIFEST)):
+            return place
+    if path.is_file():
         return path
     folder = path.parent if path.name == "last" and not path.exists() else path
     if (replaced := _replaced(path)).exists():
         return replaced
     candidates = [*folder.glob("last*.ckpt"), *folder.glob(".last*.ckpt.replaced")]
+    # A name may link to a checkpoint that a save has since removed.
+    candidates = [file for file in candidates if file.exists()] or list(folder.glob("step=*.ckpt"))
     found = sorted(candidates, key=lambda file: file.stat().st_mtime)
     if not found:
         problem = "holds no last.ckpt; name a checkpoint" if folder.is_dir() else "no such checkpoint; check the path"
@@ -95,6 +107,18 @@ def partial_folder(target: Path) -> Path:
     remove(partial)
     partial.mkdir(parents=True)
     return partial
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder that takes the place of ``target`` once it is complete, and else leaves no trace."""
+    partial = partial_folder(target)
+    try:
+        yield partial
+        replace(partial, target)
+    except BaseException:
+        remove(partial)
+        raise
 
 
 def replace(partial: Path, target: Path) -> None:

@@ -8,7 +8,15 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
 
-from firefly_lightning.checkpoint import load_file, partial_folder, replace, whole_file
+from firefly_lightning.checkpoint import (
+    TRAINER_FILE,
+    WRITER_KEY,
+    load_file,
+    partial_path,
+    remove,
+    whole_file,
+    whole_folder,
+)
 from firefly_lightning.errors import FireflyError, describe_os_error
 from firefly_lightning.portable import PortableReader
 from firefly_lightning.portable_whole import can_be_portable, read_whole, write_whole
@@ -40,9 +48,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         try:
             if self.portable and can_be_portable(checkpoint):
-                partial = partial_folder(Path(path))
-                write_whole(checkpoint, partial)
-                replace(partial, Path(path))
+                with whole_folder(Path(path)) as folder:
+                    write_whole(checkpoint, folder)
                 return
             with whole_file(Path(path)) as file:
                 torch.save(checkpoint, file)
@@ -72,10 +79,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return super().load_checkpoint(path, map_location, weights_only)
         if PortableReader.is_at(Path(path)):
             return read_whole(PortableReader(Path(path)))
+        if Path(path).is_dir():
+            engine = load_file(Path(path) / TRAINER_FILE, "cpu").get(WRITER_KEY, {}).get("engine", "another strategy")
+            raise FireflyError(f"{path}: is {engine}'s own; resume under the strategy that saved it")
         checkpoint = load_file(Path(path), map_location, weights_only)
         if "pytorch-lightning_version" not in checkpoint:
             raise FireflyError(f"{path}: is not a checkpoint of a run; name a file that training saved")
         return checkpoint
+
+    @override
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Removes a checkpoint; one that is half removed is never taken for a checkpoint."""
+        if _is_remote(path):
+            super().remove_checkpoint(path)
+        elif Path(path).exists():
+            hidden = partial_path(Path(path))
+            remove(hidden)
+            Path(path).replace(hidden)
+            remove(hidden)
 
 
 def _os_error_behind(error: BaseException) -> OSError | None:

@@ -8,13 +8,15 @@ from typing import Any
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
 
 from firefly_lightning.callbacks import BestCheckpoint, LastCheckpoint, LossCurve, PredictionWriter, Throughput
 from firefly_lightning.checkpoint import find_checkpoint
 from firefly_lightning.checkpoint_io import AtomicCheckpointIO
+from firefly_lightning.configuration import CONFIGURATION_KEY, differences, read_configuration
 from firefly_lightning.data.datamodule import FireflyDataModule
 from firefly_lightning.errors import FireflyError, one_line_errors
 from firefly_lightning.module import FireflyModule
@@ -23,6 +25,14 @@ from firefly_lightning.parsing import OneLineErrors
 
 class _Parser(OneLineErrors, LightningArgumentParser):
     pass
+
+
+class SavedConfiguration(SaveConfigCallback):
+    """Writes the whole configuration beside the figures of a run, and into its checkpoints."""
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds it as YAML."""
+        checkpoint[CONFIGURATION_KEY] = self.parser.dump(self.config, skip_none=False)
 
 
 class FireflyCLI(LightningCLI):
@@ -37,6 +47,7 @@ class FireflyCLI(LightningCLI):
             seed_everything_default=0,
             # A run may be resumed into its own folder; its configuration is then written again.
             save_config_kwargs={"overwrite": True},
+            save_config_callback=SavedConfiguration,
             trainer_defaults={"log_every_n_steps": 1, "callbacks": [Throughput(), LossCurve(), PredictionWriter()]},
             parser_class=_Parser,
             parser_kwargs={
@@ -66,11 +77,15 @@ class FireflyCLI(LightningCLI):
         parser.link_arguments("model.init_args.path", "data.init_args.tokenizer")
 
     def before_instantiate_classes(self) -> None:
-        """Finds the checkpoint to resume from before anything is loaded."""
+        """Finds the checkpoint to resume from, and shows what has changed since, before anything is loaded."""
         config = self.config[self.subcommand]
         if config.get("ckpt_path"):
             folder = Path(config.checkpoint.dirpath or _checkpoints(config)) if config.ckpt_path == "last" else Path()
             config.ckpt_path = str(find_checkpoint(str(folder / config.ckpt_path)))
+            if self.subcommand == "fit":
+                now = self._parser(self.subcommand).dump(config, skip_none=False)
+                if table := differences(read_configuration(Path(config.ckpt_path)), now):
+                    rank_zero_info(table)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """A trainer that logs to CSV and TensorBoard and saves checkpoints atomically, unless told otherwise."""

@@ -9,12 +9,11 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from transformers import BloomConfig, BloomForCausalLM
 
-from firefly_lightning.checkpoint import TRAINER_FILE, find_checkpoint, load_file
+from firefly_lightning.checkpoint import TRAINER_FILE, WRITER_KEY, find_checkpoint, load_file
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.folders import new_folder
 from firefly_lightning.huggingface import DESCRIPTION_FILES, DESCRIPTION_KEY, reason, some, write_description
 from firefly_lightning.portable import MODEL_PREFIX, PortableReader
-from firefly_lightning.strategies.shards import WRITER_KEY
 
 READERS = {
     "colossalai": "firefly_lightning.strategies.booster_checkpoints",

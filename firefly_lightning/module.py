@@ -165,7 +165,7 @@ class FireflyModule(L.LightningModule):
         self._settings = [OptimizerSettings.of(*each) for each in self._optimizers_with_schedules()]
 
     def on_train_start(self) -> None:
-        """Forgets what a run that stopped in the middle of a step had gathered, and puts settings above a checkpoint's."""
+        """Forgets what a run that stopped within a step had gathered, and puts settings above a checkpoint's."""
         self._micro_losses.clear()
         if self._resumed:
             for settings, each in zip(self._settings, self._optimizers_with_schedules(), strict=True):

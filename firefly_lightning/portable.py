@@ -11,6 +11,8 @@ Every process writes files of its own, a bounded number of bytes at a time.
 """
 
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -21,11 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from firefly_lightning.checkpoint import TRAINER_FILE, load_file, sync
+from firefly_lightning.checkpoint import MANIFEST, TRAINER_FILE, load_file, sync
 from firefly_lightning.errors import FireflyError, describe_os_error
 from firefly_lightning.huggingface import reason
 
-MANIFEST = "checkpoint.json"
 INDEX = "model.safetensors.index.json"
 FORMAT = 1
 FLUSH_BYTES = 256 * 2**20
@@ -77,13 +78,15 @@ class PortableWriter:
         pending, self._pending[kind] = self._pending[kind], {}
         if not pending:
             return
-        number = sum(name.startswith(kind) for name in self._files)
-        path = self._folder / f"{kind}-{self._rank}-{number}.safetensors"
+        count = sum(name.startswith(kind) for name in self._files)
+        path = self._folder / f"{kind}-{self._rank}-{count}.safetensors"
         tensors = {name: tensor.contiguous().cpu() for name, tensor in pending.items()}
         try:
             save_file(tensors, path, metadata={"format": "pt"})
-        except SafetensorError as error:  # it keeps the system's answer in its text only
-            raise FireflyError(f"{path}: {reason(error)}; is the disk full?") from error
+        except SafetensorError as error:
+            if number := re.search(r"os error (\d+)", str(error)):  # it keeps the system's answer in its text only
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+            raise
         self._files[path.name] = _written(path) | {"tensors": {name: tensor.nbytes for name, tensor in tensors.items()}}
 
 
@@ -103,7 +106,7 @@ def finish(folder: Path, files: Mapping[str, FileEntry]) -> None:
     entries |= {name: _written(folder / name) for name in (TRAINER_FILE, INDEX)}
     manifest = {"format": FORMAT, "files": dict(sorted(entries.items()))}
     manifest["xxh3_128"] = _digest_of(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+    (folder / MANIFEST).write_bytes(_as_bytes(manifest))
     sync(folder / MANIFEST)
     sync(folder)
 
@@ -131,7 +134,7 @@ class PortableReader:
     @staticmethod
     def is_at(path: Path) -> bool:
         """Whether a portable checkpoint, whole or damaged, is there."""
-        return (path / MANIFEST).is_file()
+        return (path / MANIFEST).is_file() or (path / INDEX).is_file()
 
     def trainer(self) -> dict[str, Any]:
         """What Lightning saved but for weights and optimizer states."""
@@ -188,9 +191,10 @@ class PortableReader:
 def _check(folder: Path) -> list[str]:
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        contents = path.read_bytes()
+        manifest = json.loads(contents)
         entries, version = manifest["files"], manifest["format"]
-        sound = manifest.pop("xxh3_128") == _digest_of(manifest)
+        sound = contents == _as_bytes(manifest) and manifest.pop("xxh3_128") == _digest_of(manifest)
     except OSError as error:
         raise FireflyError(describe_os_error(error, path)) from error
     except (ValueError, KeyError, TypeError) as error:
@@ -223,6 +227,10 @@ def _digest(path: Path) -> str:
         while block := file.read(2**22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _as_bytes(manifest: Any) -> bytes:
+    return (json.dumps(manifest, indent=1) + "\n").encode()
 
 
 def _digest_of(manifest: Any) -> str:

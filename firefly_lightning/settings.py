@@ -16,7 +16,7 @@ class OptimizerSettings:
 
     @classmethod
     def of(cls, optimizer: Any, scheduler: Any) -> "OptimizerSettings":
-        """Those of an optimizer, which may be an engine's, and of its schedule, if any, before a checkpoint is loaded."""
+        """Those of an optimizer, also an engine's, and of its schedule or None, before a checkpoint is loaded."""
         groups = [
             {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
         ]

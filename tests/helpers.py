@@ -179,13 +179,13 @@ class KilledRank(Killed):
 
 
 class OnAFullDisk(FireflyModule):
-    """Lets no file grow past a megabyte once training has begun."""
+    """Lets no file grow past 100 kB once training has begun."""
 
     def on_train_start(self):
         import resource
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
 class Stopping(FireflyModule):

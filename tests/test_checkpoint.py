@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from firefly_lightning.checkpoint import AtomicCheckpointIO, find_checkpoint
+from firefly_lightning.checkpoint import find_checkpoint
+from firefly_lightning.checkpoint_io import AtomicCheckpointIO
 from firefly_lightning.data.prompt import PRESETS, PromptEncoder
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.export import export
@@ -224,7 +225,7 @@ FULL_DISK = textwrap.dedent("""
     import resource, signal, sys
     from pathlib import Path
     import torch
-    from firefly_lightning.checkpoint import AtomicCheckpointIO
+    from firefly_lightning.checkpoint_io import AtomicCheckpointIO
     from firefly_lightning.export import export
     from firefly_lightning.errors import FireflyError
 

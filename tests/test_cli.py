@@ -46,9 +46,9 @@ def test_the_saved_configuration_runs_as_it_is(trained, tmp_path):
 
 def test_a_second_run_in_the_same_folder_loses_nothing_of_the_first(model_folder, rows_file, tmp_path):
     fit(model_folder, rows_file, tmp_path, *SHORT)
-    first = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
+    first = (tmp_path / "checkpoints" / "last.ckpt" / "checkpoint.json").read_bytes()
     fit(model_folder, rows_file, tmp_path, *SHORT, "--data.seed", 1)
-    assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == first
+    assert (tmp_path / "checkpoints" / "last.ckpt" / "checkpoint.json").read_bytes() == first
     assert (tmp_path / "checkpoints" / "last-v1.ckpt").exists()
     assert logged(tmp_path, version=1) != logged(tmp_path)
 
@@ -184,7 +184,7 @@ def test_a_checkpoint_that_is_none(model_folder, rows_file, tmp_path):
 
 
 def test_a_full_disk_while_saving(model_folder, rows_file, tmp_path):
-    """The limit lets logs and caches through, but no checkpoint of 1.5 MB."""
+    """The limit lets logs and caches through, but not half a megabyte of weights."""
     command = [*SHORT, "--model", "tests.helpers.OnAFullDisk", "--checkpoint.every_n_steps", 2]
     message = one_line(fit(model_folder, rows_file, tmp_path, *command, check=False, process=True))
     assert message.startswith(f"{tmp_path}/checkpoints/last.ckpt: ")
@@ -237,7 +237,8 @@ def test_a_dry_run_saves_nothing(model_folder, rows_file, tmp_path):
 
 def test_the_last_step_is_saved_whatever_the_interval(trained, model_folder, rows_file, tmp_path):
     fit(model_folder, rows_file, tmp_path, *SHORT, "--checkpoint.every_n_steps", 2)
-    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt" / "trainer.ckpt", weights_only=True)
+    assert saved["global_step"] == 3
 
 
 def test_what_lightning_refuses_is_one_line_too(model_folder, rows_file, tmp_path):

@@ -12,12 +12,12 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from firefly_lightning.checkpoint import load_file
+from firefly_lightning.checkpoint import WRITER_KEY, load_file
 from firefly_lightning.checkpoint_io import AtomicCheckpointIO
 from firefly_lightning.portable import WEIGHT, PortableReader, States
 from firefly_lightning.portable_whole import is_scalar, scalars_of
 from firefly_lightning.strategies.dtensors import join, local, part_like, split_of, whole, with_parts
-from firefly_lightning.strategies.shards import WRITER_KEY, ShardedCheckpoints
+from firefly_lightning.strategies.shards import ShardedCheckpoints
 
 
 class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):

@@ -13,14 +13,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from firefly_lightning.checkpoint import TRAINER_FILE, load_file, partial_folder, partial_path, replace
+from firefly_lightning.checkpoint import (
+    TRAINER_FILE,
+    WRITER_KEY,
+    load_file,
+    partial_folder,
+    partial_path,
+    remove,
+    replace,
+)
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.portable import FileEntry, PortableReader, PortableWriter, States, finish
 from firefly_lightning.portable_whole import NAMES_KEY, SCALARS_KEY, TIED_KEY, parameter_names, summed_up
 from firefly_lightning.strategies.agreement import agreed
-
-WRITER_KEY = "written_by"
-"""Where ``trainer.ckpt`` says which strategy wrote the folder, and on how many processes."""
 
 
 class ShardedCheckpoints(Strategy):
@@ -82,8 +87,13 @@ class ShardedCheckpoints(Strategy):
             for name, value in checkpoint.items()
             if name not in ("state_dict", "optimizer_states", NAMES_KEY)
         }
+        files: dict[str, FileEntry] = {}
         if self.saves_portable:
-            files = self._write_tensors(partial)
+            try:
+                files = self._write_tensors(partial)
+            except (FireflyError, OSError):
+                agreed(lambda: remove(partial) if self.is_global_zero else None)
+                raise
             kept |= {TIED_KEY: self._tied(), SCALARS_KEY: summed_up({"": self._scalars()})}
         else:
             self.save_shards(partial)

@@ -61,7 +61,9 @@ FIT = [
     *("--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", 1e-3, "--trainer.max_steps", STEPS),
     *("--model.lr_scheduler", "torch.optim.lr_scheduler.ExponentialLR", "--model.lr_scheduler.gamma", 0.8),
     *("--trainer.val_check_interval", STEPS // 2, "--trainer.check_val_every_n_epoch", "null"),
+    *("--checkpoint.portable", "false"),
 ]
+PORTABLE = ["--checkpoint.portable", "true"]
 HALF = ["--trainer.max_steps", STEPS // 2]
 VALUE = ["--trainer.gradient_clip_val", 1e-3, "--trainer.gradient_clip_algorithm", "value"]
 VARIANTS = {
@@ -90,10 +92,10 @@ def runs(request, odd_folder, dropout_folder, rows_file, alone, tmp_path_factory
         return command(verb, name, model, rows_file, root / kind, *more)
 
     commands = [on("fit", dropout_folder, "whole")]
-    for kind, given in {"file": {}, "folder": FOLDER}.items():
+    for kind, given, kept in (("file", {}, []), ("folder", FOLDER, []), ("portable", {}, PORTABLE)):
         own, half = ["--trainer.strategy", spelled_out(name, **given)], root / kind / "checkpoints" / "last.ckpt"
         commands += [
-            on("fit", dropout_folder, kind, *own, *HALF),
+            on("fit", dropout_folder, kind, *own, *HALF, *kept),
             on("validate", dropout_folder, kind, *own, "--ckpt_path", "last"),
             on("fit", dropout_folder, f"{kind}-resumed", *own, "--ckpt_path", half),
         ]
@@ -119,7 +121,9 @@ def values(root: Path, metric: str, version: int = 0, first: int = 0) -> dict[in
     return {step: value for step, value in logged(root, metric, version).items() if step >= first}
 
 
-@pytest.mark.parametrize(("kind", "version"), [("file-resumed", 0), ("folder-resumed", 0), ("file", 2)])
+@pytest.mark.parametrize(
+    ("kind", "version"), [("file-resumed", 0), ("folder-resumed", 0), ("portable-resumed", 0), ("file", 2)]
+)
 def test_a_stopped_run_goes_on_digit_for_digit(runs, kind, version):
     _, root = runs
     for metric in METRICS:
@@ -129,7 +133,7 @@ def test_a_stopped_run_goes_on_digit_for_digit(runs, kind, version):
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("kind", ["file", "folder", "portable"])
 def test_a_checkpoint_validates_as_it_did_in_its_run(runs, kind):
     _, root = runs
     (expected,) = values(root / kind, "val_loss").values()
