@@ -13,7 +13,7 @@ Every process writes files of its own, a bounded number of bytes at a time.
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class PortableWriter:
             kind = "optimizer" if key != WEIGHT else "model" if name.startswith(MODEL_PREFIX) else "module"
             stored = f"{key}/{name}" if kind == "optimizer" else name.removeprefix(MODEL_PREFIX)
             pending = self._pending[kind]
-            pending[stored] = tensor.detach()
+            pending[stored] = tensor.detach().cpu()
             if sum(tensor.nbytes for tensor in pending.values()) >= FLUSH_BYTES:
                 self._flush(kind)
 
@@ -80,7 +80,7 @@ class PortableWriter:
             return
         count = sum(name.startswith(kind) for name in self._files)
         path = self._folder / f"{kind}-{self._rank}-{count}.safetensors"
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in pending.items()}
+        tensors = {name: tensor.contiguous() for name, tensor in pending.items()}
         try:
             save_file(tensors, path, metadata={"format": "pt"})
         except SafetensorError as error:
@@ -130,6 +130,9 @@ class PortableReader:
             if file.endswith(".safetensors")
             for name in self._open(file).keys()  # noqa: SIM118  (no mapping)
         }
+        self._keys: dict[str, list[str]] = {}
+        for key, _, name in (name.partition("/") for kind, name in self._where if kind == "optimizer"):
+            self._keys.setdefault(name, []).append(key)
 
     @staticmethod
     def is_at(path: Path) -> bool:
@@ -154,9 +157,9 @@ class PortableReader:
         kind = "model" if name.startswith(MODEL_PREFIX) else "module"
         return self._read(kind, name.removeprefix(MODEL_PREFIX), f"the weight {name}")
 
-    def has(self, key: str, name: str) -> bool:
-        """Whether the optimizer had such a state of that parameter; parameters may be frozen or never used."""
-        return ("optimizer", f"{key}/{name}") in self._where
+    def keys(self, name: str) -> list[str]:
+        """Which tensors the optimizer had of a parameter, such as ``exp_avg``; of a frozen one none."""
+        return self._keys.get(name, [])
 
     def state(self, key: str, name: str) -> Tensor:
         """A state of the optimizer, such as ``exp_avg``, of a parameter.
@@ -165,13 +168,6 @@ class PortableReader:
             FireflyError: If the optimizer that was saved has no such state.
         """
         return self._read("optimizer", f"{key}/{name}", f"the optimizer's {key} of {name}; resume with its optimizer")
-
-    def states(self) -> Iterator[tuple[str, str]]:
-        """Keys of optimizer states and names of parameters."""
-        for kind, name in self._where:
-            if kind == "optimizer":
-                key, _, parameter = name.partition("/")
-                yield key, parameter
 
     def _read(self, kind: str, name: str, what: str) -> Tensor:
         file = self._where.get((kind, name))

@@ -59,9 +59,11 @@ def read_whole(reader: PortableReader) -> dict[str, Any]:
     checkpoint = reader.trainer()
     weights = {name: reader.weight(name) for name in reader.names()}
     weights |= {name: weights[first] for name, first in checkpoint[TIED_KEY].items()}
-    states: dict[str, dict[str, Any]] = {}
-    for key, name in reader.states():
-        states.setdefault(name, scalars_of(checkpoint, name))[key] = reader.state(key, name)
+    states = {
+        name: scalars_of(checkpoint, name) | {key: reader.state(key, name) for key in keys}
+        for name in reader.names()
+        if (keys := reader.keys(name))
+    }
     return checkpoint | {"state_dict": weights, "optimizer_states": [{BY_NAME: states}]}
 
 

@@ -43,6 +43,17 @@ class BoosterCheckpoints(ShardedCheckpoints):
         """What must be the same where an optimizer's states are read again; the model is boosted."""
 
     @override
+    def optimizer_steps(self) -> int:
+        from firefly_lightning.strategies.colossalai_portable import steps_done
+
+        return steps_done(self.boosted_optimizer)
+
+    @property
+    def boosted_optimizer(self) -> Any:
+        """ColossalAI's; None while evaluating."""
+        return self.optimizers[0] if self.optimizers else None
+
+    @override
     def save_shards(self, folder: Path) -> None:
         with self.full_precision():
             self.booster.save_model(self.wrapper, str(folder / WEIGHTS), shard=True, use_safetensors=True)
@@ -99,5 +110,5 @@ def read_weights(folder: Path, trainer: dict[str, Any]) -> dict[str, Tensor]:
             weights.update({f"model.{name}": weight for name, weight in load_weights(file).items()})
     except SafetensorError as error:
         raise FireflyError(f"{folder}: damaged ({reason(error)}); use an earlier one") from error
-    padded_vocabulary.strip(weights, trainer[DESCRIPTION_KEY]["config.json"]["vocab_size"])
-    return weights
+    vocab_size = trainer[DESCRIPTION_KEY]["config.json"]["vocab_size"]
+    return {name: padded_vocabulary.strip(name, weight, vocab_size) for name, weight in weights.items()}

@@ -19,6 +19,7 @@ from transformers import BloomConfig, BloomForCausalLM
 from typing_extensions import override
 
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.portable import PortableReader, States
 from firefly_lightning.strategies import padded_vocabulary
 from firefly_lightning.strategies.booster import BoosterStrategy
 
@@ -149,6 +150,18 @@ class GeminiStrategy(BoosterStrategy):
         from firefly_lightning.strategies.colossalai_fixes import gemini_masters
 
         return gemini_masters(self.wrapper)
+
+    @override
+    def portable_states(self) -> Iterator[tuple[str, States]]:
+        from firefly_lightning.strategies.colossalai_portable import read_gemini
+
+        return read_gemini(self.wrapper, self.boosted_optimizer)
+
+    @override
+    def load_portable(self, reader: PortableReader, fitting: bool) -> None:
+        from firefly_lightning.strategies.colossalai_portable import write_gemini
+
+        write_gemini(self.wrapper, self.boosted_optimizer, reader)
 
     @override
     def layout(self) -> dict[str, Any]:
@@ -287,8 +300,19 @@ class TensorParallelStrategy(BoosterStrategy):
     def full_precision(self) -> contextlib.AbstractContextManager[None]:
         from firefly_lightning.strategies.colossalai_fixes import hybrid_masters
 
-        optimizer = self.optimizers[0] if self.optimizers else None
-        return hybrid_masters(self.bloom.parameters(), optimizer, self.booster.plugin.dp_group)
+        return hybrid_masters(self.bloom.parameters(), self.boosted_optimizer, self.booster.plugin.dp_group)
+
+    @override
+    def portable_states(self) -> Iterator[tuple[str, States]]:
+        from firefly_lightning.strategies.colossalai_portable import read_hybrid
+
+        return read_hybrid(self.bloom, self.boosted_optimizer, self.booster.plugin)
+
+    @override
+    def load_portable(self, reader: PortableReader, fitting: bool) -> None:
+        from firefly_lightning.strategies.colossalai_portable import write_hybrid
+
+        write_hybrid(self.bloom, self.boosted_optimizer, self.booster.plugin, self.booster.checkpoint_io, reader)
 
     @override
     def layout(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What ColossalAI 0.5.0 does wrong or not at all, by subclass. Importing this imports ColossalAI."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -137,7 +137,7 @@ def gemini_masters(wrapper: Any) -> Iterator[None]:
 
 
 @contextmanager
-def hybrid_masters(parameters: Iterator[Parameter], optimizer: Any, group: dist.ProcessGroup) -> Iterator[None]:
+def hybrid_masters(parameters: Iterable[Parameter], optimizer: Any, group: dist.ProcessGroup) -> Iterator[None]:
     """Puts float32 masters in the place of 16-bit weights: the plugin saves these alone, and loads masters from them.
 
     Args:

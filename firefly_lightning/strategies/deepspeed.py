@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from firefly_lightning.data.batches import PlannedBatches
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.portable import PortableReader, States
 from firefly_lightning.strategies.agreement import agreed
 from firefly_lightning.strategies.deepspeed_checkpoints import TAG, fill_sharded, plain_values_only, read_lazily
 from firefly_lightning.strategies.deepspeed_config import (
@@ -125,6 +126,29 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     @override
+    def portable_states(self) -> Iterator[tuple[str, States]]:
+        from firefly_lightning.strategies.deepspeed_portable import read_states
+
+        module: Any = self.lightning_module
+        return read_states(self._zero, module)
+
+    @override
+    def optimizer_steps(self) -> int:
+        from firefly_lightning.strategies.deepspeed_portable import steps_done
+
+        return steps_done(self._zero)
+
+    @override
+    def load_portable(self, reader: PortableReader, fitting: bool) -> None:
+        from firefly_lightning.strategies.deepspeed_portable import write_states, write_weights
+
+        module: Any = self.lightning_module
+        if fitting:
+            write_states(self._zero, module, reader)
+        else:
+            write_weights(module, reader)
+
+    @override
     def save_shards(self, folder: Path) -> None:
         self.deepspeed_engine.save_checkpoint(
             str(folder), tag=TAG, exclude_frozen_parameters=self.exclude_frozen_parameters
@@ -150,6 +174,12 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
         zero = self.config["zero_optimization"]
         offload = {name: device_of(zero, name) for name in ("offload_optimizer", "offload_param")}
         return {"engine": "deepspeed", "stage": zero["stage"], **offload, "processes": self.world_size}
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's optimizer around the module's; None while evaluating, where stage 3 has something else there."""
+        module: Any = self.lightning_module
+        return self.deepspeed_engine.optimizer if module.trainer.state.fn == TrainerFn.FITTING else None
 
     @property
     def _needs_cpu_adam(self) -> bool:

@@ -99,15 +99,11 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
             for name, parameter in module.named_parameters():
                 local(parameter).copy_(part_like(reader.weight(name), parameter))
         trainer = reader.trainer() if fitting else {}
-        saved: dict[str, list[str]] = {}
-        for key, name in reader.states():
-            saved.setdefault(name, []).append(key)
         for optimizer in self.optimizers if fitting else []:
             for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
                 name = names[id(parameter)]
-                if name in saved:
-                    state = {key: _like(reader.state(key, name), parameter, part_like) for key in saved[name]}
-                    optimizer.state[parameter] = scalars_of(trainer, name) | state
+                state = {key: _like(reader.state(key, name), parameter, part_like) for key in reader.keys(name)}
+                optimizer.state[parameter] = scalars_of(trainer, name) | state if state else {}
 
     @override
     def save_shards(self, folder: Path) -> None:

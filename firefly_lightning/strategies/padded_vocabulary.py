@@ -1,5 +1,6 @@
 """A vocabulary that processes divide evenly: rows of zeros are added to it, and left out of whatever is shown."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import BloomForCausalLM
@@ -31,11 +32,14 @@ def hide(bloom: BloomForCausalLM) -> None:
     bloom.lm_head.register_forward_hook(lambda head, inputs, logits: logits[..., :vocab_size])
 
 
-def strip(weights: dict[str, Tensor], vocab_size: int) -> None:
-    """Removes added rows from the weights of a ``LightningModule``, by name."""
-    for name in NAMES:
-        if name in weights and len(weights[name]) > vocab_size:
-            weights[name] = weights[name][:vocab_size].clone()
+def strip(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
+    """A weight of a ``LightningModule``, or what is shaped like it, without the rows that were added, if any were."""
+    return tensor[:vocab_size].clone() if name in NAMES and len(tensor) > vocab_size else tensor
+
+
+def fill_up(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor of fewer rows than ``shape`` with rows of zeros up to it."""
+    return nn.functional.pad(tensor, (0, 0, 0, shape[0] - len(tensor))) if len(tensor) < shape[0] else tensor
 
 
 def _padded(weight: Parameter, excess: int) -> Parameter:

@@ -9,7 +9,7 @@ from tests.strategies.test_parity import REFUSED, SPELLED_OUT, STRATEGIES, ran, 
 SAVED = 11
 """Steps before the move."""
 
-MOVING = ("auto", "ddp", "fsdp2", "native_tp")
+MOVING = ("auto", "ddp", "zero1", "zero2", "zero3", "gemini", "tensor_parallel", "fsdp2", "native_tp")
 
 
 def command(fit_args, strategy: str, root, *more: object) -> list[object]:
