@@ -73,10 +73,13 @@ class _Weights(Mapping[str, Tensor]):
 
     def __init__(self, reader: PortableReader) -> None:
         self._reader = reader
-        self._names = [name.removeprefix(MODEL_PREFIX) for name in reader.names() if name.startswith(MODEL_PREFIX)]
+        self._names = {name.removeprefix(MODEL_PREFIX) for name in reader.names() if name.startswith(MODEL_PREFIX)}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._reader.weight(MODEL_PREFIX + name)
+
+    def __contains__(self, name: object) -> bool:  # without reading it
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
