@@ -1,14 +1,17 @@
 """A checkpoint as Lightning keeps it in one process, all of a model in one dictionary, to and from a portable one."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from firefly_lightning.checkpoint import TRAINER_FILE
+from firefly_lightning.errors import FireflyError
 from firefly_lightning.portable import WEIGHT, PortableReader, PortableWriter, finish
 
 NAMES_KEY = "optimizer_parameters"
@@ -105,9 +108,43 @@ def accept_names(module: nn.Module, optimizer: Optimizer) -> None:
             return None
         own, saved = optimizer.state_dict(), state[BY_NAME]
         names = numbered_names(module, optimizer)
+        for values in saved.values():
+            check_states(optimizer, [key for key, value in values.items() if not is_scalar(value)])
         return own | {"state": {number: saved[name] for number, name in enumerate(names) if name in saved}}
 
     optimizer.register_load_state_dict_pre_hook(numbered)
+
+
+def check_states(optimizer: Optimizer, saved: Collection[str]) -> None:
+    """Refuses the states of another kind of optimizer, with which this one could not step.
+
+    Args:
+        optimizer: That is to go on.
+        saved: Keys of the tensors that were saved of a parameter; none of one that was not trained.
+
+    Raises:
+        FireflyError: If they are not what it keeps.
+    """
+    kept = _kept_states(optimizer)
+    if saved and kept is not None and set(saved) != kept:
+        name, has = type(optimizer).__name__, ", ".join(sorted(kept)) or "nothing"
+        raise FireflyError(
+            f"the checkpoint's optimizer keeps {', '.join(sorted(saved))} of every weight, {name} keeps {has}; "
+            "resume with the optimizer that it was saved with"
+        )
+
+
+def _kept_states(optimizer: Optimizer) -> set[str] | None:
+    """Which tensors an optimizer keeps of a parameter, seen by letting one step; None where it needs more for that."""
+    parameter, known = Parameter(torch.zeros(1)), inspect.signature(type(optimizer)).parameters
+    parameter.grad = torch.zeros(1)
+    settings = {name: value for name, value in optimizer.defaults.items() if name in known}
+    try:
+        example: Any = type(optimizer)([parameter], **settings)
+        example.step()
+    except Exception:  # of any type: a closure, a device or an argument is missing
+        return None
+    return {key for key, value in example.state[parameter].items() if not is_scalar(value)}
 
 
 def _by_name(checkpoint: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:

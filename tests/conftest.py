@@ -21,6 +21,10 @@ settings.load_profile("patient")
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="move runs between all pairs of strategies, not some")
+
+
 def pytest_collection_modifyitems(items):
     """What is marked `gpu` is the code that a machine without one cannot reach; the README names it."""
     if not torch.cuda.is_available():

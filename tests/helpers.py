@@ -200,5 +200,14 @@ class Stopping(FireflyModule):
             self.trainer.should_stop = True
 
 
+class NotingRows(FireflyModule):
+    """Writes down which rows a rank is given for every step."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        super().on_train_batch_start(batch, batch_idx)
+        with (Path(self.trainer.default_root_dir) / f"rows-{self.global_rank}.txt").open("a") as file:
+            print(batch["step"], *batch["rows"].tolist(), file=file)
+
+
 class RenamedData(FireflyDataModule):
     """The same, under a name that no checkpoint knows."""

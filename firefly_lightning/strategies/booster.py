@@ -26,7 +26,8 @@ from transformers import BloomConfig, BloomForCausalLM
 from typing_extensions import override
 
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.huggingface import reason
+from firefly_lightning.huggingface import reason, some
+from firefly_lightning.portable import MODEL_PREFIX
 from firefly_lightning.strategies.booster_checkpoints import BoosterCheckpoints
 from firefly_lightning.strategies.engine_precision import EnginePrecision
 from firefly_lightning.strategies.hooks import StrategyHooks
@@ -236,6 +237,13 @@ class BoosterStrategy(StrategyHooks, BoosterCheckpoints, DDPStrategy):
         return model
 
     def _check_optimizer(self) -> None:
+        module: Any = self.lightning_module
+        around = [name for name, parameter in module.named_parameters() if not name.startswith(MODEL_PREFIX)]
+        if trained := [name for name in around if module.get_parameter(name).requires_grad]:
+            raise FireflyError(
+                f"{self.name}: ColossalAI trains the module's `model` alone, not {some(trained)}; "
+                "freeze it, or take another strategy"
+            )
         if len(self.optimizers) != 1:
             found = len(self.optimizers)
             raise FireflyError(f"{self.name}: the module configures {found} optimizers; ColossalAI takes one")

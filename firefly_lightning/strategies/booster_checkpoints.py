@@ -14,6 +14,7 @@ from typing_extensions import override
 from firefly_lightning.checkpoint import load_file
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import DESCRIPTION_KEY, reason
+from firefly_lightning.portable import MODEL_PREFIX
 from firefly_lightning.strategies import padded_vocabulary
 from firefly_lightning.strategies.shards import ShardedCheckpoints
 
@@ -48,6 +49,25 @@ class BoosterCheckpoints(ShardedCheckpoints):
 
         return steps_done(self.boosted_optimizer)
 
+    @override
+    def scaler_state(self) -> dict[str, Any]:
+        from firefly_lightning.strategies.colossalai_fixes import scaler_state
+
+        return scaler_state(self.boosted_optimizer)
+
+    @override
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        from firefly_lightning.strategies.colossalai_fixes import load_scaler_state
+
+        load_scaler_state(self.boosted_optimizer, state)
+
+    @override
+    def whole_tensors(self) -> dict[str, Tensor]:
+        """Also the weights around the model, which ColossalAI leaves alone."""
+        module: Any = self.lightning_module
+        around = {name: parameter for name, parameter in module.named_parameters() if not name.startswith(MODEL_PREFIX)}
+        return super().whole_tensors() | around
+
     @property
     def boosted_optimizer(self) -> Any:
         """ColossalAI's; None while evaluating."""
@@ -58,12 +78,8 @@ class BoosterCheckpoints(ShardedCheckpoints):
         with self.full_precision():
             self.booster.save_model(self.wrapper, str(folder / WEIGHTS), shard=True, use_safetensors=True)
         if self.optimizers:
-            from firefly_lightning.strategies.colossalai_fixes import scaler_state
-
-            optimizer: Any = self.optimizers[0]
             # ColossalAI would gather them, one weight after another, on the first process.
-            state = {"states": optimizer.optim.state_dict(), "scaler": scaler_state(optimizer)}
-            torch.save(state, folder / self._states_file)
+            torch.save(self.boosted_optimizer.optim.state_dict(), folder / self._states_file)
 
     @override
     def load_shards(self, folder: Path, fitting: bool) -> None:
@@ -74,11 +90,7 @@ class BoosterCheckpoints(ShardedCheckpoints):
         except (SafetensorError, OSError, ValueError) as error:
             raise FireflyError(f"{folder}: damaged ({reason(error)}); use an earlier one") from error
         if fitting:
-            from firefly_lightning.strategies.colossalai_fixes import load_scaler_state
-
-            state, optimizer = load_file(folder / self._states_file, "cpu"), self.optimizers[0]
-            optimizer.optim.load_state_dict(state["states"])  # type: ignore
-            load_scaler_state(optimizer, state["scaler"])
+            self.boosted_optimizer.optim.load_state_dict(load_file(folder / self._states_file, "cpu"))
 
     @override
     def writer(self) -> dict[str, Any]:

@@ -109,16 +109,30 @@ def loss_scale(optimizer: Any) -> float:
 
 
 def scaler_state(optimizer: Any) -> dict[str, Any]:
-    """All that the scaler of the loss has learned; ColossalAI's own ``state_dict`` leaves out its counters."""
-    scaler = vars(getattr(_mixin(optimizer), "grad_scaler", object))
-    return {name: scaler[name] for name in ("_scale", "_growth_step", "_hysteresis_step") if name in scaler}
+    """All that the scaler of the loss has learned, as PyTorch's ``GradScaler`` says it; empty where nothing scales.
+
+    ColossalAI's own ``state_dict`` leaves out its counters.
+    """
+    scaler = getattr(_mixin(optimizer), "grad_scaler", None)
+    if scaler is None:
+        return {}
+    return {
+        "scale": float(scaler._scale),
+        "growth_factor": scaler._growth_factor,
+        "backoff_factor": scaler._backoff_factor,
+        "growth_interval": scaler._growth_interval,
+        "_growth_tracker": scaler._growth_step,
+        "tolerated": scaler._hysteresis - scaler._hysteresis_step - 1,  # overflows before the scale shrinks
+    }
 
 
 def load_scaler_state(optimizer: Any, state: dict[str, Any]) -> None:
-    """Sets what :func:`scaler_state` returned."""
-    if state:
-        scaler = _mixin(optimizer).grad_scaler
-        vars(scaler).update(state, _scale=state["_scale"].to(scaler._scale.device))
+    """Sets scale and counters that any strategy's scaler has learned."""
+    scaler = getattr(_mixin(optimizer), "grad_scaler", None)
+    if scaler is not None and state:
+        scaler._scale.fill_(state["scale"])
+        scaler._growth_step = state["_growth_tracker"]
+        scaler._hysteresis_step = scaler._hysteresis - 1 - state.get("tolerated", 0)
 
 
 @contextmanager

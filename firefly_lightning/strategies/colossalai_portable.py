@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from transformers import BloomForCausalLM
 
 from firefly_lightning.portable import MODEL_PREFIX, WEIGHT, PortableReader, States
-from firefly_lightning.portable_whole import scalars_of
+from firefly_lightning.portable_whole import check_states, scalars_of
 from firefly_lightning.strategies import padded_vocabulary
 from firefly_lightning.strategies.colossalai_fixes import gemini_masters, hybrid_masters
 
@@ -64,6 +64,7 @@ def write_gemini(wrapper: Any, optimizer: Any, reader: PortableReader) -> None:
     for number in optimizer.id_to_fake_params if optimizer else ():
         name = MODEL_PREFIX + wrapper.param2name[optimizer.id_to_real_params[number]]
         if keys := reader.keys(name):
+            check_states(optimizer.optim, keys)
             states = {key: reader.state(key, name) for key in keys}
             optimizer.load_single_param_states(number, {STEP: scalars_of(trainer, name)[STEP], **states})
 
@@ -137,6 +138,7 @@ def write_hybrid(
             if optimizer:
                 optimizer.update_master_params(SimpleNamespace(parameters=lambda one=parameter: [one]))
         if optimizer and (keys := reader.keys(full)):
+            check_states(optimizer.optim, keys)
             master = _master(optimizer, parameter)
             states = {key: padded_vocabulary.fill_up(reader.state(key, full), shape) for key in keys}
             optimizer.optim.state[master] = scalars_of(trainer, full) | files.shard_from_complete_optimizer_state(

@@ -139,6 +139,18 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
         return steps_done(self._zero)
 
     @override
+    def scaler_state(self) -> dict[str, Any]:
+        from firefly_lightning.strategies.deepspeed_portable import scaler_state
+
+        return scaler_state(self._zero)
+
+    @override
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        from firefly_lightning.strategies.deepspeed_portable import load_scaler_state
+
+        load_scaler_state(self._zero, state)
+
+    @override
     def load_portable(self, reader: PortableReader, fitting: bool) -> None:
         from firefly_lightning.strategies.deepspeed_portable import write_states, write_weights
 

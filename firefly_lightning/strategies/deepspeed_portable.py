@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from firefly_lightning.portable import WEIGHT, PortableReader, States
-from firefly_lightning.portable_whole import is_scalar, scalars_of
+from firefly_lightning.portable_whole import check_states, is_scalar, scalars_of
 
 
 def read_states(zero: Any, module: nn.Module) -> Iterator[tuple[str, States]]:
@@ -81,6 +81,33 @@ def write_weight(parameter: Parameter, reader: PortableReader, name: str) -> Non
             parameter.copy_(reader.weight(name))
 
 
+def scaler_state(zero: Any) -> dict[str, Any]:
+    """What the scaler of the loss has learned, as PyTorch's ``GradScaler`` says it; empty where nothing scales."""
+    scaler: Any = getattr(zero, "loss_scaler", None)
+    if not getattr(scaler, "dynamic", False):
+        return {}
+    stable = scaler.cur_iter - scaler.last_overflow_iter - 1
+    stable = (stable - 1) % scaler.scale_window + 1 if stable else 0
+    return {
+        "scale": float(scaler.cur_scale),
+        "growth_factor": scaler.scale_factor,
+        "backoff_factor": 1 / scaler.scale_factor,
+        "growth_interval": scaler.scale_window,
+        "_growth_tracker": min(stable, scaler.scale_window - 1),
+        "stable": stable,  # DeepSpeed's scale grows a step later than PyTorch's
+        "tolerated": scaler.cur_hysteresis - 1,  # overflows before the scale shrinks
+    }
+
+
+def load_scaler_state(zero: Any, state: dict[str, Any]) -> None:
+    """Sets scale and counters that any strategy's scaler has learned."""
+    scaler: Any = getattr(zero, "loss_scaler", None)
+    if getattr(scaler, "dynamic", False) and state:
+        scaler.cur_scale = state["scale"]
+        scaler.cur_iter, scaler.last_overflow_iter = state.get("stable", state["_growth_tracker"]), -1
+        scaler.cur_hysteresis = state.get("tolerated", 0) + 1
+
+
 def _is_sharded(parameter: Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
@@ -115,6 +142,7 @@ def _make_states(zero: Any, reader: PortableReader, example: str) -> None:
         example: Name of a parameter that has some.
     """
     inner, scalars = zero.optimizer, scalars_of(reader.trainer(), example)
+    check_states(inner, reader.keys(example))
     if "DeepSpeed" in type(inner).__name__:  # its C++ takes a number
         scalars = {name: int(value) for name, value in scalars.items()}
     for number, master in enumerate(_masters(zero)):

@@ -15,7 +15,7 @@ from typing_extensions import override
 from firefly_lightning.checkpoint import WRITER_KEY, load_file
 from firefly_lightning.checkpoint_io import AtomicCheckpointIO
 from firefly_lightning.portable import WEIGHT, PortableReader, States
-from firefly_lightning.portable_whole import is_scalar, scalars_of
+from firefly_lightning.portable_whole import check_states, is_scalar, scalars_of
 from firefly_lightning.strategies.dtensors import join, local, part_like, split_of, whole, with_parts
 from firefly_lightning.strategies.shards import ShardedCheckpoints
 
@@ -102,6 +102,7 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
         for optimizer in self.optimizers if fitting else []:
             for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
                 name = names[id(parameter)]
+                check_states(optimizer, reader.keys(name))
                 state = {key: _like(reader.state(key, name), parameter, part_like) for key in reader.keys(name)}
                 optimizer.state[parameter] = scalars_of(trainer, name) | state if state else {}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -23,9 +24,12 @@ from firefly_lightning.checkpoint import (
     replace,
 )
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.portable import FileEntry, PortableReader, PortableWriter, States, finish
+from firefly_lightning.portable import WEIGHT, FileEntry, PortableReader, PortableWriter, States, finish
 from firefly_lightning.portable_whole import NAMES_KEY, SCALARS_KEY, TIED_KEY, parameter_names, summed_up
 from firefly_lightning.strategies.agreement import agreed
+
+SCALER_KEY = MixedPrecision.__qualname__
+"""Where a checkpoint has what the scaler of a float16 loss has learned: where Lightning keeps that of its own."""
 
 
 class ShardedCheckpoints(Strategy):
@@ -59,6 +63,17 @@ class ShardedCheckpoints(Strategy):
             fitting: Whether there is an optimizer, whose states and number of steps are set too.
         """
 
+    def scaler_state(self) -> dict[str, Any]:
+        """Of the scaler of a float16 loss, with the keys of PyTorch's ``GradScaler``; empty where nothing scales."""
+        return {}
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        """Sets what :meth:`scaler_state` gave, on whatever strategy, or what a ``GradScaler`` saved."""
+
+    def whole_tensors(self) -> dict[str, Tensor]:
+        """What every process holds whole beside :meth:`portable_states`, by name: buffers that are to be saved."""
+        return dict(_kept_buffers(self.lightning_module))
+
     @abstractmethod
     def save_shards(self, folder: Path) -> None:
         """Writes weights and, while fitting, optimizer states; called by all processes with the same folder."""
@@ -87,6 +102,8 @@ class ShardedCheckpoints(Strategy):
             for name, value in checkpoint.items()
             if name not in ("state_dict", "optimizer_states", NAMES_KEY)
         }
+        if self.optimizers and (scaler := self.scaler_state()):
+            kept[SCALER_KEY] = scaler
         files: dict[str, FileEntry] = {}
         if self.saves_portable:
             try:
@@ -135,8 +152,11 @@ class ShardedCheckpoints(Strategy):
         fitting = module.trainer.state.fn == TrainerFn.FITTING
         if self._reader is not None:
             self.load_portable(self._reader, fitting)
+            self._load_whole_tensors(self._reader)
         else:
             self.load_shards(self._folder, fitting)
+        if fitting:
+            self.load_scaler_state(checkpoint.get(SCALER_KEY, {}))
 
     @property
     @override
@@ -172,11 +192,21 @@ class ShardedCheckpoints(Strategy):
         def close() -> dict[str, FileEntry]:
             if failure:
                 raise failure
+            if self.is_global_zero:
+                for name, tensor in self.whole_tensors().items():
+                    writer.add(name, {WEIGHT: tensor})
             return writer.close()
 
         written: list[dict[str, FileEntry]] = [{}] * dist.get_world_size()
         dist.all_gather_object(written, agreed(close))
         return {name: entry for files in written for name, entry in files.items()}
+
+    def _load_whole_tensors(self, reader: PortableReader) -> None:
+        saved = set(reader.names())
+        with torch.no_grad():
+            for name, tensor in self.whole_tensors().items():
+                if name in saved:  # a buffer may be newer than the checkpoint
+                    tensor.copy_(reader.weight(name))
 
     def _tied(self) -> dict[str, str]:
         module: Any = self.lightning_module
@@ -186,6 +216,13 @@ class ShardedCheckpoints(Strategy):
 
     def _scalars(self) -> dict[str, Tensor]:
         return {"step": torch.tensor(float(self.optimizer_steps()))} if self.optimizers else {}
+
+
+def _kept_buffers(module: Any) -> Iterator[tuple[str, Tensor]]:
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in owner._non_persistent_buffers_set:
+                yield name, buffer
 
 
 def _nothing() -> None:
