@@ -136,6 +136,17 @@ class DividingTwice(ZeroStrategy):
     backward = DeepSpeedStrategy.backward
 
 
+class Scaled(FireflyModule):
+    """Writes down the scale of the loss after every step."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        if self.global_rank == 0:
+            scale = self.trainer.strategy.deepspeed_engine.optimizer.loss_scaler.cur_scale
+            with (Path(self.trainer.default_root_dir) / "scales.txt").open("a") as file:
+                print(self.global_step, scale, file=file)
+
+
 class HalfPrecision(ZeroStrategy):
     """Computes in fp16 on any processor; slow ones emulate it, and DeepSpeed therefore refuses them."""
 
@@ -179,6 +190,11 @@ def steps(count: int, warmup: int = 2) -> list[object]:
     return ["--trainer.max_steps", count, "--model.learning_rate", 1e-3, "--model.warmup_steps", warmup]
 
 
+def constant_rate() -> list[object]:
+    """A schedule that does not depend on the last step."""
+    return ["--model.lr_scheduler", "torch.optim.lr_scheduler.ConstantLR", "--model.lr_scheduler.factor", 1.0]
+
+
 @pytest.fixture(scope="module")
 def dropout_folder(odd_folder, tmp_path_factory) -> Path:
     """Dropout shows whether the random state is the same after resuming."""
@@ -192,29 +208,36 @@ def dropout_folder(odd_folder, tmp_path_factory) -> Path:
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
 
+KINDS = {"own": "false", "portable": "true"}
+"""Of checkpoints: DeepSpeed's own, and those that any strategy reads."""
+
+
 @pytest.fixture(scope="module")
 def resumed(dropout_folder, rows_file, tmp_path_factory) -> Path:
-    """By strategy: an uninterrupted run in `whole`, one that was stopped, resumed, and then validated in `parts`."""
+    """By strategy: an uninterrupted run in `whole`; by kind, one that was stopped, resumed, and then validated."""
     folder = tmp_path_factory.mktemp("resumed")
     commands = []
     for strategy, precision in PRECISIONS.items():
         common = ["--data.val_fraction", 0.25, "--data.micro_batch_size", 2, "--trainer.precision", precision]
         fit = [*common, "--trainer.gradient_clip_val", 0.1, *steps(STEPS)]
-        whole, parts = (folder / strategy / name for name in ("whole", "parts"))
         stopping = {"model": "tests.helpers.Stopping"}
-        commands += [
-            command("fit", strategy, dropout_folder, rows_file, whole, *fit),
-            command("fit", strategy, dropout_folder, rows_file, parts, *fit, "--model.stop_step", 3, **stopping),
-            command("fit", strategy, dropout_folder, rows_file, parts, *fit, "--ckpt_path", "last"),
-            command("validate", strategy, dropout_folder, rows_file, parts, *common, "--ckpt_path", "last"),
-        ]
+        commands.append(command("fit", strategy, dropout_folder, rows_file, folder / strategy / "whole", *fit))
+        for kind, portable in KINDS.items():
+            parts, kept = folder / strategy / kind, ["--checkpoint.portable", portable]
+            stop = [*kept, "--model.stop_step", 3]
+            commands += [
+                command("fit", strategy, dropout_folder, rows_file, parts, *fit, *stop, **stopping),
+                command("fit", strategy, dropout_folder, rows_file, parts, *fit, *kept, "--ckpt_path", "last"),
+                command("validate", strategy, dropout_folder, rows_file, parts, *common, "--ckpt_path", "last"),
+            ]
     run_ranks(2, *commands)
     return folder
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("strategy", PRECISIONS)
-def test_a_stopped_run_goes_on_digit_for_digit(resumed, strategy):
-    whole, parts = (resumed / strategy / name for name in ("whole", "parts"))
+def test_a_stopped_run_goes_on_digit_for_digit(resumed, strategy, kind):
+    whole, parts = (resumed / strategy / name for name in ("whole", kind))
     done = max(logged(parts)) + 1
     assert 0 < done < STEPS
     for name in ("train_loss", "grad_norm", "lr"):
@@ -223,16 +246,17 @@ def test_a_stopped_run_goes_on_digit_for_digit(resumed, strategy):
     assert logged(parts, "val_loss", version=1) == logged(whole, "val_loss")
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("strategy", PRECISIONS)
-def test_a_checkpoint_is_validated(resumed, strategy):
-    parts = resumed / strategy / "parts"
+def test_a_checkpoint_is_validated(resumed, strategy, kind):
+    parts = resumed / strategy / kind
     (expected,) = logged(parts, "val_loss", version=1).values()
     (found,) = logged(parts, "val_loss", version=2).values()
     assert float(found) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_a_checkpoint_of_another_stage_or_number_of_processes_is_refused(resumed, dropout_folder, rows_file, tmp_path):
-    last = resumed / "zero1" / "parts" / "checkpoints" / "last.ckpt"
+    last = resumed / "zero1" / "own" / "checkpoints" / "last.ckpt"
     args = [tmp_path, *steps(STEPS), "--ckpt_path", last, "--trainer.devices", 1]
     other = command("fit", "zero3", dropout_folder, rows_file, *args)
     text = run_ranks(1, ["-" + other[0], *other[1:]])
@@ -243,7 +267,7 @@ def test_a_checkpoint_of_another_stage_or_number_of_processes_is_refused(resumed
 @pytest.mark.parametrize("damage", ["cut", "missing", "code"])
 def test_damaged_shards_are_refused_and_code_in_them_is_not_run(resumed, tmp_path, damage):
     folder = tmp_path / "last.ckpt"
-    shutil.copytree(resumed / "zero3" / "parts" / "checkpoints" / "last.ckpt", folder)
+    shutil.copytree(resumed / "zero3" / "own" / "checkpoints" / "last.ckpt", folder)
     shard = folder / "checkpoint" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     ran = tmp_path / "ran"
     if damage == "cut":
@@ -317,6 +341,15 @@ def runs(odd_folder, rows_file, config_files, tmp_path_factory) -> Path:
         add(f"own-{stage}", f"zero{stage}", model=f"{HERE}.OwnModel")
         half = ["--trainer.strategy.stage", stage, "--trainer.strategy.initial_scale_power", 8]
         add(f"half-{stage}", f"{HERE}.HalfPrecision", *half, *two, "--trainer.precision", "16-mixed")
+    scaled = ["--trainer.strategy", f"{HERE}.HalfPrecision", *("--trainer.strategy.initial_scale_power", 8)]
+    scaled += ["--trainer.strategy.loss_scale_window", 2, "--trainer.precision", "16-mixed"]
+    for name, stage, more in (
+        ("scaled", 2, ["--trainer.max_steps", 9]),
+        ("scaled-part", 2, ["--trainer.max_steps", 5]),
+        ("scaled-moved", 3, ["--trainer.max_steps", 9, "--ckpt_path", folder / "scaled-part" / "checkpoints"]),
+    ):
+        own = [*scaled, "--trainer.strategy.stage", stage, *constant_rate(), *more]
+        commands.append(command("fit", "zero2", odd_folder, rows_file, folder / name, *own, model=f"{HERE}.Scaled"))
     add("drawn-bf16", "zero3", *scratch, "--trainer.precision", "bf16-mixed", model=f"{HERE}.Drawn")
     ungathered = [f"{HERE}.Ungathered", "--trainer.strategy.stage", 3]
     add("ungathered", *ungathered, *scratch)
@@ -378,6 +411,19 @@ def test_fp16_trains_with_its_scale_undone_in_the_norm(runs, stage):
     for name, tolerance in (("train_loss", 1e-3), ("grad_norm", 1e-2)):
         half, full = (list(map(float, logged(runs / run, name).values())) for run in (f"half-{stage}", "once"))
         assert half == pytest.approx(full, rel=tolerance)
+
+
+def test_the_scale_of_fp16_goes_on_from_a_portable_checkpoint_of_another_stage(runs):
+    scales = {
+        name: dict(line.split() for line in (runs / name / "scales.txt").read_text().splitlines())
+        for name in ("scaled", "scaled-moved")
+    }
+    assert len(set(scales["scaled"].values())) > 2, "it changes, before the move and after"
+    assert scales["scaled-moved"] == {step: scale for step, scale in scales["scaled"].items() if int(step) > 5}
+    whole, moved = (logged(runs / name) for name in scales)
+    assert {step: float(loss) for step, loss in moved.items()} == pytest.approx(
+        {step: float(whole[step]) for step in moved}, rel=1e-4
+    )
 
 
 def test_a_full_configuration_holds_and_is_completed(runs):

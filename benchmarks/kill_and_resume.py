@@ -1,0 +1,182 @@
+"""Kills a run again and again, and resumes it: python -m benchmarks.kill_and_resume --help.
+
+The run saves after every step. It is killed with SIGKILL at random moments, every second time while a checkpoint is
+being written, and goes on with ``--ckpt_path last``. In the end, every loss that its parts logged must be, to the
+last digit, that of a run which nobody killed. Prints a JSON line for each kill and one for the whole; draws the story.
+"""
+
+import argparse
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.machine import machine
+from firefly_lightning.checkpoint import TRAINER_FILE, find_checkpoint, load_file, partial_path
+from firefly_lightning.cli import main as firefly_fit
+
+PATIENCE = 300
+"""Seconds until a run must have begun."""
+
+
+def main() -> None:
+    """Runs once without a kill and once with many, and compares."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=120, help="of the run; more than it makes between all kills")
+    parser.add_argument("--model", default="demo_run/bloom-zh", help="folder; bin/demo makes the default")
+    parser.add_argument("--rows", default="demo_run/rows/*.jsonl", help="instruction rows to train on")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--out", help="PNG to draw")
+    parser.add_argument("--fit", nargs=argparse.REMAINDER, help="more arguments of firefly-fit, such as a strategy")
+    parser.add_argument("--run", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        sys.argv = ["firefly-fit", *options.run]
+        firefly_fit()
+        return
+    print(json.dumps(machine()), flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        whole, killed = Run(Path(scratch) / "whole", options), Run(Path(scratch) / "killed", options)
+        whole.finish()
+        kills = kill_often(killed, options.kills, random.Random(options.seed))
+        killed.finish()
+        result = compare(whole, killed, kills)
+    print(json.dumps(result))
+    if options.out:
+        draw(kills, options.steps, Path(options.out))
+    if result["losses_that_differ"] or result["resumed"] < options.kills:
+        sys.exit("some losses differ from those of the run that nobody killed")
+
+
+class Run:
+    """A training run that can be started again and again.
+
+    Args:
+        root: Its folder.
+        options: Of the command.
+    """
+
+    def __init__(self, root: Path, options: argparse.Namespace) -> None:
+        self.root, self.last = root, root / "checkpoints" / "last.ckpt"
+        self._log = root.with_suffix(".log")
+        self._arguments = [
+            "fit", "--model.path", options.model, "--data.train_files", options.rows, "--data.max_length", "128",
+            "--data.batch_size", "8", "--model.warmup_steps", "3", "--model.learning_rate", "1e-3",
+            "--trainer.max_steps", str(options.steps), "--checkpoint.every_n_steps", "1",
+            "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false",
+            "--trainer.default_root_dir", str(root), *(options.fit or []),
+        ]  # fmt: skip
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Begins, or goes on where there is a checkpoint; in a group of its own, so that all of it can be killed."""
+        known = self.root / "checkpoints"
+        resume = ["--ckpt_path", "last"] if known.is_dir() and any(known.iterdir()) else []
+        with self._log.open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.kill_and_resume", "--run", *self._arguments, *resume],
+                stdout=log, stderr=log, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+
+    def finish(self) -> None:
+        """Runs to the end."""
+        if self.start().wait():
+            sys.exit(f"a run failed:\n{self._log.read_text('utf-8')[-3000:]}")
+
+    def wait_for_steps(self, process: subprocess.Popen[bytes], version: int) -> None:
+        """Until this part of the run has logged a step."""
+        end = time.monotonic() + PATIENCE
+        while not self.losses(version):
+            if process.poll() is not None or time.monotonic() > end:
+                sys.exit(f"a run did not begin:\n{self._log.read_text('utf-8')[-3000:]}")
+            time.sleep(0.01)
+
+    def losses(self, version: int) -> dict[int, str]:
+        """By step, digit for digit, those that a part of the run has logged in full."""
+        file = self.root / "lightning_logs" / f"version_{version}" / "metrics.csv"
+        if not file.is_file():
+            return {}
+        lines = file.read_text("utf-8").splitlines(keepends=True)
+        rows = csv.DictReader(line for line in lines if line.endswith("\n"))  # a kill may cut the last
+        return {int(row["step"]): row["train_loss"] for row in rows if row.get("train_loss")}
+
+
+def kill_often(run: Run, kills: int, chance: random.Random) -> list[dict[str, Any]]:
+    """Kills a run at random moments, half of them in the middle of a save; returns what was found after each."""
+    done: list[dict[str, Any]] = []
+    for number in range(kills):
+        process = run.start()
+        run.wait_for_steps(process, number)
+        time.sleep(chance.uniform(0, 0.3))
+        if number % 2:
+            wait_for_a_save(run.last)
+            time.sleep(chance.uniform(0, 0.01))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kill = {
+            "kill": number + 1,
+            "last_step_logged": max(run.losses(number)),
+            "during_a_save": partial_path(run.last).exists() or not run.last.exists(),
+            "resumes_at": load_file(find_checkpoint(str(run.last.parent)) / TRAINER_FILE, "cpu")["global_step"],
+        }
+        print(json.dumps(kill), flush=True)
+        done.append(kill)
+    return done
+
+
+def wait_for_a_save(last: Path) -> None:
+    """Until a checkpoint is being written; its hidden name is there for some milliseconds only."""
+    end = time.monotonic() + PATIENCE
+    while not partial_path(last).exists() and time.monotonic() < end:
+        pass
+
+
+def compare(whole: Run, killed: Run, kills: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Counts the losses of all parts of the killed run, and those that are not the uninterrupted run's."""
+    expected = whole.losses(0)
+    parts = [killed.losses(version) for version in range(len(kills) + 1)]
+    logged = [(step, loss) for part in parts for step, loss in part.items()]
+    reached = {step for step, _ in logged}
+    if reached != expected.keys():
+        sys.exit(f"steps {sorted(expected.keys() - reached)} were never made")
+    return {
+        "kills": len(kills),
+        "during_a_save": sum(kill["during_a_save"] for kill in kills),
+        "resumed": sum(min(part) == kill["resumes_at"] for part, kill in zip(parts[1:], kills, strict=True)),
+        "steps": len(expected),
+        "losses_compared": len(logged),
+        "losses_that_differ": sum(expected[step] != loss for step, loss in logged),
+        "steps_made_again": len(logged) - len(expected),
+    }
+
+
+def draw(kills: Sequence[dict[str, Any]], steps: int, path: Path) -> None:
+    """Each part of the run as a bar over its steps; where a save was cut short, the bar's end is red."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    starts = [0, *(kill["resumes_at"] for kill in kills)]
+    ends = [*(kill["last_step_logged"] + 1 for kill in kills), steps]
+    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        axes.barh(number, end - start, left=start, color="tab:blue")
+    for during, colour in ((False, "black"), (True, "tab:red")):
+        at = [(kill["last_step_logged"] + 1, kill["kill"] - 1) for kill in kills if kill["during_a_save"] == during]
+        label = "killed during a save" if during else "killed"
+        axes.plot(*zip(*at, strict=True) if at else ([], []), "x", color=colour, label=label)
+    axes.set(xlabel="optimizer step", ylabel="part of the run")
+    axes.invert_yaxis()
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

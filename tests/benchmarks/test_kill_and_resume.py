@@ -1,0 +1,20 @@
+"""The script kills a run, resumes it and finds the losses of one that nobody killed."""
+
+import json
+import subprocess
+import sys
+
+from tests.helpers import ROOT
+
+
+def test_a_killed_run_ends_like_another(model_folder, rows_file, tmp_path):
+    own = ["--model", str(model_folder), "--rows", str(rows_file), "--out", str(tmp_path / "kills.png")]
+    command = [sys.executable, "-m", "benchmarks.kill_and_resume", "--kills", "2", "--steps", "60", *own]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert result.returncode == 0, result.stderr
+    _, first, second, whole = map(json.loads, result.stdout.splitlines())
+    assert 0 < first["resumes_at"] <= first["last_step_logged"] + 1
+    assert second["during_a_save"]
+    assert (whole["kills"], whole["resumed"], whole["steps"], whole["losses_that_differ"]) == (2, 2, 60, 0)
+    assert whole["losses_compared"] == 60 + whole["steps_made_again"]
+    assert (tmp_path / "kills.png").stat().st_size > 5000
