@@ -106,7 +106,7 @@ def test_the_architecture_table_names_every_module_in_the_order_of_imports():
 def test_keys_that_the_readme_names_exist():
     text = ENGLISH.read_text("utf-8")
     defaults = yaml.safe_load(run("firefly-fit", "fit", "--model.path", "x", "--print_config").stdout)
-    keys = set(re.findall(r"`((?:model|data|trainer|checkpoint|best_checkpoint)\.(?!py`)\w+)`", text))
+    keys = set(re.findall(r"`((?:model|data|trainer|checkpoint|best_checkpoint)\.(?!py`|json`)\w+)`", text))
     assert len(keys) >= 20
     for key in keys:
         group, name = key.split(".")
@@ -214,11 +214,16 @@ def check_command(command: str, box: Path, monkeypatch) -> str:
     if "firefly-fit" in command and not args[-1].endswith("help"):
         args += SHORT
     if re.search("firefly-fit fit .*[^p]$", command):  # no --help
-        args += ["--trainer.max_steps", "5" if "last" in args else "3", "--trainer.val_check_interval", "2"]
+        last = next(step for part, step in LAST_STEPS.items() if part in command)
+        args += ["--trainer.max_steps", last, "--trainer.val_check_interval", "2"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n/exit\n"))
     result = run(name, *args, process="--trainer.devices" in args, cwd=box)
     CHECKS[names[0]](box, result.stdout)
     return names[0]
+
+
+LAST_STEPS = {"runs/back": "9", "runs/moved": "7", "--ckpt_path last": "5", "": "3"}
+"""By a part of the command, the first that it has; runs that go on elsewhere go further each time."""
 
 
 def check_snippet(code: str, box: Path, out: str) -> None:
@@ -269,6 +274,13 @@ def check_run(name: str, steps: range, version: int = 0, **columns: int):
     return check
 
 
+def check_moved(name: str, steps: range):
+    def check(box: Path, out: str) -> None:
+        assert sorted(logged(box / "runs" / name)) == list(steps)
+
+    return check
+
+
 def check_evaluation(stage: str):
     def check(box: Path, out: str) -> None:
         versions = sorted((box / "runs" / "first" / "lightning_logs").glob("version_*"))
@@ -312,13 +324,15 @@ CHECKS = {
     "firefly-fit fit --config train.yaml$": check_run("first", range(3)),
     "firefly-fit fit .*configs/firefly-1b4.yaml": check_run("firefly-1b4", range(3)),
     "firefly-fit fit .*ddp": check_run("two", range(3)),
-    "firefly-fit fit .*zero2": check_run("zero2", range(3)),
+    "firefly-fit fit .*zero2$": check_run("zero2", range(3)),
     "firefly-fit fit .*native_tp.yaml": check_run("native", range(3)),
     "firefly-fit fit .*gemini.yaml": check_run("gemini", range(3)),
     "torchrun .*ddp": check_run("torchrun", range(3)),
     "firefly-fit predict": check_predictions,
     "firefly-fit fit .*sgd.yaml": check_run("sgd", range(3)),
     "firefly-fit fit .*--ckpt_path last": check_run("first", range(3, 5), version=1),
+    "firefly-fit fit .*runs/moved$": check_moved("moved", range(5, 7)),
+    "firefly-fit fit .*runs/back$": check_moved("back", range(7, 9)),
     "firefly-fit validate": check_evaluation("val"),
     "firefly-fit test": check_evaluation("test"),
     "firefly export": check_exported,
