@@ -160,9 +160,9 @@ def test_neither_schedule_nor_count_of_steps_changes(runs, checkpoint, model_fol
         ]
         assert files[0] == files[1]
     shown = (result.stdout + result.stderr).split("Resumed with other settings, which hold from here on:\n")[1]
-    rows = [line.split() for line in shown.splitlines()[:3]]
+    rows = [line.split() for line in shown.splitlines()[:4]]
     assert rows[0] == ["setting", "checkpoint", "this", "run"]
-    assert [row[0] for row in rows[1:]] == ["model.class_path", "model.init_args.stop_step"]
+    assert [row[0] for row in rows[1:]] == ["trainer.default_root_dir", "model.class_path", "model.init_args.stop_step"]
 
 
 CHANGED = ["--model.learning_rate", 2e-3, "--model.warmup_steps", 0]

@@ -106,7 +106,7 @@ def test_the_architecture_table_names_every_module_in_the_order_of_imports():
 def test_keys_that_the_readme_names_exist():
     text = ENGLISH.read_text("utf-8")
     defaults = yaml.safe_load(run("firefly-fit", "fit", "--model.path", "x", "--print_config").stdout)
-    keys = set(re.findall(r"`((?:model|data|trainer|checkpoint|best_checkpoint)\.(?!py`|json`)\w+)`", text))
+    keys = set(re.findall(r"`((?:model|data|trainer|checkpoint|best_checkpoint)\.(?!py`|json`|ckpt`)\w+)`", text))
     assert len(keys) >= 20
     for key in keys:
         group, name = key.split(".")

@@ -81,8 +81,7 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
 
     @override
     def portable_states(self) -> Iterator[tuple[str, States]]:
-        module: Any = self.lightning_module
-        for name, parameter in module.named_parameters():
+        for name, parameter in self._named_parts():
             tensors = {key: value for key, value in self._optimizer_state(parameter).items() if not is_scalar(value)}
             yield name, {key: self._copy(value) for key, value in {WEIGHT: parameter, **tensors}.items()}
 
@@ -93,10 +92,10 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
 
     @override
     def load_portable(self, reader: PortableReader, fitting: bool) -> None:
-        module: Any = self.lightning_module
-        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        parts = self._named_parts()
+        names = {id(parameter): name for name, parameter in parts}
         with torch.no_grad():
-            for name, parameter in module.named_parameters():
+            for name, parameter in parts:
                 local(parameter).copy_(part_like(reader.weight(name), parameter))
         trainer = reader.trainer() if fitting else {}
         for optimizer in self.optimizers if fitting else []:
@@ -130,6 +129,20 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
     def _saves_parts(self) -> bool:
         """Whether checkpoints are folders that all processes fill."""
         return self.saves_portable or self._save_distributed_checkpoint
+
+    def _named_parts(self) -> list[tuple[str, Parameter]]:
+        """The parameters that the optimizer steps on, by name.
+
+        FSDP2 leaves whole ones in their place when a forward pass is not followed by a backward one, as in validation.
+        """
+        module: Any = self.lightning_module
+        for owner in module.modules():
+            if hasattr(owner, "reshard"):
+                owner.reshard()
+        parts = list(module.named_parameters())
+        known = {id(parameter) for _, parameter in parts}
+        assert all(id(parameter) in known for optimizer in self.optimizers for parameter in optimizer.state)
+        return parts
 
     def _optimizer_state(self, parameter: Parameter) -> dict[str, Any]:
         return next((dict(one.state[parameter]) for one in self.optimizers if parameter in one.state), {})

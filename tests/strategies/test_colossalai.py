@@ -2,7 +2,9 @@
 
 import json
 from functools import partial
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -25,6 +27,10 @@ RESUMED = {  # what is kept apart from the 16-bit weights, and how
 }
 
 
+KINDS = {"own": "false", "portable": "true"}
+"""Of checkpoints: ColossalAI's own, and those that any strategy reads."""
+
+
 def test_a_resumed_run_goes_on_exactly_and_its_checkpoint_validates(odd_folder, rows_file, tmp_path):
     commands = []
     for name, own in RESUMED.items():
@@ -35,16 +41,17 @@ def test_a_resumed_run_goes_on_exactly_and_its_checkpoint_validates(odd_folder, 
             "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.devices", 2, *own,
             "--trainer.default_root_dir",
         ]  # fmt: skip
-        whole, parts = tmp_path / name / "whole", tmp_path / name / "parts"
-        commands += [
-            ["firefly-fit", "fit", *common, whole, "--trainer.max_steps", 6],
-            ["firefly-fit", "fit", *common, parts, "--trainer.max_steps", 4],
-            ["firefly-fit", "fit", *common, parts, "--trainer.max_steps", 6, "--ckpt_path", "last"],
-            ["firefly-fit", "validate", *common, parts, "--ckpt_path", "last"],
-        ]
+        commands.append(["firefly-fit", "fit", *common, tmp_path / name / "whole", "--trainer.max_steps", 6])
+        for kind, portable in KINDS.items():
+            parts, kept = tmp_path / name / kind, ["--checkpoint.portable", portable]
+            commands += [
+                ["firefly-fit", "fit", *common, parts, *kept, "--trainer.max_steps", 4],
+                ["firefly-fit", "fit", *common, parts, *kept, "--trainer.max_steps", 6, "--ckpt_path", "last"],
+                ["firefly-fit", "validate", *common, parts, "--ckpt_path", "last"],
+            ]
     run_ranks(2, *commands)
-    for name in RESUMED:
-        whole, parts = tmp_path / name / "whole", tmp_path / name / "parts"
+    for name, kind in product(RESUMED, KINDS):
+        whole, parts = tmp_path / name / "whole", tmp_path / name / kind
         losses = logged(whole)
         assert logged(parts, version=1) == {4: losses[4], 5: losses[5]}, name
         validated = list(logged(whole, "val_loss").values())
@@ -215,3 +222,40 @@ def test_precision_is_the_trainers_where_the_strategy_is_an_object(precision):
     for strategy in (GeminiStrategy(), TensorParallelStrategy()):
         trainer = L.Trainer(accelerator="cpu", strategy=strategy, precision=precision, logger=False)
         assert trainer.precision == precision
+
+
+def test_weights_that_colossalai_would_not_train(odd_folder):
+    strategy = TensorParallelStrategy()
+    module = connected(strategy, odd_folder)
+    module.scale = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(FireflyError) as raised:
+        strategy._check_optimizer()
+    assert "trains the module's `model` alone, not scale" in raised_line(raised)
+
+
+@pytest.mark.parametrize("steps", [0, 3, 7])
+def test_the_scale_of_fp16_is_kept_in_the_form_of_pytorch(steps):
+    """ColossalAI's own scaler, which no CPU run has, with two overflows before its scale shrinks."""
+    from firefly_lightning.strategies.simulated_device import install
+
+    install(None)
+    from colossalai.amp.naive_amp.grad_scaler import DynamicGradScaler
+
+    from firefly_lightning.strategies.colossalai_fixes import load_scaler_state, scaler_state
+
+    def optimizer():
+        scaler = DynamicGradScaler(initial_scale=2**10, growth_interval=5, hysteresis=3)
+        return SimpleNamespace(mix_precision_mixin=SimpleNamespace(grad_scaler=scaler))
+
+    first, second = optimizer(), optimizer()
+    history = [False, True, False, False, False, False, True][:steps]
+    for overflow in history:
+        first.mix_precision_mixin.grad_scaler.update(overflow)
+    load_scaler_state(second, scaler_state(first))
+    torch.amp.GradScaler("cpu").load_state_dict(scaler_state(first))
+    for overflow in [True, False, True, True, *[False] * 6]:
+        scales = []
+        for each in (first, second):
+            each.mix_precision_mixin.grad_scaler.update(overflow)
+            scales.append(float(each.mix_precision_mixin.grad_scaler.scale))
+        assert scales[0] == scales[1]

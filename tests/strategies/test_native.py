@@ -209,7 +209,8 @@ def test_a_damaged_model_ends_all_processes_with_one_line(name, odd_folder, rows
 def test_fsdp2_goes_around_tensor_parallelism(fit_args, expected, tmp_path):
     """Two by two; a vocabulary of 1,499 is no multiple of either."""
     strategy = spelled_out("native_tp", tensor_parallel_size=2, **FOLDER)
-    fit = fit_args(tmp_path, 1e-4, "--trainer.strategy", strategy, "--trainer.devices", 4, "--data.micro_batch_size", 2)
+    own = ["--trainer.strategy", strategy, "--trainer.devices", 4, "--checkpoint.portable", "false"]
+    fit = fit_args(tmp_path, 1e-4, *own, "--data.micro_batch_size", 2)
     if REFUSED:
         with pytest.raises(AssertionError, match=REFUSED["fsdp2"]):
             run_ranks(4, fit)
