@@ -81,8 +81,7 @@ class Measured(FireflyModule):
     """Tells how much memory loading took at its peak, and ends."""
 
     def configure_model(self):
-        m_mmap_threshold = -3
-        ctypes.CDLL(None).mallopt(m_mmap_threshold, 65536)  # what is freed is given back, and no longer counted
+        give_memory_back()
         before, top, done = anonymous_memory(), [0], threading.Event()
 
         def watch():
@@ -95,6 +94,13 @@ class Measured(FireflyModule):
         done.set()
         watcher.join()
         raise FireflyError(f"rank {self.global_rank} took {top[0] - before} bytes")
+
+
+def give_memory_back() -> None:
+    """Makes what is freed, before and from here on, no longer count."""
+    libc, m_mmap_threshold = ctypes.CDLL(None), -3
+    libc.mallopt(m_mmap_threshold, 65536)
+    libc.malloc_trim(0)
 
 
 def anonymous_memory() -> int:

@@ -1,0 +1,72 @@
+"""No process holds a second copy of what is saved, under any strategy."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from transformers import BloomConfig
+
+from firefly_lightning import FireflyModule, portable
+from firefly_lightning.huggingface import load_tokenizer
+from tests.helpers import run_ranks
+from tests.strategies.test_deepspeed import anonymous_memory, give_memory_back
+from tests.strategies.test_moving import command
+from tests.strategies.test_parity import REFUSED, STRATEGIES
+
+HIDDEN, LAYERS = 320, 12
+
+# Gemini gathers a chunk, here an eighth of the weights and more, and its states weight by weight as pickles.
+LARGEST_SHARE = {
+    "auto": 1 / 8,
+    "zero2": 1 / 8,
+    "zero3": 1 / 8,
+    "gemini": 1 / 2,
+    "tensor_parallel": 1 / 8,
+    "fsdp2": 1 / 8,
+}
+
+
+class Saving(FireflyModule):
+    """Saves once more when it has trained, a megabyte at a time, and tells how much memory that took at its peak."""
+
+    def on_train_end(self):
+        portable.FLUSH_BYTES = 2**20
+        give_memory_back()
+        before, top, done = anonymous_memory(), [0], threading.Event()
+
+        def watch():
+            while not done.wait(0.005):
+                give_memory_back()  # what engines have freed is no copy
+                top[0] = max(top[0], anonymous_memory())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        root = Path(self.trainer.default_root_dir)
+        self.trainer.save_checkpoint(root / "again.ckpt")
+        done.set()
+        watcher.join()
+        (root / f"taken-{self.global_rank}.json").write_text(json.dumps(top[0] - before))
+
+
+@pytest.fixture(scope="module")
+def larger_folder(odd_folder, tmp_path_factory) -> Path:
+    """A configuration of about 15 million parameters, its largest a thirtieth of them; weights are drawn."""
+    folder = tmp_path_factory.mktemp("larger")
+    load_tokenizer(str(odd_folder)).save_pretrained(folder)
+    BloomConfig(vocab_size=1499, hidden_size=HIDDEN, n_layer=LAYERS, n_head=10, pad_token_id=3).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("strategy", [name for name in LARGEST_SHARE if name not in REFUSED])
+def test_saving_takes_a_small_part_of_what_is_saved(strategy, larger_folder, fit_args, tmp_path):
+    processes, _ = STRATEGIES[strategy]
+    drawn = ["--model.from_scratch", "true", "--model.path", larger_folder, "--trainer.enable_checkpointing", "false"]
+    own = ["--model", "tests.strategies.test_saving.Saving", *drawn, "--trainer.max_steps", 1]
+    print(run_ranks(processes, command(fit_args, strategy, "32-true", tmp_path, *own)))
+    saved = sum(file.stat().st_size for file in (tmp_path / "again.ckpt").glob("*.safetensors"))
+    assert saved > 3 * 4 * LAYERS * 12 * HIDDEN**2, "weights and two moments, in float32"
+    for rank in range(processes):
+        taken = json.loads((tmp_path / f"taken-{rank}.json").read_text())
+        print(f"{strategy}, rank {rank}: {taken / 2**20:.0f} MiB of {saved / 2**20:.0f} MiB")
+        assert taken < saved * LARGEST_SHARE[strategy]
