@@ -52,7 +52,8 @@ def read_gemini(wrapper: Any, optimizer: Any) -> Iterator[tuple[str, States]]:
                 number = numbers.get(id(parameter))
                 states = {} if number is None else optimizer.collect_states(number, only_rank_0=False)
                 kept = {key: state for key, state in states.items() if key != STEP}
-                yield MODEL_PREFIX + wrapper.param2name[parameter], {WEIGHT: weight, **kept}
+                # A clone: the weight is a part of the chunk, and a bias that waits for its file would keep all of it.
+                yield MODEL_PREFIX + wrapper.param2name[parameter], {WEIGHT: weight.clone(), **kept}
 
 
 def write_gemini(wrapper: Any, optimizer: Any, reader: PortableReader) -> None:
