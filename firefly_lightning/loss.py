@@ -1,22 +1,115 @@
 """The loss: cross-entropy on target tokens, and on nothing else."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+LOGIT_BYTES = 256 * 2**20
+"""A chunk's logits take so much in float32, and the fused loss a few times that, whatever the vocabulary."""
 
 
-def target_cross_entropy(hidden: Tensor, head: nn.Module, target_positions: Tensor, target_ids: Tensor) -> Tensor:
-    """Summed negative log-likelihood of the targets; logits exist at their positions only.
-
-    A vocabulary is tens of times wider than the hidden states, and half of all positions belong to inputs and padding.
+def target_cross_entropy(hidden: Tensor, head: nn.Module, target_ids: Tensor) -> Tensor:
+    """Summed negative log-likelihood of the targets, by calling the head as a module; what defines the fused one.
 
     Args:
-        hidden: (rows, length, hidden_size), the last hidden states.
+        hidden: (targets, hidden_size), the last hidden states where a target comes next.
         head: Maps hidden_size to vocabulary.
-        target_positions: (targets,) positions in the flattened (rows · length) whose next token is learned.
-        target_ids: (targets,) those tokens.
+        target_ids: (targets,) the targets.
 
     Returns:
         A scalar in float32; 0, with zero gradients, where there is no target.
     """
-    logits = head(hidden.flatten(0, 1).index_select(0, target_positions))
-    return F.cross_entropy(logits.float(), target_ids, reduction="sum")
+    return F.cross_entropy(head(hidden).float(), target_ids, reduction="sum")
+
+
+def embed_tied(weight: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings of tokens, and the weight for a head that is tied to them.
+
+    Used together, the two give the weight's gradient in one tensor of its size; apart, each would make its own, and a
+    vocabulary is most of a small model.
+
+    Args:
+        weight: (vocabulary, hidden_size).
+        input_ids: (tokens,).
+    """
+    embedded, tied = _EmbedTied.apply(weight, input_ids)  # type: ignore[no-untyped-call]
+    return embedded, tied
+
+
+def fused_target_cross_entropy(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
+    """:func:`target_cross_entropy` with a head that is a weight alone, in little memory.
+
+    Logits exist for a chunk of targets at a time. Their gradient is known as soon as they are, so that they are never
+    computed twice.
+
+    Args:
+        hidden: (targets, hidden_size).
+        weight: (vocabulary, hidden_size), on this process as a whole.
+        target_ids: (targets,).
+    """
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    loss: Tensor = _FusedTargetCrossEntropy.apply(hidden, weight, target_ids, dtype)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _EmbedTied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(input_ids)
+        ctx.shape = weight.shape
+        ctx.set_materialize_grads(False)
+        return F.embedding(input_ids, weight), weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, embedded: Tensor | None, tied: Tensor | None) -> tuple[Tensor | None, None]:
+        (input_ids,) = ctx.saved_tensors
+        if embedded is None:
+            return tied, None
+        if tied is None:
+            tied = embedded.new_zeros(ctx.shape)
+        # The head made it, and nobody else has seen it.
+        return tied.index_add_(0, input_ids, embedded.to(tied.dtype)), None
+
+
+class _FusedTargetCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        learns = any(ctx.needs_input_grad)
+        inputs, head = hidden.to(dtype), weight.to(dtype)
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        d_hidden = torch.empty_like(inputs) if learns else None
+        d_weight: Tensor | None = None
+        chunk = max(1, LOGIT_BYTES // (4 * len(weight)))
+        for start in range(0, len(inputs), chunk):
+            part, ids = inputs[start : start + chunk], target_ids[start : start + chunk, None]
+            scores = F.log_softmax((part @ head.t()).float(), -1)
+            loss -= scores.gather(1, ids).sum()
+            if d_hidden is not None:
+                d_logits = scores.exp_().scatter_add_(1, ids, scores.new_full((1, 1), -1.0).expand_as(ids)).to(dtype)
+                torch.mm(d_logits, head, out=d_hidden[start : start + chunk])
+                d_weight = _accumulated(d_weight, d_logits.t(), part)
+        if d_hidden is not None:
+            d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
+            ctx.save_for_backward(d_hidden.to(hidden.dtype), d_weight)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * scale, d_weight.mul_(scale), None, None
+
+
+def _accumulated(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """A sum of products, in float32 as soon as it is one of several."""
+    if total is None:
+        return left @ right
+    if left.dtype == torch.float32:
+        return total.addmm_(left, right)
+    return total.float().add_(left @ right)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from functools import partial
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -17,6 +17,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import BloomForCausalLM, GenerationConfig, get_cosine_schedule_with_warmup
 
+from firefly_lightning.bloom import FastBloom
 from firefly_lightning.data.batches import MicroBatch, PlannedBatches, data_parallel_share
 from firefly_lightning.data.prompt import PromptEncoder, prompt_format
 from firefly_lightning.errors import FireflyError
@@ -54,6 +55,8 @@ class FireflyModule(L.LightningModule):
         path: Folder or hub name of the Bloom to start from, with its tokenizer.
         learning_rate: Of AdamW, reached at the end of the warm-up.
         warmup_steps: Optimizer steps of linear warm-up before the cosine.
+        attention: ``sdpa`` is the fast forward pass of :mod:`firefly_lightning.bloom`; ``eager`` is Hugging Face's own.
+            ``auto`` is the first.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
         from_scratch: Begin with random weights of the folder's ``config.json``, not with its weights.
         optimizer: Replaces AdamW; its own arguments hold, ``learning_rate`` is not used.
@@ -67,6 +70,7 @@ class FireflyModule(L.LightningModule):
         path: str,
         learning_rate: float = 3e-5,
         warmup_steps: int = 3000,
+        attention: Literal["auto", "sdpa", "eager"] = "auto",
         gradient_checkpointing: bool = False,
         from_scratch: bool = False,
         optimizer: OptimizerCallable | None = None,
@@ -78,12 +82,14 @@ class FireflyModule(L.LightningModule):
         self.path = path
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
+        self.attention = attention
         self.gradient_checkpointing = gradient_checkpointing
         self.from_scratch = from_scratch
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.decoding = decoding or Decoding()
         self.model: BloomForCausalLM = None  # until configure_model, where Lightning wants it to be built
+        self._fast: FastBloom | None = None
         self.evaluation_loss = TargetLoss()
         self._micro_losses: list[Tensor] = []
         self._step, self._step_loss = 0, 0.0
@@ -119,6 +125,9 @@ class FireflyModule(L.LightningModule):
         self.model.train()  # from_pretrained leaves it in evaluation mode, and Lightning keeps that
         tokenizer, _ = self._tokenizer_and_prompt()
         check_sizes(self.model.config, tokenizer, self.path)
+        if self.attention != "eager":
+            heads = self._hooks.own_heads(self.model.config.n_head)
+            self._fast = FastBloom(self.model, heads, self._hooks.whole_weights)
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -247,8 +256,11 @@ class FireflyModule(L.LightningModule):
 
     def _shared_step(self, batch: MicroBatch) -> Tensor:
         """Summed negative log-likelihood of a micro-batch's targets."""
-        hidden = self(batch["input_ids"], batch["attention_mask"])
-        return target_cross_entropy(hidden, self.model.lm_head, batch["target_positions"], batch["target_ids"])
+        if self._fast is not None:
+            return self._fast.target_loss(batch)
+        hidden = self(batch["input_ids"], batch["attention_mask"]).flatten(0, 1)
+        hidden = hidden.index_select(0, batch["target_positions"])
+        return target_cross_entropy(hidden, self.model.lm_head, batch["target_ids"])
 
     def _evaluation_step(self, batch: MicroBatch) -> None:
         self.evaluation_loss.update(self._shared_step(batch), len(batch["target_ids"]))

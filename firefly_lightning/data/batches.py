@@ -22,12 +22,18 @@ class PaddedRows(TypedDict):
         attention_mask: (rows, length) 1 for tokens, 0 for padding.
         target_positions: (targets,) positions in the flattened (rows · length) whose next token is learned.
         target_ids: (targets,) the tokens learned there.
+        lengths: Tokens of each row.
+        token_positions: (tokens,) positions in the flattened (rows · length) that are no padding.
+        packed_targets: (targets,) which of these are in ``target_positions``.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     target_positions: Tensor
     target_ids: Tensor
+    lengths: list[int]
+    token_positions: Tensor
+    packed_targets: Tensor
 
 
 class MicroBatch(PaddedRows):
@@ -160,11 +166,15 @@ def collate(rows: Sequence[TokenizedRow], pad_id: int) -> PaddedRows:
         positions.append(index * longest + learned - 1)  # the position before a token predicts it
         targets.append(ids[learned].astype(np.int64))
     attention_mask[len(rows) :, 0] = 1  # a row of padding alone would make softmax see no position
+    tokens, target_positions = np.flatnonzero(attention_mask), np.concatenate(positions)
     return {
         "input_ids": torch.from_numpy(input_ids),
         "attention_mask": torch.from_numpy(attention_mask),
-        "target_positions": torch.from_numpy(np.concatenate(positions)),
+        "target_positions": torch.from_numpy(target_positions),
         "target_ids": torch.from_numpy(np.concatenate(targets)),
+        "lengths": attention_mask.sum(1).tolist(),
+        "token_positions": torch.from_numpy(tokens),
+        "packed_targets": torch.from_numpy(np.searchsorted(tokens, target_positions)),
     }
 
 

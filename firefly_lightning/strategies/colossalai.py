@@ -268,6 +268,11 @@ class TensorParallelStrategy(BoosterStrategy):
             )
 
     @override
+    def own_heads(self, count: int) -> slice:
+        own, place = count // self.tp_size, self.global_rank % self.tp_size
+        return slice(place * own, (place + 1) * own)
+
+    @override
     def build_model(self, config: BloomConfig, build: Callable[[], BloomForCausalLM]) -> BloomForCausalLM:
         bloom = build()
         padded_vocabulary.pad(bloom, self.tp_size)

@@ -68,6 +68,11 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
         return self.zero_stage_3
 
     @property
+    def whole_weights(self) -> bool:  # type: ignore[override]
+        """Stages 1 and 2 shard what belongs to the optimizer only."""
+        return not self.zero_stage_3
+
+    @property
     @override
     def root_device(self) -> torch.device:
         # DeepSpeed asks for the number of the device, and Lightning's CPU has none.

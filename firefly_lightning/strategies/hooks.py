@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -19,10 +19,13 @@ class StrategyHooks:
         norm_follows_step: Whether the gradient's norm is known only after the optimizer's step, because the engine
             computes it there.
         generates_in_step: Whether ranks must call the model equally often, because a forward pass is collective.
+        whole_weights: Whether a process holds all weights as plain tensors all the time, and they may be used without
+            calling the modules they are of.
     """
 
     norm_follows_step = False
     generates_in_step = False
+    whole_weights = False
 
     def check_model(self, config: BloomConfig) -> None:
         """Refuses what this strategy cannot train; called before weights are loaded.
@@ -42,6 +45,10 @@ class StrategyHooks:
             build: Makes the whole model, on the calling process, in memory of the host.
         """
         return build()
+
+    def own_heads(self, count: int) -> slice:
+        """Which of the model's heads of attention this process computes."""
+        return slice(count)
 
     def convert_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """The engine's own kind of an optimizer, with the same parameters and settings.
@@ -81,4 +88,8 @@ def check_accumulation(strategy: Strategy, micro_batches: int) -> None:
 
 def hooks_of(strategy: Strategy | None) -> StrategyHooks:
     """A strategy's own answers, or the plain ones."""
-    return strategy if isinstance(strategy, StrategyHooks) else StrategyHooks()
+    if isinstance(strategy, StrategyHooks):
+        return strategy
+    hooks = StrategyHooks()
+    hooks.whole_weights = strategy is None or isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+    return hooks

@@ -215,6 +215,12 @@ class NativeTensorParallelStrategy(NativeStrategy):
             )
 
     @override
+    def own_heads(self, count: int) -> slice:
+        mesh = self.device_mesh[AXES[1]]
+        own = count // mesh.size()
+        return slice(mesh.get_local_rank() * own, (mesh.get_local_rank() + 1) * own)
+
+    @override
     def convert_optimizer(self, optimizer: Optimizer) -> Optimizer:
         for option in ("foreach", "fused"):
             if optimizer.defaults.get(option):

@@ -1,0 +1,193 @@
+"""A fast, exact forward pass for Hugging Face's Bloom: only what the loss needs is computed.
+
+Rows lie one after another without padding; attention is PyTorch's fused one, with ALiBi as one bias for all rows; of
+the last block, only positions that are followed by a target go on. Weights, names and hooks are those of the stock
+model, whose own path stays what it is for everything else.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import BloomForCausalLM
+
+from firefly_lightning.data.batches import MicroBatch
+from firefly_lightning.loss import embed_tied, fused_target_cross_entropy, target_cross_entropy
+
+
+class PackedRows(NamedTuple):
+    """Where the rows of a micro-batch are when they lie one after another without padding.
+
+    Attributes:
+        lengths: Tokens of each row.
+        positions: (tokens,) where they are in the padded, flattened (rows · length).
+        targets: (targets,) which of the tokens are followed by one that is learned.
+    """
+
+    lengths: list[int]
+    positions: Tensor
+    targets: Tensor
+
+
+class FastBloom:
+    """The loss of a Bloom on the targets of a micro-batch.
+
+    Args:
+        model: Stock; its blocks learn to take packed rows, beside what they take.
+        heads: Which of the heads this process computes; all by default.
+        whole_weights: Whether this process holds every weight as a whole, all the time; then embedding and head need
+            not be called as modules, and the loss takes less memory and time.
+    """
+
+    def __init__(self, model: BloomForCausalLM, heads: slice = slice(None), whole_weights: bool = True) -> None:
+        self._model, self._whole_weights = model, whole_weights
+        self._bias = AlibiBias(model.config.n_head, heads)
+        for block in model.transformer.h:
+            block.forward = partial(_block_forward, block, block.forward)
+
+    def target_loss(self, batch: MicroBatch) -> Tensor:
+        """Summed negative log-likelihood of a micro-batch's targets, a scalar in float32."""
+        positions = batch["token_positions"]
+        input_ids = batch["input_ids"].flatten().index_select(0, positions)
+        rows = PackedRows(batch["lengths"], positions, batch["packed_targets"])
+        embedding, head = self._model.transformer.word_embeddings, self._model.lm_head
+        if not self._whole_weights:
+            return target_cross_entropy(self._hidden(embedding(input_ids), rows), head, batch["target_ids"])
+        if head.weight is embedding.weight:
+            embedded, weight = embed_tied(embedding.weight, input_ids)
+        else:
+            embedded, weight = embedding(input_ids), head.weight
+        return fused_target_cross_entropy(self._hidden(embedded, rows), weight, batch["target_ids"])
+
+    def _hidden(self, embedded: Tensor, rows: PackedRows) -> Tensor:
+        """Last hidden states, (targets, hidden_size), of (tokens, hidden_size) word embeddings."""
+        transformer = self._model.transformer
+        hidden = transformer.word_embeddings_layernorm(embedded)
+        attend = partial(_attend, rows=rows, bias=self._bias)
+        *blocks, last = transformer.h
+        for block in blocks:
+            hidden = self._run(block, hidden, attend, None)
+        output: Tensor = transformer.ln_f(self._run(last, hidden, attend, rows.targets))
+        return output
+
+    def _run(self, block: nn.Module, hidden: Tensor, attend: Any, only: Tensor | None) -> Tensor:
+        transformer = self._model.transformer
+        if getattr(transformer, "gradient_checkpointing", False) and transformer.training and not _recomputes(block):
+            recomputed: Tensor = checkpoint(block, hidden, attend=attend, only=only, use_reentrant=False)
+            return recomputed
+        output: Tensor = block(hidden, attend=attend, only=only)
+        return output
+
+
+def _recomputes(block: nn.Module) -> bool:
+    """Whether a block recomputes its activations itself, as in transformers 5, where 4 does so around it."""
+    return hasattr(block, "gradient_checkpointing")
+
+
+class AlibiBias:
+    """What ALiBi and causality add to attention scores; that of the longest row so far holds those of all shorter ones.
+
+    Relative to a query's own position, which softmax does not see: near positions, the ones that matter, are then exact
+    in bfloat16 too.
+
+    Args:
+        heads: Of the whole model.
+        own: Those of this process.
+    """
+
+    def __init__(self, heads: int, own: slice = slice(None)) -> None:
+        self._slopes = alibi_slopes(heads)[own]
+        self._kept: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def __call__(self, length: int, like: Tensor) -> Tensor:
+        """(1, heads, length, length), of the type and on the device of ``like``."""
+        key = like.device, like.dtype
+        kept = self._kept.get(key)
+        if kept is None or kept.shape[-1] < length:
+            kept = self._kept[key] = self._make(length).to(like)
+        return kept[..., :length, :length]
+
+    def _make(self, length: int) -> Tensor:
+        positions = torch.arange(length)
+        distances = positions - positions[:, None]
+        bias = self._slopes[:, None, None] * distances
+        return bias.masked_fill(distances > 0, -torch.inf)[None]
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """The slope of each head, (heads,): Press, Smith and Lewis, "Train Short, Test Long" (2022).
+
+    A power of two gives a geometric sequence from 2^(-8/heads); other numbers take every second slope of twice the next
+    lower power for the heads that are left.
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
+    slopes += [2.0 ** (-4 * (2 * head + 1) / power) for head in range(heads - power)]
+    return torch.tensor(slopes)
+
+
+def _block_forward(
+    block: Any, stock: Any, hidden: Tensor, *args: Any, attend: Any = None, only: Tensor | None = None, **kwargs: Any
+) -> Any:
+    """A block's forward pass: over packed rows if it is told how they attend, else as Hugging Face has it.
+
+    Args:
+        block: Stock.
+        stock: Its own forward pass.
+        hidden: (tokens, hidden_size) of packed rows.
+        args: Of the stock pass.
+        attend: Contexts of the attention module and its fused queries, keys and values.
+        only: (targets,) tokens that go on after attention; all by default.
+        kwargs: Of the stock pass.
+    """
+    if attend is None:
+        return stock(hidden, *args, **kwargs)
+    attention, mlp, dropout = block.self_attention, block.mlp, partial(_dropout, block)
+    normed = block.input_layernorm(hidden)
+    residual = normed if block.apply_residual_connection_post_layernorm else hidden
+    context = attend(attention, attention.query_key_value(normed))
+    if only is not None:
+        context, residual = context.index_select(0, only), residual.index_select(0, only)
+    hidden = residual + dropout(attention.dense(context))
+    normed = block.post_attention_layernorm(hidden)
+    residual = normed if block.apply_residual_connection_post_layernorm else hidden
+    wide = F.gelu(mlp.dense_h_to_4h(normed), approximate="tanh")
+    return residual + dropout(mlp.dense_4h_to_h(wide))
+
+
+def _dropout(block: Any, hidden: Tensor) -> Tensor:
+    rate = block.mlp.hidden_dropout
+    return F.dropout(hidden, rate) if block.training and rate else hidden
+
+
+def _attend(attention: Any, fused: Tensor, rows: PackedRows, bias: AlibiBias) -> Tensor:
+    """Contexts, (tokens, heads · head_dim), of queries, keys and values, (tokens, heads · 3 · head_dim)."""
+    split = fused.view(len(fused), -1, 3, attention.head_dim)
+    dropout = attention.attention_dropout.p if attention.training else 0.0
+    scores = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=attention.inv_norm_factor)
+    if fused.device.type == "cpu":
+        return _attend_row_by_row(split, rows.lengths, bias, scores)
+    return _attend_padded(split, rows, bias, scores)
+
+
+def _attend_row_by_row(split: Tensor, lengths: list[int], bias: AlibiBias, scores: Any) -> Tensor:
+    """On a processor a call costs little, and padding much; `split` and `unbind` have one copy as their gradient."""
+    contexts = []
+    for row, length in zip(torch.split(split, lengths), lengths, strict=True):
+        query, key, value = row.permute(2, 1, 0, 3).unsqueeze(1).unbind()  # each (1, heads, length, head_dim)
+        context = scores(query, key, value, attn_mask=bias(length, query))
+        contexts.append(context[0].transpose(0, 1).flatten(1))
+    return torch.cat(contexts)
+
+
+def _attend_padded(split: Tensor, rows: PackedRows, bias: AlibiBias, scores: Any) -> Tensor:
+    """On a GPU one call for all rows. Padding follows a row's last token, so that none of its queries sees it."""
+    count, longest = len(rows.lengths), max(rows.lengths)
+    padded = split.new_zeros(count * longest, *split.shape[1:]).index_copy(0, rows.positions, split)
+    query, key, value = padded.view(count, longest, *split.shape[1:]).permute(3, 0, 2, 1, 4).unbind()
+    context: Tensor = scores(query, key, value, attn_mask=bias(longest, query))
+    return context.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, rows.positions)
