@@ -17,6 +17,9 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
+# DeepSpeed imports torch's compiler, which would start a pool of processes beside every rank.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
 # As many as the processes that tests start have: another number sums in another order, and last digits differ.
 torch.set_num_threads(1)
 
