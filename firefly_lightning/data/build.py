@@ -10,8 +10,9 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from firefly_lightning.data.rows import find_sources, read_records
-from firefly_lightning.data.templates import Templates, UnusableRowError, load_templates
+from firefly_lightning.data.records import find_sources, read_records
+from firefly_lightning.data.template_files import load_templates
+from firefly_lightning.data.templates import Templates, UnusableRowError
 from firefly_lightning.errors import FireflyError, describe_os_error
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from firefly_lightning.data.batches import EpochSampler, MicroBatch, PlanLoader, PlannedBatches, data_parallel_share
 from firefly_lightning.data.plan import Rows, StepPlan, WeightedRows, check_shares, permutation
 from firefly_lightning.data.prompt import PromptEncoder, PromptFormat, prompt_format
-from firefly_lightning.data.rows import find_sources
+from firefly_lightning.data.records import find_sources
 from firefly_lightning.data.stats import counts_table
 from firefly_lightning.data.tokenized import TokenizedRows, TooLong, default_cache_dir, tokenize
 from firefly_lightning.errors import FireflyError

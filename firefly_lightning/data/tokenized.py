@@ -21,10 +21,13 @@ import xxhash
 from filelock import FileLock
 from tqdm import tqdm
 
+from firefly_lightning.data import json_arrays as json_arrays_module
 from firefly_lightning.data import prompt as prompt_module
+from firefly_lightning.data import records as records_module
 from firefly_lightning.data import rows as rows_module
 from firefly_lightning.data.prompt import EncodedRow, PromptEncoder
-from firefly_lightning.data.rows import Row, is_file, load_hub_dataset, read_rows
+from firefly_lightning.data.records import is_file, load_hub_dataset
+from firefly_lightning.data.rows import Row, read_rows
 from firefly_lightning.errors import FireflyError, describe_os_error
 
 # Tokenising in parallel and then forking loader workers is safe here, since workers never tokenise; unset, it warns.
@@ -149,7 +152,8 @@ def _key(source: str, encoder: PromptEncoder, max_length: int, too_long: TooLong
     return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
 
 
-_CODE = [str(module) for module in (__file__, prompt_module.__file__, rows_module.__file__)]
+_READERS = (prompt_module, rows_module, records_module, json_arrays_module)
+_CODE = [__file__, *(str(module.__file__) for module in _READERS)]
 
 
 def _hash_content(source: str) -> str:
