@@ -16,7 +16,7 @@ from firefly_lightning.pruning import prune
 
 COMMANDS: dict[str, Callable[..., None]] = {"prune": prune, "build": build, "export": export, "chat": chat}
 
-LISTS = ("--corpus", "--source")
+LISTS = ("--corpus", "--source", "--rename", "--constant", "--only")
 """Flags that take several values, as in ``--corpus a.txt b.txt``."""
 
 

@@ -45,8 +45,14 @@ class TemplateGroup(NamedTuple):
 
     def serves(self, texts: Mapping[str, str]) -> bool:
         """Whether nothing the group names is empty, everything under ``without`` is, and fields agree as they must."""
-        if not all(texts[name] for name in self.names) or any(texts[name] for name in self.without):
-            return False
+        return self.has_texts(texts) and self.agrees(texts)
+
+    def has_texts(self, texts: Mapping[str, str]) -> bool:
+        """Whether nothing the group names is empty, and everything under ``without`` is."""
+        return all(texts[name] for name in self.names) and not any(texts[name] for name in self.without)
+
+    def agrees(self, texts: Mapping[str, str]) -> bool:
+        """Whether fields hold the same text, or do not, as the group asks."""
         if len({texts[name] for name in self.equal}) > 1:
             return False
         return not self.unequal or len({texts[name] for name in self.unequal}) > 1
@@ -79,7 +85,7 @@ class Templates:
             )
 
     def fill(
-        self, row: Mapping[str, Any], where: str = "the row", *, seed: int = 0, number: int = 1, per_row: int = 1
+        self, row: Mapping[str, Any], where: str = "the row", *, seed: int = 0, number: int = 1, per_row: int | None = 1
     ) -> list[dict[str, str]]:
         """Instruction rows ``{"kind", "input", "target"}`` of one raw row.
 
@@ -91,17 +97,18 @@ class Templates:
             where: File and line, for messages.
             seed: Another seed draws other templates.
             number: Position of the row.
-            per_row: How many input templates, all different; fewer where fewer serve the row.
+            per_row: How many input templates, all different; fewer where fewer serve the row, all of them where None.
 
         Raises:
             FireflyError: If a field is missing, of the wrong type, unknown to a view, or too empty for every template.
-            UnusableRowError: If a value brings ``</s>`` into the target, where it would part two turns, or a field
-                holds what the file calls unusable.
+            UnusableRowError: If a value brings ``</s>`` into the target, where it would part two turns, a field
+                holds what the file calls unusable, or no template serves fields that agree as these do.
         """
         texts = self.texts(row, where)
         self._check_usable(row)
         choices = [(source, group.targets) for group in self.groups if group.serves(texts) for source in group.inputs]
         if not choices:
+            self._check_agreement(texts)
             blank = dict.fromkeys(self._field(name) for name, text in texts.items() if not text)
             raise FireflyError(
                 f"{where}: no template serves a row in which {', '.join(blank)} is empty; fill it or remove the row"
@@ -119,6 +126,12 @@ class Templates:
         """
         self.check_columns(row, where)
         return {name: self._text(name, row, where) for name in self._used}
+
+    def _check_agreement(self, texts: Mapping[str, str]) -> None:
+        for group in self.groups:
+            if group.has_texts(texts):
+                names = " and ".join(sorted(group.unequal or group.equal))
+                raise UnusableRowError(f"{names} are {'the same' if group.unequal else 'different'}")
 
     @cached_property
     def _used(self) -> list[str]:
