@@ -1,0 +1,288 @@
+"""Rows worth training on, out of many: what is behind ``firefly clean``."""
+
+import json
+import re
+from array import array
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rich.box import SIMPLE
+from rich.table import Table
+from tqdm import tqdm
+
+from firefly_lightning.data.duplicates import Duplicate, DuplicateIndex, Texts, normalise, sign
+from firefly_lightning.data.records import find_sources, read_records
+from firefly_lightning.data.stats import render
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.folders import new_file
+
+EXAMPLES = 5
+"""Rows that the report shows of each kind and reason."""
+
+SHOWN = 200
+"""Characters of a text that the report shows."""
+
+BROKEN = re.compile(
+    # control characters, halves of surrogate pairs, private use, marks of a wrong decoding, invisible characters
+    "[\0-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\ud800-\udfff\ue000-\uf8ff\ufffd\ufeff\u200b\U000f0000-\U0010ffff]"
+    "|锟斤拷|烫烫烫|屯屯屯"
+)
+MARKUP = re.compile(
+    r"</?(?:br|p|div|span|strong|em|font|img|a|ref|nowiki|table|tr|td)\b[^<>]*>|&(?:nbsp|lt|gt|amp|quot|#\d+);|-\{[^{}]*\}-"
+)
+REPEATED = 10
+"""Characters from which on a target that begins with the whole input repeats it."""
+
+
+def clean(
+    files: list[str],
+    out: str,
+    val_files: list[str] | None = None,
+    near_duplicates: float = 0.8,
+    min_characters: int = 0,
+    max_characters: int | None = None,
+    report: str | None = None,
+) -> None:
+    """Leaves out rows that would spoil a training: broken, empty, repeated, or in the validation rows.
+
+    Takes instruction rows in any accepted form and raw task rows; what is kept is written as it was. Of duplicates the
+    first is kept. What is left out is counted by kind and reason, with examples in the report.
+
+    Args:
+        files: Files to clean (.jsonl, .json, .csv, .tsv, .parquet), globs, or datasets of the Hugging Face hub.
+        out: The .jsonl file to write.
+        val_files: Rows that must not be trained on: what equals or nearly equals one of them, or asks the same, is
+            left out.
+        near_duplicates: Jaccard similarity of character 5-grams from which on two rows are near duplicates; 1 leaves
+            out exact ones only.
+        min_characters: Of a row's whole text; shorter rows are left out.
+        max_characters: Likewise; longer rows are left out.
+        report: The .json file with counts and examples; OUT.report.json by default.
+
+    Raises:
+        FireflyError: If a file cannot be read or written, or nothing is left.
+    """
+    if not 0 < near_duplicates <= 1:
+        raise FireflyError(f"--near_duplicates {near_duplicates}: must be above 0 and at most 1")
+    sources = find_sources(files)
+    target = Path(out).expanduser().resolve()
+    if target in {Path(name).resolve() for name in sources}:
+        raise FireflyError(f"{out}: is also a source; write to another file")
+    lengths = range(min_characters, (max_characters or 2**62) + 1)
+    forbidden = ValidationRows(find_sources(val_files or []), near_duplicates)
+    findings = Findings()
+    with new_file(target) as file:
+        kept = KeptRows(file, near_duplicates)
+        for where, row in _progress(sources, "cleaning"):
+            _sort(row, where, lengths, forbidden, kept, findings)
+        if not findings.kept:
+            raise FireflyError(f"{', '.join(sources)}: nothing is left of {findings.read} rows: {findings.reasons()}")
+        with new_file(Path(report).expanduser() if report else Path(f"{target}.report.json")) as written:
+            written.write(json.dumps(findings.as_json(), ensure_ascii=False, indent=1).encode())
+    print(findings.table(out))
+
+
+class Findings:
+    """What became of rows, by kind and reason."""
+
+    def __init__(self) -> None:
+        self.counts: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
+        self.examples: defaultdict[str, defaultdict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+
+    def count(self, kind: str, reason: str) -> None:
+        """A row more that was ``read``, ``kept``, or left out for a reason."""
+        self.counts[kind][reason] += 1
+
+    def leave_out(self, kind: str, reason: str, where: str, texts: Texts, like: str | None = None) -> None:
+        """A row more that was left out; the first ones become examples."""
+        self.count(kind, reason)
+        if len(self.examples[kind][reason]) < EXAMPLES:
+            # A broken character would break the report.
+            shown = texts.whole[:SHOWN].encode("utf-8", "backslashreplace").decode()
+            self.examples[kind][reason].append({"where": where, "text": shown, **({"like": like} if like else {})})
+
+    @property
+    def read(self) -> int:
+        """Rows read."""
+        return sum(counts["read"] for counts in self.counts.values())
+
+    @property
+    def kept(self) -> int:
+        """Rows kept."""
+        return sum(counts["kept"] for counts in self.counts.values())
+
+    def totals(self) -> dict[str, int]:
+        """Over all kinds, by reason, the commonest first."""
+        totals: defaultdict[str, int] = defaultdict(int)
+        for counts in self.counts.values():
+            for reason, count in counts.items():
+                totals[reason] += count
+        return dict(sorted(totals.items(), key=lambda item: (item[0] not in ("read", "kept"), -item[1])))
+
+    def reasons(self) -> str:
+        """Why rows were left out, in words."""
+        return ", ".join(f"{count} ({name})" for name, count in self.totals().items() if name not in ("read", "kept"))
+
+    def as_json(self) -> dict[str, Any]:
+        """The report."""
+        return {"counts": {"all": self.totals(), **self.counts}, "examples": self.examples}
+
+    def table(self, title: str) -> str:
+        """A line a kind and one for all, a column a reason."""
+        reasons = list(self.totals())
+        table = Table(title=title, box=SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
+        table.add_column("kind")
+        for reason in reasons:
+            table.add_column(reason, justify="right")
+        for kind, counts in [*sorted(self.counts.items()), ("all", self.totals())]:
+            table.add_row(kind, *(f"{counts.get(reason, 0):,}" for reason in reasons))
+        return render(table)
+
+
+class KeptRows:
+    """Rows written so far, of which places and hashes are in memory.
+
+    Args:
+        file: Where they are written, and read again to be compared with.
+        threshold: Of near duplicates.
+    """
+
+    def __init__(self, file: BinaryIO, threshold: float) -> None:
+        self.file = file
+        self.index = DuplicateIndex(threshold, self._reread)
+        self._starts, self._wheres = array("Q"), array("Q")
+        self._sources: list[str] = []
+
+    def add(self, row: dict[str, Any], where: str, signature: Any) -> None:
+        """Writes a row."""
+        source, _, line = where.rpartition(":")
+        if not self._sources or self._sources[-1] != source:
+            self._sources.append(source)
+        self._wheres.append((len(self._sources) - 1) << 40 | int(line))
+        self._starts.append(self.file.seek(0, 2))
+        self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self.index.add(len(self._starts) - 1, signature)
+
+    def where(self, key: int) -> str:
+        """Where the row of a key was read."""
+        place = self._wheres[key]
+        return f"{self._sources[place >> 40]}:{place & (1 << 40) - 1}"
+
+    def _reread(self, key: int) -> Texts:
+        self.file.seek(self._starts[key])
+        return texts_of(json.loads(self.file.readline()))
+
+
+class ValidationRows:
+    """Rows that must not be trained on; they are few, and in memory."""
+
+    def __init__(self, sources: Sequence[str], threshold: float) -> None:
+        self.index = DuplicateIndex(threshold, lambda key: self._texts[key])
+        self._texts: list[Texts] = []
+        self._wheres: list[str] = []
+        self._questions: dict[str, int] = {}
+        for where, row in _progress(sources, "validation rows"):
+            texts = texts_of(row)
+            self.index.add(len(self._texts), sign(texts.whole))
+            for question, _ in turns_of(row)[:1]:
+                self._questions.setdefault(normalise(question), len(self._texts))
+            self._texts.append(texts)
+            self._wheres.append(where)
+
+    def find(self, row: dict[str, Any], texts: Texts, signature: Any) -> str | None:
+        """Where the validation row is that a row repeats, or None."""
+        for question, _ in turns_of(row)[:1]:
+            if (asked := self._questions.get(normalise(question))) is not None:
+                return self._wheres[asked]
+        duplicate = self.index.find(texts, signature)
+        return self._wheres[duplicate.key] if duplicate else None
+
+
+def _sort(
+    row: dict[str, Any], where: str, lengths: range, forbidden: ValidationRows, kept: KeptRows, findings: Findings
+) -> None:
+    """Keeps a row, or leaves it out for the first reason there is."""
+    kind, texts = kind_of(row, where), texts_of(row)
+    findings.count(kind, "read")
+    if reason := what_is_wrong(row, kind, texts, lengths):
+        findings.leave_out(kind, reason, where, texts)
+        return
+    signature = sign(texts.whole)
+    if like := forbidden.find(row, texts, signature):
+        findings.leave_out(kind, "in the validation rows", where, texts, like)
+    elif duplicate := kept.index.find(texts, signature):
+        findings.leave_out(kind, _name(duplicate), where, texts, kept.where(duplicate.key))
+    else:
+        findings.count(kind, "kept")
+        kept.add(row, where, signature)
+
+
+def _name(duplicate: Duplicate) -> str:
+    return "duplicate" if duplicate.exact else "near duplicate"
+
+
+def what_is_wrong(row: dict[str, Any], kind: str, texts: Texts, lengths: range) -> str | None:
+    """The first thing that is wrong with a row itself."""
+    turns = turns_of(row)
+    if not texts.whole.strip() or any(not target.strip() for _, target in turns):
+        return "empty"
+    if BROKEN.search(texts.whole):
+        return "broken characters"
+    if kind != "Program" and MARKUP.search(texts.whole):
+        return "left-over markup"
+    if len(texts.whole) < lengths.start:
+        return "too short"
+    if len(texts.whole) >= lengths.stop:
+        return "too long"
+    if any(_repeats(normalise(question), normalise(target)) for question, target in turns):
+        return "target repeats input"
+    return None
+
+
+def _repeats(question: str, target: str) -> bool:
+    return question == target or (len(question) >= REPEATED and target.startswith(question))
+
+
+def kind_of(row: dict[str, Any], where: str) -> str:
+    """The kind that a row names, else what its form is called, else the name of its file."""
+    if isinstance(kind := row.get("kind"), str) and kind:
+        return kind
+    if "conversation" in row:
+        return "Conversation"
+    return "Belle" if {"instruction", "output"} <= row.keys() else Path(where.rpartition(":")[0]).stem
+
+
+def turns_of(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """Questions and answers of an instruction row in any form; none of a raw row."""
+    if {"input", "target"} <= row.keys():
+        pairs = [(row["input"], row["target"])]
+    elif {"instruction", "output"} <= row.keys():
+        pairs = [("\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"])]
+    else:
+        talk = row.get("conversation")
+        talk = [turn for turn in talk if isinstance(turn, dict)] if isinstance(talk, list) else []
+        pairs = [(turn.get("human"), turn.get("assistant")) for turn in talk]
+    return [(str(question or ""), str(target or "")) for question, target in pairs]
+
+
+def texts_of(row: dict[str, Any]) -> Texts:
+    """All text of a row but its kind, and the targets in it."""
+    whole = "\n".join(text for name, value in row.items() if name != "kind" for text in _flat(value))
+    return Texts(whole, "\n".join(target for _, target in turns_of(row)))
+
+
+def _flat(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _flat(item)
+    elif value is not None:
+        yield str(value)
+
+
+def _progress(sources: Sequence[str], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    records = ((f"{source}:{line}", row) for source in sources for line, row in read_records(source))
+    yield from tqdm(records, desc=name, unit=" rows", delay=2)
