@@ -10,6 +10,7 @@ from jsonargparse import CLI
 from firefly_lightning.chat import chat
 from firefly_lightning.data.build import build
 from firefly_lightning.data.clean import clean
+from firefly_lightning.data.stats import stats
 from firefly_lightning.errors import one_line_errors
 from firefly_lightning.export import export
 from firefly_lightning.parsing import OneLineErrors
@@ -19,6 +20,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "prune": prune,
     "build": build,
     "clean": clean,
+    "stats": stats,
     "export": export,
     "chat": chat,
 }

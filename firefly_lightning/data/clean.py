@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rich.box import SIMPLE
+from rich.cells import cell_len
 from rich.table import Table
 from tqdm import tqdm
 
 from firefly_lightning.data.duplicates import Duplicate, DuplicateIndex, Texts, normalise, sign
 from firefly_lightning.data.records import find_sources, read_records
-from firefly_lightning.data.stats import render
+from firefly_lightning.data.tables import render
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.folders import new_file
 
@@ -133,7 +134,7 @@ class Findings:
         """A line a kind and one for all, a column a reason."""
         reasons = list(self.totals())
         table = Table(title=title, box=SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
-        table.add_column("kind")
+        table.add_column("kind", min_width=max(map(cell_len, self.counts)))
         for reason in reasons:
             table.add_column(reason, justify="right")
         for kind, counts in [*sorted(self.counts.items()), ("all", self.totals())]:

@@ -1,6 +1,5 @@
 """FireflyDataModule: from names of files to planned micro-batches."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -16,13 +15,10 @@ from firefly_lightning.data.batches import EpochSampler, MicroBatch, PlanLoader,
 from firefly_lightning.data.plan import Rows, StepPlan, WeightedRows, check_shares, permutation
 from firefly_lightning.data.prompt import PromptEncoder, PromptFormat, prompt_format
 from firefly_lightning.data.records import find_sources
-from firefly_lightning.data.stats import counts_table
-from firefly_lightning.data.tokenized import TokenizedRows, TooLong, default_cache_dir, tokenize
+from firefly_lightning.data.tables import counts_table
+from firefly_lightning.data.tokenized import WHOLE, TokenizedRows, TooLong, default_cache_dir, tokenize
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import load_tokenizer
-
-WHOLE = sys.maxsize
-"""A length that cuts no row."""
 
 
 class _Path(TypedDict):

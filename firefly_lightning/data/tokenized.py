@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,6 +37,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 TooLong = Literal["truncate", "truncate_keep_end", "drop"]
 """What is done with a row of more than ``max_length`` tokens: its first tokens are kept, or its start and its last
 tokens, or it is left out."""
+
+WHOLE = sys.maxsize
+"""A length that cuts no row."""
 
 ROWS_PER_BATCH = 4096
 SCHEMA = pa.schema(
