@@ -4,12 +4,17 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import xxhash
+
 from firefly_lightning.data.prompt import Turn
 from firefly_lightning.data.records import read_records
 from firefly_lightning.errors import FireflyError
 
 TURN_SEPARATOR = "</s>"
 """What parts the later turns inside the ``target`` of a published Firefly row."""
+
+
+_BLANKS = re.compile(r"\s+")
 
 
 class Row(NamedTuple):
@@ -26,6 +31,12 @@ class Row(NamedTuple):
     turns: tuple[Turn, ...]
     number: int
     unanswered: bool = False
+
+    @property
+    def identity(self) -> int:
+        """A hash of the row's text; the form it was in and its blanks make no difference."""
+        text = "\0".join(_BLANKS.sub("", part) for turn in self.turns for part in turn)
+        return xxhash.xxh3_64_intdigest(text.encode())
 
 
 def read_rows(source: str) -> Iterator[Row]:

@@ -49,6 +49,7 @@ SCHEMA = pa.schema(
         "target_tokens": pa.int32(),
         "kind": pa.int32(),
         "number": pa.int64(),
+        "identity": pa.uint64(),
     }
 )
 Counts = dict[str, dict[str, int]]
@@ -92,6 +93,9 @@ class TokenizedRows:
         self.lengths = _concatenate([np.diff(batch.column("input_ids").offsets) for batch in self._batches])
         self.target_tokens = _concatenate([_column(batch, "target_tokens") for batch in self._batches])
         self.kind_ids = _concatenate(kinds)
+        self.identities: npt.NDArray[np.uint64] = np.concatenate(
+            [np.zeros(0, np.uint64), *(batch.column("identity").to_numpy() for batch in self._batches)]
+        )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -255,6 +259,7 @@ def _record_batch(kept: Sequence[tuple[Row, EncodedRow]], kinds: dict[str, int])
         pa.array([sum(cut.target_mask) for _, cut in kept], pa.int32()),
         pa.array([kinds[row.kind] for row, _ in kept], pa.int32()),
         pa.array([row.number for row, _ in kept], pa.int64()),
+        pa.array([row.identity for row, _ in kept], pa.uint64()),
     ]
     return pa.record_batch(columns, schema=SCHEMA)
 
