@@ -194,6 +194,8 @@ class ValidationRows:
 
     def find(self, row: dict[str, Any], texts: Texts, signature: Any) -> str | None:
         """Where the validation row is that a row repeats, or None."""
+        if not self.index.size:
+            return None
         for question, _ in turns_of(row)[:1]:
             if (asked := self._questions.get(normalise(question))) is not None:
                 return self._wheres[asked]

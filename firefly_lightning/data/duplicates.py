@@ -53,6 +53,7 @@ class DuplicateIndex:
 
     def __init__(self, threshold: float, reread: Callable[[int], Texts]) -> None:
         self.threshold, self.reread = threshold, reread
+        self.size = 0
         self._index = RMinHashLSH(threshold, PERMUTATIONS, BANDS)
 
     def find(self, texts: Texts, signature: RMinHash) -> Duplicate | None:
@@ -64,6 +65,7 @@ class DuplicateIndex:
     def add(self, key: int, signature: RMinHash) -> None:
         """Adds a row."""
         self._index.insert(key, signature)
+        self.size += 1
 
     def _compare(self, key: int, texts: Texts) -> Duplicate | None:
         other = self.reread(key)
@@ -85,7 +87,10 @@ def sign(text: str) -> RMinHash:
 
 def normalise(text: str) -> str:
     """A text without what makes no difference: blanks, punctuation, full width, upper case."""
-    return _NO_WORD.sub("", unicodedata.normalize("NFKC", text).casefold()) or text.strip()
+    bare = _NO_WORD.sub("", text)
+    if not unicodedata.is_normalized("NFKC", bare):  # asking is far cheaper than doing, and most text is
+        bare = _NO_WORD.sub("", unicodedata.normalize("NFKC", bare))
+    return bare.casefold() or text.strip()
 
 
 def shingles(text: str) -> set[str]:

@@ -4,9 +4,12 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from demo.raw_rows import write_raw_rows
 from firefly_lightning.data.build import build
+from firefly_lightning.data.prompt import PromptEncoder, prompt_format
 from firefly_lightning.data.resumable import ResumableFile
 from firefly_lightning.data.rows import read_rows
 from firefly_lightning.errors import FireflyError
@@ -22,7 +25,7 @@ def raw_file(folder, rows, name="raw.jsonl"):
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
 
 
 def test_real_rows_become_rows_that_can_be_trained_on(tmp_path):
@@ -189,3 +192,30 @@ def test_columns_that_do_not_fit_are_told_before_anything_is_built(tmp_path, arg
     with pytest.raises(FireflyError, match=message):
         build("OpenQA", [source], str(tmp_path / "out"), **arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["raw.jsonl"]
+
+
+MARKS = st.sampled_from(["</s>", "<s>", "<pad>", "{second}", "}}", "\\n", ""])
+ODD = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+
+
+@given(ODD, MARKS, ODD, st.sampled_from(["<s>", "<pad>", "{first}", "<unk>", ""]))
+def test_what_a_row_holds_never_becomes_a_control_token(tmp_path_factory, tokenizer, first, mark, second, other):
+    """From a raw row to token ids: control tokens are those of the format, and masks mark the target and its end."""
+    folder = tmp_path_factory.mktemp("odd")
+    row = {"first": first + mark + first, "second": second + other + second}
+    source, out = raw_file(folder, [row]), str(folder / "out")
+    if any("</s>" in text for text in row.values()):  # one direction or the other has it in a target
+        with pytest.raises(FireflyError, match="turn separator in text"):
+            build("Couplet", [source], out, per_row="all")
+        return
+    build("Couplet", [source], out, per_row="all")
+    encoder = PromptEncoder(tokenizer, prompt_format("firefly"))
+    for made, parsed in zip(read(folder / "out"), read_rows(out), strict=True):
+        (encoded,) = encoder.encode([parsed.turns])
+        ids, mask = encoded.input_ids, encoded.target_mask
+        assert len(ids) == len(mask)
+        assert [ids.count(tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>", "<pad>")] == [1, 3, 0]
+        learned = [token for token, is_learned in zip(ids, mask, strict=True) if is_learned]
+        assert learned[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(learned[:-1], clean_up_tokenization_spaces=False) == made["target"]
+        assert mask == sorted(mask), "what is learned is the end of the row"
