@@ -27,6 +27,9 @@ ROWS_PER_CHUNK = 1000
 ROWS_LOOKED_AT = 100
 """Rows of a source whose columns are compared with what the templates read, before anything is built."""
 
+REASONS, OTHERS = 50, "other reasons"
+"""How many reasons are counted apart: with bad rows left out, every row may have its own."""
+
 BadRows = Literal["stop", "skip"]
 """What a row that cannot be used does: end the command with its line, or be left out and counted."""
 
@@ -96,15 +99,20 @@ class Totals(NamedTuple):
     lost: dict[str, int] = {}  # noqa: RUF012 (never changed)
 
     def plus(self, other: "Totals") -> "Totals":
-        """Both together."""
-        return Totals(self.read + other.read, self.written + other.written, Counter(self.lost) + Counter(other.lost))
+        """Both together, with the rarest of many reasons under one name."""
+        lost = Counter(self.lost) + Counter(other.lost)
+        rare = [] if len(lost) <= REASONS else lost.most_common()[REASONS - 1 :]
+        for reason, count in rare:
+            del lost[reason]
+            lost[OTHERS] += count
+        return Totals(self.read + other.read, self.written + other.written, lost)
 
     def describe(self) -> str:
         """In words; beyond the commonest reasons, only how many rows there are."""
         common = Counter(self.lost).most_common(10)
         reasons = [f"{count} ({reason})" for reason, count in common]
         if others := sum(self.lost.values()) - sum(count for _, count in common):
-            reasons.append(f"{others} (other reasons)")
+            reasons.append(f"{others} ({OTHERS})")
         return f"{self.read} raw rows, lost {', '.join(reasons) or 'none'}"
 
 

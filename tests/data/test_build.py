@@ -1,5 +1,6 @@
 import errno
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from demo.raw_rows import write_raw_rows
+from firefly_lightning.data import build as build_module
 from firefly_lightning.data.build import build
 from firefly_lightning.data.prompt import PromptEncoder, prompt_format
 from firefly_lightning.data.resumable import ResumableFile
@@ -171,6 +173,17 @@ def test_bad_rows_can_be_left_out_and_are_counted(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "2 SentimentAnalyze rows from 4 raw rows, lost 1 (SentimentAnalyze needs the field label" in said
     assert "1 (field 'label' holds 'neutral'" in said
+
+
+def test_a_thousand_different_reasons_are_counted_under_few(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(build_module, "ROWS_PER_CHUNK", 7)
+    rows = [POSITIVE, *[{"text": "？"}] * 9, *({"text": "？", "label": f"x{at}"} for at in range(999))]
+    build("SentimentAnalyze", [raw_file(tmp_path, rows)], str(tmp_path / "out"), bad_rows="skip", workers=1)
+    said = capsys.readouterr().out
+    counts = [int(count) for count in re.findall(r"(\d+) \(", said.split("lost ")[1])]
+    assert sum(counts) == 1008
+    assert len(counts) == 11
+    assert "9 (SentimentAnalyze needs the field label" in said
 
 
 @pytest.mark.parametrize(
