@@ -12,9 +12,8 @@ BROKEN = re.compile(
     "[\0-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\ud800-\udfff\ue000-\uf8ff\ufffd\ufeff\u200b\U000f0000-\U0010ffff]"
     "|锟斤拷|烫烫烫|屯屯屯"
 )
-MARKUP = re.compile(
-    r"</?(?:br|p|div|span|strong|em|font|img|a|ref|nowiki|table|tr|td)\b[^<>]*>|&(?:nbsp|lt|gt|amp|quot|#\d+);|-\{[^{}]*\}-"
-)
+# Not tags that rows about web pages have: a question for a <div> is answered with one.
+MARKUP = re.compile(r"</?(?:br|strong|em|font|nowiki|ref)\b[^<>]*>|&(?:nbsp|lt|gt|amp|quot|#\d+);|-\{[^{}]*\}-")
 REPEATED = 10
 """Characters from which on a target that begins with the whole input repeats it."""
 

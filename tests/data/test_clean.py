@@ -104,6 +104,8 @@ def test_rows_of_every_form_and_raw_rows_are_cleaned(tmp_path):
 def test_code_keeps_what_looks_like_markup(tmp_path):
     rows = [row("写网页", "<p>&nbsp;</p>", "Program"), row("写网页吧", "<p>&nbsp;</p>", "OpenQA")]
     assert cleaned(tmp_path, rows)[0] == rows[:1]
+    page = row("用网页写标题", "<div><p>标题</p></div>", "Belle")
+    assert cleaned(tmp_path, [page])[0] == [page]
 
 
 PIECES = st.lists(
