@@ -1,9 +1,11 @@
-"""Output folders that appear whole or not at all."""
+"""Output files and folders that appear whole or not at all."""
 
+import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from firefly_lightning.errors import FireflyError, describe_os_error
 
@@ -46,3 +48,25 @@ def check_new_folder(out: Path) -> None:
         raise FireflyError(f"{out}: is not empty; choose another folder, or remove it first")
     if out.exists() and not out.is_dir():
         raise FireflyError(f"{out}: is a file; choose another name for the folder")
+
+
+@contextmanager
+def new_file(out: Path) -> Iterator[BinaryIO]:
+    """A file to write and read, which takes the place of ``out`` only when the block ends well.
+
+    Raises:
+        FireflyError: If ``out`` is a folder, or the system refuses to read or write in the block.
+    """
+    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        if out.is_dir():
+            raise FireflyError(f"{out}: is a folder; name a file")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w+b") as file:
+            yield file
+        partial.replace(out)
+    except OSError as error:
+        raise FireflyError(describe_os_error(error, out)) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()

@@ -23,7 +23,8 @@ _EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$", re.MULTILI
 _REQUIRED = re.compile(r"arguments are required: ([\w., -]+)")
 _GIVEN = re.compile(r"Given value: (.*)")
 _UNKNOWN_ITEM = re.compile(
-    r"<class '([\w.]+)'>(?:, <class 'NoneType'>)?\]\n(?:(?!Subtypes:).|\n)*?Unexpected keys: \{'([^']+)'"
+    r"(?:<class '|dict\[str, )([\w.]+)(?:'>|\])(?:, <class 'NoneType'>)?\]\n"
+    r"(?:(?!Subtypes:).|\n)*?Unexpected keys: \{'([^']+)'"
 )
 _FRAME = re.compile(r"Parser key |Expected an? |Does not validate|Subtypes:|Errors:|Problem with|Given value")
 _MISSING_ITEM = re.compile(r"Missing required keys: \{'([^']+)'")

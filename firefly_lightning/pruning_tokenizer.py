@@ -15,7 +15,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from firefly_lightning.data.prompt import SPECIAL_TOKENS, PromptEncoder, check_special_tokens, prompt_format
-from firefly_lightning.data.rows import FILE_SUFFIXES, find_sources, is_file, read_rows
+from firefly_lightning.data.records import FILE_SUFFIXES, find_sources, is_file
+from firefly_lightning.data.rows import read_rows
 from firefly_lightning.errors import FireflyError, describe_os_error
 from firefly_lightning.huggingface import TOKENIZER_CONFIG, load_tokenizer
 

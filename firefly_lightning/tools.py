@@ -9,14 +9,23 @@ from jsonargparse import CLI
 
 from firefly_lightning.chat import chat
 from firefly_lightning.data.build import build
+from firefly_lightning.data.clean import clean
+from firefly_lightning.data.stats import stats
 from firefly_lightning.errors import one_line_errors
 from firefly_lightning.export import export
 from firefly_lightning.parsing import OneLineErrors
 from firefly_lightning.pruning import prune
 
-COMMANDS: dict[str, Callable[..., None]] = {"prune": prune, "build": build, "export": export, "chat": chat}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "prune": prune,
+    "build": build,
+    "clean": clean,
+    "stats": stats,
+    "export": export,
+    "chat": chat,
+}
 
-LISTS = ("--corpus", "--source")
+LISTS = ("--corpus", "--source", "--rename", "--constant", "--only", "--files", "--val_files")
 """Flags that take several values, as in ``--corpus a.txt b.txt``."""
 
 

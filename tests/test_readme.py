@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from firefly_lightning.checkpoint import find_checkpoint
 from firefly_lightning.data.rows import read_rows
+from firefly_lightning.data.template_files import TEMPLATE_FOLDER
 from tests.conftest import write_rows
 from tests.helpers import ROOT, logged, run
 
@@ -101,6 +102,24 @@ def test_the_architecture_table_names_every_module_in_the_order_of_imports():
                 f"{imported}/{member}.py" if imported in ("data", "strategies") else f"{imported.replace('.', '/')}.py"
             )
             assert path in named[:at], f"{name} imports {path}"
+
+
+def test_the_table_of_kinds_is_that_of_the_templates():
+    for readme in (ENGLISH, CHINESE):
+        rows = re.findall(r"^\| `(\w+)` \| ((?:`\w+`[,、 ]*)+) \| (.*) \|$", readme.read_text("utf-8"), re.MULTILINE)
+        shown = {kind: [re.findall(r"`(\w+)`", cell) for cell in cells] for kind, *cells in rows}
+        files = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in TEMPLATE_FOLDER.glob("*.yaml")}
+        assert len(files) == 23
+        for kind, content in files.items():
+            optional = content.get("optional", [])
+            assert shown[kind] == [[name for name in content["fields"] if name not in optional], optional], kind
+
+
+def test_flags_of_building_that_the_readme_names_are_understood():
+    shown = re.findall(r"^\| `(--\w+) ", ENGLISH.read_text("utf-8"), re.MULTILINE)
+    assert len(shown) == 5
+    help_text = run("firefly", "build", "--help").stdout
+    assert all(flag in help_text for flag in shown)
 
 
 def test_keys_that_the_readme_names_exist():
@@ -311,14 +330,30 @@ def check_conversation(box: Path, out: str) -> None:
     assert out.count("> ") >= 2
 
 
+def check_cleaned(box: Path, out: str) -> None:
+    kept = [row.kind for row in read_rows(str(box / "cleaned.jsonl"))]
+    report = json.loads((box / "cleaned.jsonl.report.json").read_text("utf-8"))
+    assert report["counts"]["all"]["read"] == 65
+    assert report["counts"]["all"]["kept"] == len(kept) > 50
+    assert set(kept) == {"SentimentAnalyze", "Weather"}
+
+
+def check_counted(box: Path, out: str) -> None:
+    assert {path.name for path in (box / "stats").iterdir()} == {"tasks.png", "lengths.png", "stats.json"}
+    kinds = json.loads((box / "stats" / "stats.json").read_text("utf-8"))["kinds"]
+    assert {kind: of["rows"] for kind, of in kinds.items()} == {"all": 65, "SentimentAnalyze": 61, "Weather": 4}
+
+
 CHECKS = {
-    "firefly --help": check_help("prune", "build", "export", "chat"),
+    "firefly --help": check_help("prune", "build", "clean", "stats", "export", "chat"),
     "firefly prune --help": check_help("--corpus", "--tokenizer", "--min_count", "--keep", "--pad_multiple"),
     "firefly-fit fit --model.help": check_help("--model.path", "--model.learning_rate"),
     "firefly-fit fit --data.help": check_help("--data.train_files", "--data.too_long"),
     "firefly-fit fit --help": check_help("--model", "--data", "--trainer.max_steps", "--checkpoint.every_n_steps"),
     "firefly build .*Sentiment": check_rows("reviews.jsonl", "SentimentAnalyze", 61),
     "firefly build .*Weather": check_rows("weather.jsonl", "Weather", 4),
+    "firefly clean": check_cleaned,
+    "firefly stats": check_counted,
     "firefly prune .*--corpus": check_pruned("bloom-1b4-zh", verified=True),
     "firefly prune .*--tokenizer": check_pruned("bloom-small", verified=False),
     "firefly-fit fit --config train.yaml$": check_run("first", range(3)),

@@ -1,6 +1,5 @@
 """FireflyDataModule: from names of files to planned micro-batches."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -13,32 +12,31 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from firefly_lightning.data.batches import EpochSampler, MicroBatch, PlanLoader, PlannedBatches, data_parallel_share
+from firefly_lightning.data.mixing import Share, check_share, describe_repeated, mix, repeated_rows
 from firefly_lightning.data.plan import Rows, StepPlan, WeightedRows, check_shares, permutation
 from firefly_lightning.data.prompt import PromptEncoder, PromptFormat, prompt_format
-from firefly_lightning.data.rows import find_sources
-from firefly_lightning.data.stats import counts_table
-from firefly_lightning.data.tokenized import TokenizedRows, TooLong, default_cache_dir, tokenize
+from firefly_lightning.data.records import find_sources
+from firefly_lightning.data.tables import counts_table
+from firefly_lightning.data.tokenized import WHOLE, TokenizedRows, TooLong, default_cache_dir, tokenize
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import load_tokenizer
-
-WHOLE = sys.maxsize
-"""A length that cuts no row."""
 
 
 class _Path(TypedDict):
     path: str
 
 
-class Source(_Path, total=False):
+class Source(_Path, Share, total=False):
     """Rows to train on.
 
     Attributes:
-        path: A ``.jsonl``, ``.json`` or ``.parquet`` file, a glob of them, or the name of a Hugging Face dataset.
+        path: A file, a glob of files (their shares are each of its own), or the name of a Hugging Face dataset.
         weight: How often an epoch takes each row: 1 once, 0.5 half of the rows (later epochs the others), 2 twice.
+        cap: Rows that an epoch takes at most.
+        epochs: How often each row is taken at most in the whole run; the others then fill its place.
     """
 
     # No dataclass, since jsonargparse would then take the file of rows for a configuration and read it.
-    weight: float
 
 
 class FireflyDataModule(L.LightningDataModule):
@@ -46,7 +44,8 @@ class FireflyDataModule(L.LightningDataModule):
 
     Args:
         tokenizer: Folder or hub name of the tokenizer; ``firefly-fit`` takes the model's.
-        train_files: Files, globs or dataset names to train on, plain or as ``{path, weight}``.
+        train_files: Files, globs or dataset names to train on, plain or as ``{path, weight, cap, epochs}``. A row that
+            an earlier one has too is taken from there only, and reported.
         val_files: Likewise, to validate on.
         val_fraction: Share of the training rows to validate on instead, between 0 and 1.
         test_files: Likewise, for ``test``; the validation rows where there are none.
@@ -63,6 +62,7 @@ class FireflyDataModule(L.LightningDataModule):
         num_workers: Processes that prepare batches.
         pin_memory: Whether batches are put into page-locked memory, from which a GPU copies faster.
         cache_dir: Where token ids are kept; a folder of the user's cache by default.
+        kinds: ``{KIND: {weight, cap, epochs}}`` for kinds of training rows, over all files; weights multiply.
 
     Raises:
         FireflyError: If an argument is out of its range.
@@ -85,10 +85,12 @@ class FireflyDataModule(L.LightningDataModule):
         num_workers: int = 0,
         pin_memory: bool = False,
         cache_dir: str | None = None,
+        kinds: dict[str, Share] | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer_path = tokenizer
-        self.train_sources = [_weighted(item) for item in _listed(train_files)]
+        self.train_sources = [_as_source(item) for item in _listed(train_files)]
+        self.kinds = dict(kinds or {})
         self.val_files, self.test_files = _listed(val_files), _listed(test_files)
         self.predict_files = _listed(predict_files)
         self.val_fraction = val_fraction
@@ -138,11 +140,9 @@ class FireflyDataModule(L.LightningDataModule):
         if stage == "fit" or self.val_fraction:
             if not self.train_sources:
                 raise FireflyError("data.train_files: nothing to train on; name at least one file")
-            files = [
-                (file, source["weight"]) for source in self.train_sources for file in find_sources([source["path"]])
-            ]
+            files = [(file, source) for source in self.train_sources for file in find_sources([source["path"]])]
             train_rows = self._tokenized([file for file, _ in files], encoder, self.max_length)
-            taken, held_out = self._split(train_rows, [weight for _, weight in files])
+            taken, held_out = self._split(train_rows, [source for _, source in files])
             self.train = self._planned(train_rows, taken, self.batch_size, micro_batch_size, shuffle=True)
             val_rows = self._planned(train_rows, held_out, 0, micro_batch_size) if self.val_fraction else None
         self.val = self._evaluated(self.val_files, encoder, micro_batch_size) or val_rows
@@ -217,10 +217,9 @@ class FireflyDataModule(L.LightningDataModule):
         if self.val_fraction and self.val_files:
             raise FireflyError("data.val_fraction and data.val_files are both set; keep one of them")
         for source in self.train_sources:
-            if not source["weight"] > 0:
-                raise FireflyError(
-                    f"data.train_files: the weight of {source['path']} is {source['weight']}; it must be above 0"
-                )
+            check_share(source, "data.train_files", source["path"])
+        for kind, share in self.kinds.items():
+            check_share(share, "data.kinds", kind)
 
     def _tokenized(self, files: Sequence[str], encoder: PromptEncoder, max_length: int) -> TokenizedRows:
         sources = find_sources(files)
@@ -236,14 +235,16 @@ class FireflyDataModule(L.LightningDataModule):
     def _files_to_answer(self) -> list[str]:
         return self.predict_files or self.test_files or self.val_files
 
-    def _split(self, rows: TokenizedRows, weights: Sequence[float]) -> tuple[list[WeightedRows], list[WeightedRows]]:
-        """The rows to train on, by source with its weight, and those held out for validation."""
+    def _split(self, rows: TokenizedRows, shares: Sequence[Share]) -> tuple[list[WeightedRows], list[WeightedRows]]:
+        """The rows to train on, by source and kind with their shares, and those held out for validation."""
+        repeated = repeated_rows(rows)
+        for line in describe_repeated(rows, repeated):
+            rank_zero_info(line)
         order = permutation(len(rows), self.seed)
+        order = order[~repeated[order]]
         held_out = np.zeros(len(rows), bool)
-        held_out[order[: round(self.val_fraction * len(rows))]] = True
-        parts = [WeightedRows(rows.of_source(index), weight) for index, weight in enumerate(weights)]
-        parts = [WeightedRows(part.rows[~held_out[part.rows]], part.weight) for part in parts]
-        taken = [part for part in parts if len(part.rows)]
+        held_out[order[: round(self.val_fraction * len(order))]] = True
+        taken = mix(rows, ~held_out & ~repeated, shares, self.kinds)
         if not taken or (self.val_fraction and not held_out.any()):
             raise FireflyError(
                 f"data.val_fraction {self.val_fraction} of {len(rows)} rows leaves one side empty; choose another"
@@ -290,11 +291,19 @@ class FireflyDataModule(L.LightningDataModule):
                 f"{per_step} micro-batches make a step here; leave it out and set data.micro_batch_size"
             )
         trainer.accumulate_grad_batches = per_step
+        self._check_lasts()
         interval = self._val_check_interval = self._val_check_interval or trainer.val_check_interval
         if isinstance(interval, float) and interval < 1:  # a share of an epoch, in whole steps
             interval = max(1, int(interval * self.train.plan.steps_per_epoch))
         if isinstance(interval, int):
             trainer.val_check_interval = interval * per_step
+
+    def _check_lasts(self) -> None:
+        """A run that must end early is told so before it begins."""
+        steps, epochs = (getattr(self.trainer, name, None) or -1 for name in ("max_steps", "max_epochs"))
+        if steps < 0 < epochs:
+            steps = epochs * self.train.plan.steps_per_epoch
+        self.train.plan.check_lasts(max(steps, 0))
 
     def _loader(
         self, batches: PlannedBatches, loader: type[DataLoader[MicroBatch]] = DataLoader, first_step: int = 0
@@ -309,8 +318,8 @@ class FireflyDataModule(L.LightningDataModule):
         )
 
 
-def _weighted(source: str | Source) -> Source:
-    return {"weight": 1.0, **({"path": source} if isinstance(source, str) else source)}
+def _as_source(source: str | Source) -> Source:
+    return {"path": source} if isinstance(source, str) else source
 
 
 def _listed(files: Any) -> list[Any]:

@@ -4,6 +4,7 @@ Everything here is a pure function of its arguments: no generator is advanced, n
 run can therefore stop, resume, and move to another number of devices at any step and meet the same rows.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,17 +18,25 @@ Rows = npt.NDArray[np.int64]
 
 
 class WeightedRows(NamedTuple):
-    """Rows of one source and how often an epoch takes them: 1 is once, 0.5 is half of them, 2 is twice."""
+    """Rows of one source and how often they are taken.
+
+    Attributes:
+        rows: The rows.
+        weight: How often an epoch takes each: 1 is once, 0.5 is half of them, 2 is twice.
+        epochs: How often each is taken at most, over all epochs.
+    """
 
     rows: Rows
     weight: float = 1.0
+    epochs: float = math.inf
 
 
 class StepPlan:
     """The rows of every optimizer step.
 
     An epoch takes each row of a source ``weight`` times; with a fraction, later epochs go on where earlier ones ended,
-    so that no row is taken again before all others. The last step of an epoch may have fewer than ``batch_size`` rows.
+    so that no row is taken again before all others. Where a source has been taken ``epochs`` times, the others fill its
+    place, in proportion. The last step of an epoch may have fewer than ``batch_size`` rows.
 
     Args:
         lengths: (rows,) tokens of each row.
@@ -54,7 +63,13 @@ class StepPlan:
         self.shuffle = shuffle
         self._target_tokens = target_tokens
         # A source of three rows and a weight of 0.1 still gives one: a source is never silently left out.
-        self._quotas = [max(1, round(source.weight * len(source.rows))) for source in self.sources]
+        quotas = [max(1, round(source.weight * len(source.rows))) for source in self.sources]
+        self._limits = [
+            math.inf if source.epochs == math.inf else max(1, int(source.epochs * len(source.rows)))
+            for source in self.sources
+        ]
+        self._quotas = [int(min(pair)) for pair in zip(quotas, self._limits, strict=True)]
+        self._taken = [[0] * len(self.sources)]  # of each source before each epoch, as far as asked for
         self.rows_per_epoch = sum(self._quotas)
         self.steps_per_epoch = -(-self.rows_per_epoch // batch_size)
         self._orders: dict[int, Rows] = {}
@@ -88,6 +103,8 @@ class StepPlan:
         for array in (self.lengths, self._target_tokens, *(source.rows for source in self.sources)):
             digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
         digest.update(np.array([source.weight for source in self.sources]).tobytes())
+        if any(source.epochs < math.inf for source in self.sources):
+            digest.update(np.array([source.epochs for source in self.sources]).tobytes())
         return {
             "batch_size": self.batch_size,
             "seed": self.seed,
@@ -109,14 +126,57 @@ class StepPlan:
 
     def _take(self, index: int, epoch: int) -> Rows:
         """Rows of one source in one epoch: a window that slides over the source's permutations laid end to end."""
-        rows, quota = self.sources[index].rows, self._quotas[index]
-        first = epoch * quota if self.shuffle else 0
-        passes, offsets = np.divmod(np.arange(first, first + quota), len(rows))
+        rows = self.sources[index].rows
+        first, end = (
+            (self._before(at)[index] for at in (epoch, epoch + 1)) if self.shuffle else (0, self._quotas[index])
+        )
+        passes, offsets = np.divmod(np.arange(first, end), len(rows))
         orders = {
             number: permutation(len(rows), self.seed, index, number) if self.shuffle else np.arange(len(rows))
             for number in np.unique(passes).tolist()
         }
-        return np.concatenate([rows[order[offsets[passes == number]]] for number, order in orders.items()])
+        return np.concatenate([rows[:0], *(rows[order[offsets[passes == at]]] for at, order in orders.items())])
+
+    def check_lasts(self, steps: int) -> None:
+        """Checks that there are rows for so many steps.
+
+        Raises:
+            FireflyError: If every source has been taken as often as it may before.
+        """
+        self._before(-(-steps // self.steps_per_epoch))
+
+    def _before(self, epoch: int) -> list[int]:
+        """Rows of each source that the epochs before this one take."""
+        while len(self._taken) <= epoch:
+            taken = self._taken[-1]
+            more = self._fill([limit - count for limit, count in zip(self._limits, taken, strict=True)])
+            self._taken.append([count + added for count, added in zip(taken, more, strict=True)])
+        return self._taken[epoch]
+
+    def _fill(self, left: Sequence[float]) -> list[int]:
+        """Rows of each source in an epoch, where so many are left of each."""
+        quotas = [int(min(pair)) for pair in zip(self._quotas, left, strict=True)]
+        while missing := self.rows_per_epoch - sum(quotas):
+            open_ = [index for index in range(len(quotas)) if quotas[index] < left[index]]
+            if not open_:
+                raise FireflyError(
+                    f"data.train_files: every source has been taken as often as its epochs allow after "
+                    f"{len(self._taken) - 1} epochs of the run; raise them, or train for fewer steps"
+                )
+            more = apportion(missing, [self._quotas[index] for index in open_])
+            for index, added in zip(open_, more, strict=True):
+                quotas[index] = int(min(quotas[index] + added, left[index]))
+        return quotas
+
+
+def apportion(total: int, sizes: Sequence[int]) -> list[int]:
+    """Parts of a total in proportion to sizes; what rounding down leaves goes to the largest remainders."""
+    whole = sum(sizes)
+    parts = [total * size // whole for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda index: (-(total * sizes[index] % whole), index))
+    for index in by_remainder[: total - sum(parts)]:
+        parts[index] += 1
+    return parts
 
 
 def check_shares(batch_size: int, world_size: int, micro_batch_size: int | None) -> int:

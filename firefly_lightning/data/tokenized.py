@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,10 +22,13 @@ import xxhash
 from filelock import FileLock
 from tqdm import tqdm
 
+from firefly_lightning.data import json_arrays as json_arrays_module
 from firefly_lightning.data import prompt as prompt_module
+from firefly_lightning.data import records as records_module
 from firefly_lightning.data import rows as rows_module
 from firefly_lightning.data.prompt import EncodedRow, PromptEncoder
-from firefly_lightning.data.rows import Row, is_file, load_hub_dataset, read_rows
+from firefly_lightning.data.records import is_file, load_hub_dataset
+from firefly_lightning.data.rows import Row, read_rows
 from firefly_lightning.errors import FireflyError, describe_os_error
 
 # Tokenising in parallel and then forking loader workers is safe here, since workers never tokenise; unset, it warns.
@@ -34,6 +38,9 @@ TooLong = Literal["truncate", "truncate_keep_end", "drop"]
 """What is done with a row of more than ``max_length`` tokens: its first tokens are kept, or its start and its last
 tokens, or it is left out."""
 
+WHOLE = sys.maxsize
+"""A length that cuts no row."""
+
 ROWS_PER_BATCH = 4096
 SCHEMA = pa.schema(
     {
@@ -42,6 +49,7 @@ SCHEMA = pa.schema(
         "target_tokens": pa.int32(),
         "kind": pa.int32(),
         "number": pa.int64(),
+        "identity": pa.uint64(),
     }
 )
 Counts = dict[str, dict[str, int]]
@@ -85,6 +93,9 @@ class TokenizedRows:
         self.lengths = _concatenate([np.diff(batch.column("input_ids").offsets) for batch in self._batches])
         self.target_tokens = _concatenate([_column(batch, "target_tokens") for batch in self._batches])
         self.kind_ids = _concatenate(kinds)
+        self.identities: npt.NDArray[np.uint64] = np.concatenate(
+            [np.zeros(0, np.uint64), *(batch.column("identity").to_numpy() for batch in self._batches)]
+        )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -149,7 +160,8 @@ def _key(source: str, encoder: PromptEncoder, max_length: int, too_long: TooLong
     return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
 
 
-_CODE = [str(module) for module in (__file__, prompt_module.__file__, rows_module.__file__)]
+_READERS = (prompt_module, rows_module, records_module, json_arrays_module)
+_CODE = [__file__, *(str(module.__file__) for module in _READERS)]
 
 
 def _hash_content(source: str) -> str:
@@ -247,6 +259,7 @@ def _record_batch(kept: Sequence[tuple[Row, EncodedRow]], kinds: dict[str, int])
         pa.array([sum(cut.target_mask) for _, cut in kept], pa.int32()),
         pa.array([kinds[row.kind] for row, _ in kept], pa.int32()),
         pa.array([row.number for row, _ in kept], pa.int64()),
+        pa.array([row.identity for row, _ in kept], pa.uint64()),
     ]
     return pa.record_batch(columns, schema=SCHEMA)
 

@@ -160,6 +160,8 @@ def test_collate_of_no_rows():
         ({"val_fraction": 0.1, "val_files": "x.jsonl"}, "both set"),
         ({"prompt": "fierfly"}, "no format is called 'fierfly'"),
         ({"train_files": [Source(path="x.jsonl", weight=0.0)]}, "weight of x.jsonl is 0.0"),
+        ({"train_files": [Source(path="x.jsonl", cap=0)]}, "cap of x.jsonl is 0"),
+        ({"kinds": {"NER": {"epochs": -1.0}}}, "data.kinds: the epochs of NER is -1.0"),
     ],
 )
 def test_arguments_out_of_range(kwargs, says):

@@ -1,5 +1,6 @@
 """The plan is a pure function of lengths, seed and step, the same for every number of devices."""
 
+import math
 import pickle
 from collections import Counter
 from itertools import pairwise
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firefly_lightning.data.plan import StepPlan, WeightedRows, check_shares, permutation
+from firefly_lightning.data.plan import StepPlan, WeightedRows, apportion, check_shares, permutation
 from firefly_lightning.errors import FireflyError
 
 
@@ -45,6 +46,53 @@ def test_weights_count_rows_per_epoch():
     halves = {row for row in range(20, 40) if first[row]}, {row for row in range(20, 40) if second[row]}
     assert [len(half) for half in halves] == [10, 10]
     assert not halves[0] & halves[1], "the second epoch takes the rows that the first left"
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 30), st.sampled_from([0.3, 1.0, 2.0]), st.sampled_from([0.5, 1.0, 2.5, math.inf]))
+    ),
+    st.integers(1, 9),
+)
+def test_no_row_is_taken_more_often_than_its_epochs_allow(sources, batch_size):
+    sources = [(5, 1.0, math.inf), *sources]
+    starts = np.cumsum([0, *(size for size, _, _ in sources)])
+    parts = [
+        WeightedRows(np.arange(start, start + size), weight, epochs)
+        for start, (size, weight, epochs) in zip(starts, sources, strict=False)
+    ]
+    lengths = np.full(starts[-1], 9)
+    plan = StepPlan(lengths, lengths, parts, batch_size)
+    counts, taken = Counter(), []
+    for epoch in range(5):
+        of_epoch = rows_of_epoch(plan, epoch)
+        counts.update(of_epoch)
+        taken.append(sum(of_epoch.values()))
+    assert len(set(taken)) == 1, "epochs are of one size: others fill the place of what is used up"
+    for part in parts:
+        of_part = [counts[int(row)] for row in part.rows]
+        assert sum(of_part) <= max(1, part.epochs * len(part.rows))
+        assert max(of_part) - min(of_part) <= 1, "no row is taken again before all others"
+        # Five epochs would take each row five times its weight, or more in another's place.
+        assert sum(of_part) >= min(max(1, round(part.weight * len(part.rows))) * 5, part.epochs * len(part.rows) // 1)
+
+
+def test_a_run_that_is_longer_than_its_rows_is_refused():
+    rows = np.arange(10)
+    plan = StepPlan(rows + 4, rows + 1, [WeightedRows(rows[:4], 1.0, 2.0), WeightedRows(rows[4:], 1.0, 1.5)], 5)
+    # 4 * 2 + 6 * 1.5 are 17 rows: one epoch of 10.
+    plan.check_lasts(2)
+    with pytest.raises(FireflyError, match=r"as often as its epochs allow after 1 epochs"):
+        plan.check_lasts(3)
+    with pytest.raises(FireflyError, match="raise them, or train for fewer steps"):
+        plan.rows(2)
+
+
+@given(st.integers(0, 10**6), st.lists(st.integers(1, 1000), min_size=1, max_size=9))
+def test_apportioned_parts_add_up_and_are_near_their_share(total, sizes):
+    parts = apportion(total, sizes)
+    assert sum(parts) == total
+    assert all(abs(part - total * size / sum(sizes)) < 1 for part, size in zip(parts, sizes, strict=True))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

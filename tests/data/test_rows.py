@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import pyarrow as pa
@@ -9,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from demo.raw_rows import package_file
-from firefly_lightning.data.rows import Row, find_sources, read_records, read_rows
+from firefly_lightning.data import json_arrays
+from firefly_lightning.data.records import find_sources, read_records
+from firefly_lightning.data.rows import Row, read_rows
 from firefly_lightning.errors import FireflyError
 
 FIREFLY = {"kind": "Couplet", "input": "上联：春风", "target": "秋月"}
@@ -131,12 +134,49 @@ def test_every_mistake_is_told_with_its_line(tmp_path, content, message):
 
 
 def test_mistakes_in_a_json_array(tmp_path):
-    with pytest.raises(FireflyError, match=r"rows\.json:3: not JSON"):
-        read(tmp_path, "[\n{},\n{,\n", "rows.json")
+    row = json.dumps(FIREFLY)
+    for content, message in (
+        (f"[\n{row},\n{{,\n", r"rows\.json:3: not JSON, Expecting property name .* at column 2"),
+        (f"[{row}\n {row}]", r"rows\.json:2: not JSON, Expecting ',' at column 2"),
+        (f"[{row}] x", r"rows\.json:1: not JSON, Extra data"),
+        (f"[{row},", r"rows\.json:1: not JSON, Expecting value"),
+        (f'[{row},\n{{"kind": "never closed', r"rows\.json:2: not JSON, Unterminated string .* at column 10"),
+        (f"[{row}, {'[' * 100_000}", r"rows\.json:1: not a row"),
+    ):
+        with pytest.raises(FireflyError, match=message):
+            read(tmp_path, content, "rows.json")
     with pytest.raises(FireflyError, match=r"rows\.json:2: byte 0xb6 is not UTF-8"):
         read(tmp_path, b'[\n"' + "对".encode("gbk"), "rows.json")
     with pytest.raises(FireflyError, match=r"rows\.json: has no rows"):
         read(tmp_path, "[]", "rows.json")
+
+
+@given(st.lists(st.dictionaries(TEXT, TEXT), max_size=5), st.integers(1, 7), st.sampled_from([None, 1]))
+def test_a_json_array_is_the_same_in_blocks_of_any_size(tmp_path_factory, rows, block, indent):
+    path = file_of(tmp_path_factory.mktemp("array"), json.dumps(rows, ensure_ascii=False, indent=indent), "rows.json")
+    with mock.patch.object(json_arrays, "BLOCK", block):
+        assert list(read_records(path)) == list(enumerate(rows, 1))
+
+
+def test_tables(tmp_path):
+    table = '\ufeffkind,input,target\r\nk,"一,""二""\n三",四\r\n\r\nk,五,六'
+    assert [fields for _, fields in read_records(file_of(tmp_path, table, "rows.csv"))] == [
+        {"kind": "k", "input": '一,"二"\n三', "target": "四"},
+        {"kind": "k", "input": "五", "target": "六"},
+    ]
+    table = 'a\tb\n"一\t二"\n' + "长" * 200_000 + "\t\n"
+    assert [fields for _, fields in read_records(file_of(tmp_path, table, "rows.tsv"))] == [
+        {"a": '"一', "b": '二"'},
+        {"a": "长" * 200_000, "b": ""},
+    ]
+    for content, message in (
+        (b"a,b\n1,2\n1,2,3\n", r"rows\.csv:3: 3 cells in a table of 2 columns"),
+        (b"a,a\n1,2\n", r"rows\.csv:1: the first line must name every column once, this is a, a"),
+        (b'a,b\n"1,2\n', r"rows\.csv:2: not a table, unexpected end of data"),
+        (b"a,b\n1," + "对".encode("gbk"), r"rows\.csv:2: byte 0xb6 is not UTF-8"),
+    ):
+        with pytest.raises(FireflyError, match=message):
+            list(read_records(file_of(tmp_path, content, "rows.csv")))
 
 
 def test_mistakes_in_a_parquet_file(tmp_path):

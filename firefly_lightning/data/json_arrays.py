@@ -1,0 +1,117 @@
+"""The rows of a JSON array one at a time: ``json`` itself would hold the whole file."""
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from firefly_lightning.errors import FireflyError
+
+BLOCK = 1 << 20
+"""Bytes read at a time."""
+
+_CUT = 16
+"""A mistake this near to the end of what was read may be a literal, a number or an escape that goes on after it."""
+
+
+def not_utf8(source: str, line: int, byte: int) -> FireflyError:
+    """The error for a byte that belongs to no UTF-8 text."""
+    return FireflyError(
+        f"{source}:{line}: byte 0x{byte:02x} is not UTF-8; convert the file, "
+        "for example with: iconv -f GB18030 -t UTF-8"
+    )
+
+
+def not_json(source: str, line: int, column: int, message: str) -> FireflyError:
+    """The error for a text that is not JSON."""
+    return FireflyError(f"{source}:{line}: not JSON, {message} at column {column}; mend the line")
+
+
+def read_json_array(source: str) -> Iterator[tuple[int, Any]]:
+    """Streams (number, row) of ``[row, row, …]``; in memory are a block and the longest row.
+
+    Raises:
+        FireflyError: If the file is not JSON in UTF-8; with the line.
+    """
+    with Path(source).open("rb") as file:
+        window = _Window(file, source)
+        window.skip("[")
+        number = 0
+        while number or window.peek() != "]":
+            number += 1
+            yield number, window.value()
+            if window.peek() == "]":
+                break
+            window.skip(",")
+        window.skip("]")
+        if window.peek():
+            raise window.error("Extra data")
+
+
+class _Window:
+    """The part of a file that is being read, from a place in it on."""
+
+    def __init__(self, file: BinaryIO, source: str) -> None:
+        self.file, self.source = file, source
+        self.bytes_to_text = codecs.getincrementaldecoder("utf-8-sig")()
+        self.json = json.JSONDecoder()
+        self.text, self.at, self.line, self.column = "", 0, 1, 1
+        self.ended = False
+
+    def peek(self) -> str:
+        """The next character that is no blank; nothing at the end."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
+                self.at += 1
+            if self.at < len(self.text) or not self._read_on():
+                return self.text[self.at : self.at + 1]
+
+    def skip(self, character: str) -> None:
+        """Passes over a character, which must be there."""
+        if self.peek() != character:
+            raise self.error(f"Expecting '{character}'")
+        self.at += 1
+
+    def value(self) -> Any:
+        """The next value."""
+        self.peek()
+        while True:
+            try:
+                value, end = self.json.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                if self.ended or not (error.pos >= len(self.text) - _CUT or error.msg.startswith("Unterminated")):
+                    self.at = error.pos
+                    raise self.error(error.msg) from error
+            except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+                raise FireflyError(f"{self.source}:{self._place()[0]}: not a row, {error}; mend the line") from error
+            else:
+                if self.ended or end < len(self.text):
+                    self.at = end
+                    return value
+            self._read_on()
+
+    def error(self, message: str) -> FireflyError:
+        """A mistake at the place that was reached."""
+        return not_json(self.source, *self._place(), message)
+
+    def _read_on(self) -> bool:
+        """Reads a block more and forgets what was passed; false at the end of the file."""
+        if self.ended:
+            return False
+        self.line, self.column = self._place()
+        self.text, self.at = self.text[self.at :], 0
+        block = self.file.read(BLOCK)
+        self.ended = not block
+        try:
+            self.text += self.bytes_to_text.decode(block, final=self.ended)
+        except UnicodeDecodeError as error:
+            line = self.line + self.text.count("\n") + error.object[: error.start].count(b"\n")
+            raise not_utf8(self.source, line, error.object[error.start]) from error
+        return not self.ended
+
+    def _place(self) -> tuple[int, int]:
+        passed = self.text[: self.at]
+        lines = passed.count("\n")
+        column = len(passed) - passed.rfind("\n") if lines else self.column + len(passed)
+        return self.line + lines, column

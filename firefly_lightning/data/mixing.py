@@ -1,0 +1,121 @@
+"""How many rows of each source and kind an epoch takes, and which rows two sources share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import inf
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from firefly_lightning.data.plan import Rows, WeightedRows, apportion
+from firefly_lightning.data.tokenized import TokenizedRows
+from firefly_lightning.errors import FireflyError
+
+
+class Share(TypedDict, total=False):
+    """How much of a source, or of a kind, is taken.
+
+    Attributes:
+        weight: How often an epoch takes each row: 1 once, 0.5 half of the rows (later epochs the others), 2 twice.
+        cap: Rows that an epoch takes at most.
+        epochs: How often each row is taken at most in the whole run; the others then fill its place.
+    """
+
+    weight: float
+    cap: int
+    epochs: float
+
+
+def check_share(share: Mapping[str, Any], key: str, name: str) -> None:
+    """Checks what a user wrote.
+
+    Raises:
+        FireflyError: If a number is not above 0.
+    """
+    for part in ("weight", "cap", "epochs"):
+        if part in share and not share[part] > 0:
+            raise FireflyError(f"{key}: the {part} of {name} is {share[part]}; it must be above 0")
+
+
+def mix(
+    rows: TokenizedRows, available: npt.NDArray[np.bool_], sources: Sequence[Share], kinds: Mapping[str, Share]
+) -> list[WeightedRows]:
+    """The parts of a plan: what is left of each source, with kinds of their own shares apart.
+
+    A row's weight is that of its source times that of its kind. A cap takes the same share of everything under it.
+
+    Args:
+        rows: Of all sources.
+        available: (rows,) which of them may be taken.
+        sources: The share of each source.
+        kinds: Shares of kinds, over all sources.
+
+    Raises:
+        FireflyError: If no row has a kind that is named.
+    """
+    if unknown := [kind for kind in kinds if kind not in rows.kinds]:
+        raise FireflyError(
+            f"data.kinds: no row is of the kind {', '.join(unknown)}; there are {', '.join(sorted(rows.kinds))}"
+        )
+    named = np.array([kind in kinds for kind in rows.kinds], bool)
+    parts = []
+    for at, source in enumerate(sources):
+        taken = rows.of_source(at)
+        taken = taken[available[taken]]
+        ids = rows.kind_ids[taken]
+        parts.append(_Part(taken[~named[ids]], source, {}, at, None))
+        parts += [_Part(taken[ids == rows.kinds.index(kind)], source, kinds[kind], at, kind) for kind in kinds]
+    parts = [part for part in parts if len(part.rows)]
+    for at, source in enumerate(sources):
+        _cap(parts, lambda part, at=at: part.source == at, source.get("cap"))  # type: ignore[misc]
+    for kind, share in kinds.items():
+        _cap(parts, lambda part, kind=kind: part.kind == kind, share.get("cap"))  # type: ignore[misc]
+    return [WeightedRows(part.rows, part.weight, part.epochs) for part in parts]
+
+
+class _Part:
+    """Rows of one source, of one kind or of all kinds without a share of their own."""
+
+    def __init__(self, rows: Rows, source: Share, kind: Share, at: int, name: str | None) -> None:
+        self.rows, self.source, self.kind = rows, at, name
+        self.weight = source.get("weight", 1.0) * kind.get("weight", 1.0)
+        self.epochs = min(source.get("epochs", inf), kind.get("epochs", inf))
+
+    @property
+    def quota(self) -> int:
+        """Rows that an epoch takes."""
+        return round(self.weight * len(self.rows))
+
+
+def _cap(parts: Sequence[_Part], belongs: Callable[[_Part], bool], cap: int | None) -> None:
+    under = [part for part in parts if belongs(part)]
+    quotas = [part.quota for part in under]
+    if cap is not None and sum(quotas) > cap:
+        for part, quota in zip(under, apportion(cap, quotas), strict=True):
+            part.weight = quota / len(part.rows)
+
+
+def repeated_rows(rows: TokenizedRows) -> npt.NDArray[np.bool_]:
+    """(rows,) which rows an earlier source has too; the same text in another form or with other blanks is the same."""
+    repeated = np.zeros(len(rows), bool)
+    for at in range(1, len(rows.names)):
+        of_source = rows.of_source(at)
+        earlier = rows.identities[: of_source[0]] if len(of_source) else rows.identities[:0]
+        repeated[of_source] = np.isin(rows.identities[of_source], earlier)
+    return repeated
+
+
+def describe_repeated(rows: TokenizedRows, repeated: npt.NDArray[np.bool_]) -> list[str]:
+    """A line for each source that has rows of earlier ones."""
+    lines = []
+    for at, name in enumerate(rows.names):
+        of_source = rows.of_source(at)
+        left_out = of_source[repeated[of_source]]
+        if len(left_out):
+            counts = np.bincount(rows.kind_ids[left_out], minlength=len(rows.kinds))
+            kinds = ", ".join(f"{count:,} {rows.kinds[kind]}" for kind, count in enumerate(counts) if count)
+            lines.append(
+                f"{name}: {len(left_out):,} of {len(of_source):,} rows ({kinds}) are in the files before it too, "
+                "and are taken from there only"
+            )
+    return lines
