@@ -94,6 +94,8 @@ class _FusedTargetCrossEntropy(torch.autograd.Function):
                 d_logits = scores.exp_().scatter_add_(1, ids, scores.new_full((1, 1), -1.0).expand_as(ids)).to(dtype)
                 torch.mm(d_logits, head, out=d_hidden[start : start + chunk])
                 d_weight = _accumulated(d_weight, d_logits.t(), part)
+                del d_logits
+            del scores  # or it would be there beside those of the next chunk
         if d_hidden is not None:
             d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
             ctx.save_for_backward(d_hidden.to(hidden.dtype), d_weight)
