@@ -280,8 +280,14 @@ class FireflyModule(L.LightningModule):
         return hash((int(os.environ.get("PL_GLOBAL_SEED", 0)), *where, rank)) % 2**63
 
     def _make_optimizer(self, parameters: Iterable[Parameter]) -> Optimizer:
-        make = self.optimizer or (lambda parameters: AdamW(parameters, self.learning_rate, weight_decay=0.0))
+        make = self.optimizer or self._adamw
         return self._hooks.convert_optimizer(make(parameters))
+
+    def _adamw(self, parameters: Iterable[Parameter]) -> Optimizer:
+        """PyTorch's own in one pass over the weights, where nothing else touches gradients between them."""
+        plain = self._hooks.whole_weights and not isinstance(self.trainer.strategy, StrategyHooks)
+        fused = plain and self.trainer.precision != "16-mixed"  # Lightning cannot clip scaled gradients then
+        return AdamW(parameters, self.learning_rate, weight_decay=0.0, fused=fused or None)
 
     def _optimizers_with_schedules(self) -> list[tuple[Any, Any]]:
         """Each of the trainer's optimizers with its schedule, or None."""
