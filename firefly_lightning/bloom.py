@@ -16,7 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BloomForCausalLM
 
 from firefly_lightning.data.batches import MicroBatch
-from firefly_lightning.loss import embed_tied, fused_target_cross_entropy, target_cross_entropy
+from firefly_lightning.loss import (
+    chunked_target_nlls,
+    embed_tied,
+    fused_target_cross_entropy,
+    target_cross_entropy,
+)
 
 
 class PackedRows(NamedTuple):
@@ -51,17 +56,31 @@ class FastBloom:
 
     def target_loss(self, batch: MicroBatch) -> Tensor:
         """Summed negative log-likelihood of a micro-batch's targets, a scalar in float32."""
+        hidden, weight = self._hidden_and_head(batch)
+        if weight is None:
+            return target_cross_entropy(hidden, self._model.lm_head, batch["target_ids"])
+        return fused_target_cross_entropy(hidden, weight, batch["target_ids"])
+
+    def target_nlls(self, batch: MicroBatch) -> Tensor:
+        """The same one by one, (targets,), without gradients."""
+        hidden, weight = self._hidden_and_head(batch)
+        if weight is None:
+            return target_cross_entropy(hidden, self._model.lm_head, batch["target_ids"], reduction="none")
+        return chunked_target_nlls(hidden, weight, batch["target_ids"])
+
+    def _hidden_and_head(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        """Last hidden states, (targets, hidden_size), and the weight of the head if it may be used by itself."""
         positions = batch["token_positions"]
         input_ids = batch["input_ids"].flatten().index_select(0, positions)
         rows = PackedRows(batch["lengths"], positions, batch["packed_targets"])
         embedding, head = self._model.transformer.word_embeddings, self._model.lm_head
         if not self._whole_weights:
-            return target_cross_entropy(self._hidden(embedding(input_ids), rows), head, batch["target_ids"])
+            return self._hidden(embedding(input_ids), rows), None
         if head.weight is embedding.weight:
             embedded, weight = embed_tied(embedding.weight, input_ids)
         else:
             embedded, weight = embedding(input_ids), head.weight
-        return fused_target_cross_entropy(self._hidden(embedded, rows), weight, batch["target_ids"])
+        return self._hidden(embedded, rows), weight
 
     def _hidden(self, embedded: Tensor, rows: PackedRows) -> Tensor:
         """Last hidden states, (targets, hidden_size), of (tokens, hidden_size) word embeddings."""

@@ -1,6 +1,6 @@
 """The loss: cross-entropy on target tokens, and on nothing else."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +11,21 @@ LOGIT_BYTES = 256 * 2**20
 """A chunk's logits take so much in float32, and the fused loss a few times that, whatever the vocabulary."""
 
 
-def target_cross_entropy(hidden: Tensor, head: nn.Module, target_ids: Tensor) -> Tensor:
-    """Summed negative log-likelihood of the targets, by calling the head as a module; what defines the fused one.
+def target_cross_entropy(
+    hidden: Tensor, head: nn.Module, target_ids: Tensor, reduction: Literal["sum", "none"] = "sum"
+) -> Tensor:
+    """Negative log-likelihood of the targets, by calling the head as a module; what defines the fused one.
 
     Args:
         hidden: (targets, hidden_size), the last hidden states where a target comes next.
         head: Maps hidden_size to vocabulary.
         target_ids: (targets,) the targets.
+        reduction: Their sum, or one by one.
 
     Returns:
-        A scalar in float32; 0, with zero gradients, where there is no target.
+        A scalar in float32, 0 with zero gradients where there is no target; or (targets,).
     """
-    return F.cross_entropy(head(hidden).float(), target_ids, reduction="sum")
+    return F.cross_entropy(head(hidden).float(), target_ids, reduction=reduction)
 
 
 def embed_tied(weight: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,11 +53,30 @@ def fused_target_cross_entropy(hidden: Tensor, weight: Tensor, target_ids: Tenso
         weight: (vocabulary, hidden_size), on this process as a whole.
         target_ids: (targets,).
     """
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-    loss: Tensor = _FusedTargetCrossEntropy.apply(hidden, weight, target_ids, dtype)  # type: ignore[no-untyped-call]
+    loss: Tensor = _FusedTargetCrossEntropy.apply(hidden, weight, target_ids, _dtype(hidden))  # type: ignore[no-untyped-call]
     return loss
+
+
+def chunked_target_nlls(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
+    """The same one by one, (targets,), without gradients and in as little memory."""
+    dtype = _dtype(hidden)
+    head, chunk = weight.to(dtype), _chunk(weight)
+    parts = zip(torch.split(hidden.to(dtype), chunk), torch.split(target_ids[:, None], chunk), strict=True)
+    return torch.cat([-_scores(part, head).gather(1, ids)[:, 0] for part, ids in parts])
+
+
+def _dtype(hidden: Tensor) -> torch.dtype:
+    """In which products are computed."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _chunk(weight: Tensor) -> int:
+    return max(1, LOGIT_BYTES // (4 * len(weight)))
+
+
+def _scores(hidden: Tensor, head: Tensor) -> Tensor:
+    return F.log_softmax((hidden @ head.t()).float(), -1)
 
 
 class _EmbedTied(torch.autograd.Function):
@@ -85,10 +107,10 @@ class _FusedTargetCrossEntropy(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=torch.float32)
         d_hidden = torch.empty_like(inputs) if learns else None
         d_weight: Tensor | None = None
-        chunk = max(1, LOGIT_BYTES // (4 * len(weight)))
+        chunk = _chunk(weight)
         for start in range(0, len(inputs), chunk):
             part, ids = inputs[start : start + chunk], target_ids[start : start + chunk, None]
-            scores = F.log_softmax((part @ head.t()).float(), -1)
+            scores = _scores(part, head)
             loss -= scores.gather(1, ids).sum()
             if d_hidden is not None:
                 d_logits = scores.exp_().scatter_add_(1, ids, scores.new_full((1, 1), -1.0).expand_as(ids)).to(dtype)

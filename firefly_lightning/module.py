@@ -90,7 +90,8 @@ class FireflyModule(L.LightningModule):
         self.decoding = decoding or Decoding()
         self.model: BloomForCausalLM = None  # until configure_model, where Lightning wants it to be built
         self._fast: FastBloom | None = None
-        self.evaluation_loss = TargetLoss()
+        self.evaluation_loss: TargetLoss | None = None  # until an evaluation says of which kinds
+        self._knows_kinds = False
         self._micro_losses: list[Tensor] = []
         self._step, self._step_loss = 0, 0.0
         self._description: dict[str, Any] | None = None
@@ -158,12 +159,20 @@ class FireflyModule(L.LightningModule):
         seed = self._seed(batch["step"])
         return predict(self.model, self._encoder, batch, loader.dataset.rows.kinds, config, seed, in_step)
 
+    def on_validation_epoch_start(self) -> None:
+        """Begins to count."""
+        self._begin_evaluation(self.trainer.val_dataloaders)
+
+    def on_test_epoch_start(self) -> None:
+        """Begins to count."""
+        self._begin_evaluation(self.trainer.test_dataloaders)
+
     def on_validation_epoch_end(self) -> None:
-        """Logs ``val_loss`` and ``val_perplexity``, weighted by target tokens."""
+        """Logs ``val_loss`` and ``val_perplexity``, over all target tokens, and ``val_perplexity/KIND``."""
         self._log_evaluation("val")
 
     def on_test_epoch_end(self) -> None:
-        """Logs ``test_loss`` and ``test_perplexity``, weighted by target tokens."""
+        """Logs ``test_loss`` and ``test_perplexity``, over all target tokens, and ``test_perplexity/KIND``."""
         self._log_evaluation("test")
 
     def on_fit_start(self) -> None:
@@ -258,17 +267,36 @@ class FireflyModule(L.LightningModule):
         """Summed negative log-likelihood of a micro-batch's targets."""
         if self._fast is not None:
             return self._fast.target_loss(batch)
-        hidden = self(batch["input_ids"], batch["attention_mask"]).flatten(0, 1)
-        hidden = hidden.index_select(0, batch["target_positions"])
-        return target_cross_entropy(hidden, self.model.lm_head, batch["target_ids"])
+        return target_cross_entropy(self._hidden_at_targets(batch), self.model.lm_head, batch["target_ids"])
+
+    def _hidden_at_targets(self, batch: MicroBatch) -> Tensor:
+        hidden: Tensor = self(batch["input_ids"], batch["attention_mask"]).flatten(0, 1)
+        return hidden.index_select(0, batch["target_positions"])
 
     def _evaluation_step(self, batch: MicroBatch) -> None:
-        self.evaluation_loss.update(self._shared_step(batch), len(batch["target_ids"]))
+        if self._fast is not None:
+            nlls = self._fast.target_nlls(batch)
+        else:
+            nlls = target_cross_entropy(
+                self._hidden_at_targets(batch), self.model.lm_head, batch["target_ids"], reduction="none"
+            )
+        assert self.evaluation_loss is not None
+        rows = batch["target_positions"] // batch["input_ids"].shape[1]
+        kinds = batch["kinds"].index_select(0, rows) if self._knows_kinds else torch.zeros_like(rows)
+        self.evaluation_loss.update(nlls, kinds)
+
+    def _begin_evaluation(self, loader: Any) -> None:
+        """Counts by kind where the rows are our own; of others, all are one."""
+        kinds = getattr(getattr(getattr(loader, "dataset", None), "rows", None), "kinds", None)
+        self._knows_kinds = kinds is not None
+        self.evaluation_loss = TargetLoss(kinds or ["all"]).to(self.device)
 
     def _log_evaluation(self, stage: str) -> None:
-        loss = self.evaluation_loss.compute()
-        self.evaluation_loss.reset()
-        self.log_dict({f"{stage}_loss": loss, f"{stage}_perplexity": loss.exp()}, prog_bar=True)
+        assert self.evaluation_loss is not None
+        losses = self.evaluation_loss.compute()
+        overall = losses.pop(None)
+        self.log_dict({f"{stage}_loss": overall, f"{stage}_perplexity": overall.exp()}, prog_bar=True)
+        self.log_dict({f"{stage}_perplexity/{kind}": loss.exp() for kind, loss in losses.items()})
 
     @property
     def _hooks(self) -> StrategyHooks:
