@@ -1,0 +1,271 @@
+"""Tokens a second beside what a user would run instead: python -m benchmarks.throughput --help.
+
+Every system trains the same random Bloom on the same rows, in a process of its own, and prints a JSON line: real tokens
+(no padding) a second, learned tokens a second, peak memory, the loss of the last step, and which share of the time the
+bare matrix products of the same steps take, measured in the same process right afterwards. The first steps are not
+counted.
+
+    firefly   FireflyModule and FireflyDataModule under Lightning's Trainer
+    trainer   the original recipe: transformers.Trainer, rows padded to the longest, logits at every position
+    grouped   the same with rows of like length in a batch
+    trl       TRL's SFTTrainer, completions only, rows of like length in a batch
+"""
+
+import argparse
+import inspect
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from datasets import Dataset
+from transformers import BloomConfig, BloomForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from benchmarks.machine import machine
+from firefly_lightning import FireflyDataModule, FireflyModule
+from firefly_lightning.huggingface import load_tokenizer
+
+SYSTEMS = ("firefly", "trainer", "grouped", "trl")
+
+
+def main() -> None:
+    """Measures each system in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
+    parser.add_argument("--rows", default="demo_run/rows/*.jsonl", help="instruction rows")
+    parser.add_argument("--tokenizer", default="demo_run/bloom-zh", help="folder; bin/demo makes the default")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--heads", type=int, help="by default one for 64 of the width")
+    parser.add_argument("--vocabulary", type=int, help="rows of the embedding; by default as many as there are tokens")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6, help="that are counted")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before those")
+    parser.add_argument("--attention", default="auto", help="of firefly")
+    parser.add_argument("--run", choices=SYSTEMS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        print(json.dumps(measure(options)))
+        return
+    print(json.dumps(machine() | {"threads": options.threads}), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder), options)
+        for system in options.systems:
+            own = [sys.executable, "-m", "benchmarks.throughput", *sys.argv[1:], "--run", system, "--folder", folder]
+            done = subprocess.run(own, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{system}: {done.stderr[-3000:]}")
+            print(done.stdout.splitlines()[-1], flush=True)
+
+
+def make_model(folder: Path, options: argparse.Namespace) -> None:
+    """A random Bloom with its tokenizer, the same for all."""
+    tokenizer = load_tokenizer(options.tokenizer)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BloomConfig(
+        vocab_size=options.vocabulary or len(tokenizer), hidden_size=options.hidden, n_layer=options.layers,
+        n_head=options.heads or options.hidden // 64, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    BloomForCausalLM(config).save_pretrained(folder)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """One system's figures."""
+    torch.set_num_threads(options.threads)
+    data = FireflyDataModule(
+        options.folder, train_files=options.rows, batch_size=options.batch_size, max_length=options.max_length
+    )
+    data.prepare_data()
+    data.setup("fit")
+    steps = options.warmup + options.steps
+    batches = [data.train[step] for step in range(steps)]
+    clock = Clock(options.warmup)
+    loss = {"firefly": run_firefly, "trl": run_trl}.get(options.run, run_trainer)(options, data, batches, clock)
+    peak, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, clock.seconds
+    counted = clock.counts[options.warmup :]
+    tokens, targets = (sum(counts) for counts in zip(*counted, strict=True))
+    floor = sum(matrix_products(*counts, options) for counts in counted)
+    return {
+        "system": options.run, "dtype": options.dtype, "hidden": options.hidden, "layers": options.layers,
+        "batch_size": options.batch_size, "steps": options.steps, "tokens_per_second": round(tokens / seconds, 1),
+        "target_tokens_per_second": round(targets / seconds, 1), "peak_rss_gb": round(peak / 1e9, 2),
+        "share_of_floor": round(floor / seconds, 3), "loss": round(loss, 4),
+    }  # fmt: skip
+
+
+class Clock:
+    """Seconds of the steps after the first few.
+
+    Args:
+        warmup: Steps that do not count.
+
+    Attributes:
+        counts: Of every step, its tokens without padding and those of them that are learned.
+    """
+
+    def __init__(self, warmup: int) -> None:
+        self._warmup, self._steps = warmup, 0
+        self.counts: list[tuple[int, int]] = []
+        self._began = self._ended = 0.0
+
+    def step_ended(self) -> None:
+        """To be called after every optimizer step."""
+        self._steps += 1
+        self._ended = time.perf_counter()
+        if self._steps == self._warmup:
+            self._began = self._ended
+
+    @property
+    def seconds(self) -> float:
+        """From the end of the last step that does not count to the end of the last."""
+        return self._ended - self._began
+
+
+def run_firefly(options: argparse.Namespace, data: FireflyDataModule, batches: Sequence[Any], clock: Clock) -> float:
+    """As its users run it, but for logging to files."""
+
+    class Timed(L.Callback):
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            batch = arguments[3]
+            clock.counts.append((sum(batch["lengths"]), len(batch["target_ids"])))
+            clock.step_ended()
+
+    trainer = L.Trainer(
+        max_steps=len(batches), accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
+        enable_progress_bar=False, callbacks=[Timed()],
+        precision="bf16-mixed" if options.dtype == "bf16" else "32-true",
+    )  # fmt: skip
+    trainer.fit(FireflyModule(options.folder, warmup_steps=0, attention=options.attention), data)
+    return float(trainer.callback_metrics["train_loss"])
+
+
+def run_trainer(options: argparse.Namespace, data: FireflyDataModule, batches: Sequence[Any], clock: Clock) -> float:
+    """The original recipe; `grouped` puts rows of like length together."""
+    arguments = TrainingArguments(**hugging_face_arguments(options, len(batches)))
+    model = BloomForCausalLM.from_pretrained(options.folder)
+    count_rows(model, clock)
+    trainer = Trainer(
+        model, arguments, train_dataset=as_dataset(batches, data), callbacks=[timed(clock)],
+        data_collator=pad_to_longest(data.tokenizer.pad_token_id),
+    )  # fmt: skip
+    trainer.train()
+    return last_loss(trainer)
+
+
+def run_trl(options: argparse.Namespace, data: FireflyDataModule, batches: Sequence[Any], clock: Clock) -> float:
+    """SFTTrainer on rows that are tokenised already, with masks of their completions."""
+    from trl import SFTConfig, SFTTrainer
+
+    own = {"max_length": options.max_length, "completion_only_loss": True, "gradient_checkpointing": False}
+    arguments = SFTConfig(**hugging_face_arguments(options, len(batches)), **own)
+    rows = as_dataset(batches, data)
+    masks = [[int(label != -100) for label in labels] for labels in rows["labels"]]
+    rows = rows.remove_columns("labels").add_column("completion_mask", masks)
+    model = BloomForCausalLM.from_pretrained(options.folder)
+    count_rows(model, clock)
+    trainer = SFTTrainer(
+        model, arguments, train_dataset=rows, processing_class=data.tokenizer, callbacks=[timed(clock)]
+    )
+    trainer.train()
+    return last_loss(trainer)
+
+
+def hugging_face_arguments(options: argparse.Namespace, steps: int) -> dict[str, Any]:
+    """Of both trainers."""
+    grouped = options.run in ("grouped", "trl")
+    order: dict[str, Any] = {"train_sampling_strategy": "group_by_length" if grouped else "sequential"}
+    if "train_sampling_strategy" not in inspect.signature(TrainingArguments).parameters:  # transformers 4
+        order = {"group_by_length": grouped}
+    return {
+        "output_dir": str(Path(options.folder) / "out"), "per_device_train_batch_size": options.batch_size,
+        "max_steps": steps, "learning_rate": 3e-5, "lr_scheduler_type": "cosine", "use_cpu": True,
+        "bf16": options.dtype == "bf16", "report_to": "none", "save_strategy": "no", "logging_steps": 1,
+        "disable_tqdm": True, **order,
+    }  # fmt: skip
+
+
+def timed(clock: Clock) -> TrainerCallback:
+    """Tells the clock of every step."""
+
+    class Timed(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *arguments: Any, **named: Any) -> None:
+            clock.step_ended()
+
+    return Timed()
+
+
+def count_rows(model: BloomForCausalLM, clock: Clock) -> None:
+    """Has every forward pass tell the clock what it is given."""
+
+    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        clock.counts.append((int(kwargs["attention_mask"].sum()), int((kwargs["labels"] != -100).sum())))
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+
+
+def as_dataset(batches: Sequence[Any], data: FireflyDataModule) -> Dataset:
+    """The rows of the steps, in their order, as ids and labels."""
+    rows = [data.train.rows[int(row)] for batch in batches for row in batch["rows"]]
+    ids = [row.input_ids.tolist() for row in rows]
+    labels = [[token if learned else -100 for token, learned in zip(*row, strict=True)] for row in rows]
+    return Dataset.from_dict({"input_ids": ids, "labels": [[int(label) for label in one] for one in labels]})
+
+
+def pad_to_longest(pad_id: int) -> Callable[[Sequence[Any]], dict[str, torch.Tensor]]:
+    """The original project's collator."""
+
+    def collate(rows: Sequence[Any]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+
+        def padded(name: str, value: int) -> torch.Tensor:
+            return torch.tensor([[*row[name], *[value] * (longest - len(row[name]))] for row in rows])
+
+        ids, labels = padded("input_ids", pad_id), padded("labels", -100)
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        mask = (torch.arange(longest) < lengths[:, None]).long()
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    return collate
+
+
+def last_loss(trainer: Any) -> float:
+    """Of the last step that was logged."""
+    return float(next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry))
+
+
+def matrix_products(tokens: int, targets: int, options: argparse.Namespace) -> float:
+    """Seconds of the bare products of one step: linear layers at all tokens, the head at targets, with both gradients.
+
+    Attention is not counted, and of the last block only what targets need.
+    """
+    hidden, dtype = options.hidden, torch.bfloat16 if options.dtype == "bf16" else torch.float32
+    vocabulary = BloomConfig.from_pretrained(options.folder).vocab_size
+    wide, others = [(hidden, hidden), (hidden, 4 * hidden), (4 * hidden, hidden)], options.layers - 1
+    shapes = [(tokens, hidden, 3 * hidden, options.layers), (targets, hidden, vocabulary, 1)]
+    shapes += [(rows, *size, times) for size in wide for rows, times in ((tokens, others), (targets, 1))]
+    seconds = 0.0
+    for rows, inner, outer, times in shapes:
+        inputs, weight, gradient = (
+            torch.randn(shape, dtype=dtype) for shape in ((rows, inner), (outer, inner), (rows, outer))
+        )
+        began = time.perf_counter()
+        for _ in range(times):
+            _ = inputs @ weight.t(), gradient @ weight, gradient.t() @ inputs
+        seconds += time.perf_counter() - began
+    return seconds
+
+
+if __name__ == "__main__":
+    main()
