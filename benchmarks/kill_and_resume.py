@@ -117,7 +117,7 @@ def kill_often(run: Run, kills: int, chance: random.Random) -> list[dict[str, An
     for number in range(kills):
         process = run.start()
         run.wait_for_steps(process, number)
-        time.sleep(chance.uniform(0, 0.3))
+        time.sleep(chance.uniform(0, 1.5))
         if number % 2:
             wait_for_a_save(run.last)
             time.sleep(chance.uniform(0, 0.01))
