@@ -42,9 +42,10 @@ def find_checkpoint(checkpoint: str) -> Path:
     folder = path.parent if path.name == "last" and not path.exists() else path
     if (replaced := _replaced(path)).exists():
         return replaced
-    candidates = [*folder.glob("last*.ckpt"), *folder.glob(".last*.ckpt.replaced")]
     # A name may link to a checkpoint that a save has since removed.
-    candidates = [file for file in candidates if file.exists()] or list(folder.glob("step=*.ckpt"))
+    candidates = [file for file in folder.glob("last*.ckpt") if file.exists()]
+    candidates += [hidden for hidden in folder.glob(".last*.ckpt.replaced") if not _replacing(hidden).exists()]
+    candidates = candidates or list(folder.glob("step=*.ckpt"))
     found = sorted(candidates, key=lambda file: file.stat().st_mtime)
     if not found:
         problem = "holds no last.ckpt; name a checkpoint" if folder.is_dir() else "no such checkpoint; check the path"
@@ -146,6 +147,11 @@ def remove(path: Path) -> None:
 
 def _replaced(target: Path) -> Path:
     return target.with_name(f".{target.name}.replaced")
+
+
+def _replacing(replaced: Path) -> Path:
+    """What takes the place of a hidden checkpoint; once it is there, the hidden one may be half removed."""
+    return replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))
 
 
 def sync(path: Path) -> None:

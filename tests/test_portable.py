@@ -143,6 +143,17 @@ def test_a_folder_a_file_in_it_and_last_mean_the_same(checkpoint):
         assert find_checkpoint(str(path)) == checkpoint
 
 
+def test_a_checkpoint_that_was_being_removed_is_not_taken(checkpoint):
+    """The new one has its name already; removing a file from the old one makes that the younger folder."""
+    replaced = checkpoint.with_name(".last.ckpt.replaced")
+    shutil.copytree(checkpoint, replaced)
+    (replaced / "trainer.ckpt").unlink()
+    assert find_checkpoint(str(checkpoint.parent)) == checkpoint
+    shutil.rmtree(replaced)
+    checkpoint.rename(replaced)
+    assert find_checkpoint(str(checkpoint.parent)) == find_checkpoint(str(checkpoint)) == replaced
+
+
 def test_neither_schedule_nor_count_of_steps_changes(runs, checkpoint, model_folder, rows_file, tmp_path):
     result = fit(
         model_folder, rows_file, tmp_path / "resumed", *RUN, "--ckpt_path", checkpoint / "trainer.ckpt", process=True

@@ -12,7 +12,8 @@ def test_a_killed_run_ends_like_another(model_folder, rows_file, tmp_path):
     command = [sys.executable, "-m", "benchmarks.kill_and_resume", "--kills", "2", "--steps", "60", *own]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert result.returncode == 0, result.stderr
-    _, first, second, whole = map(json.loads, result.stdout.splitlines())
+    lines = (line for line in result.stdout.splitlines() if line.startswith("{"))
+    _, first, second, whole = map(json.loads, lines)
     assert 0 < first["resumes_at"] <= first["last_step_logged"] + 1
     assert second["during_a_save"]
     assert (whole["kills"], whole["resumed"], whole["steps"], whole["losses_that_differ"]) == (2, 2, 60, 0)

@@ -26,8 +26,8 @@ def test_memory_of_two_strategies(model_folder, rows_file):
     command = [sys.executable, "-m", "benchmarks.strategy_memory", "--strategies", "ddp", "native_tp", *sizes]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert result.returncode == 0, result.stderr
-    _, *lines, table = result.stdout.split("\n", 3)
-    found = {}
+    _, *lines = (line for line in result.stdout.splitlines() if line.startswith("{"))
+    table, found = result.stdout.split(lines[-1])[1], {}
     for line in map(json.loads, lines):
         (rank, other), parameters = line["ranks"], line["parameters"]
         assert parameters == 1500 * 128 + 2 * (12 * 128 * 128 + 13 * 128) + 4 * 128
