@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120, help="of the run; more than it makes between all kills")
     parser.add_argument("--model", default="demo_run/bloom-zh", help="folder; bin/demo makes the default")
     parser.add_argument("--rows", default="demo_run/rows/*.jsonl", help="instruction rows to train on")
+    parser.add_argument("--longest", type=float, default=1.5, help="seconds between a first step and a kill, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", help="PNG to draw")
     parser.add_argument("--fit", nargs=argparse.REMAINDER, help="more arguments of firefly-fit, such as a strategy")
@@ -49,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         whole, killed = Run(Path(scratch) / "whole", options), Run(Path(scratch) / "killed", options)
         whole.finish()
-        kills = kill_often(killed, options.kills, random.Random(options.seed))
+        kills = kill_often(killed, options.kills, options.longest, random.Random(options.seed))
         killed.finish()
         result = compare(whole, killed, kills)
     print(json.dumps(result))
@@ -111,13 +112,13 @@ class Run:
         return {int(row["step"]): row["train_loss"] for row in rows if row.get("train_loss")}
 
 
-def kill_often(run: Run, kills: int, chance: random.Random) -> list[dict[str, Any]]:
+def kill_often(run: Run, kills: int, longest: float, chance: random.Random) -> list[dict[str, Any]]:
     """Kills a run at random moments, half of them in the middle of a save; returns what was found after each."""
     done: list[dict[str, Any]] = []
     for number in range(kills):
         process = run.start()
         run.wait_for_steps(process, number)
-        time.sleep(chance.uniform(0, 1.5))
+        time.sleep(chance.uniform(0, longest))
         if number % 2:
             wait_for_a_save(run.last)
             time.sleep(chance.uniform(0, 0.01))
