@@ -1,14 +1,16 @@
-"""firefly chat: a conversation with a model on the command line."""
+"""firefly chat: a conversation with a model, on the command line or on a page."""
 
 import contextlib
 import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import BloomForCausalLM
+from transformers import BloomForCausalLM, GenerationConfig
 
 from firefly_lightning.data.prompt import PRESETS, PromptEncoder, Turn
 from firefly_lightning.errors import FireflyError
@@ -23,6 +25,9 @@ def chat(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     seed: int | None = None,
     max_new_tokens: int | None = None,
+    web: bool = False,
+    host: str = "127.0.0.1",
+    port: int = 7860,
 ) -> None:
     """Talks with a model.
 
@@ -33,24 +38,42 @@ def chat(
         dtype: Type of the weights; auto is bfloat16 on a GPU and float32 elsewhere.
         seed: Makes the answers repeatable.
         max_new_tokens: Longest answer; the model's own setting by default.
+        web: Serves a page to talk on; it needs the extra ``web``.
+        host: Where the page is served; by default nobody outside this machine reaches it.
+        port: Likewise; 0 is any that is free.
 
     Raises:
-        FireflyError: If the model cannot be loaded, or the device is not there.
+        FireflyError: If the model cannot be loaded, the device is not there, or the page cannot be served.
     """
+    if web:
+        _require_web(prompt)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         _take_any_character(stream)
     bloom, encoder = _load(model, device, dtype)
     config = default_decoding(bloom)
     config.max_new_tokens = max_new_tokens or config.max_new_tokens
 
-    def answer(turns: Sequence[Turn], question: str) -> Iterator[str]:
+    def answer(turns: Sequence[Turn], question: str, config: GenerationConfig = config) -> Iterator[str]:
         return generate_stream(bloom, encoder, turns, question, config, seed)
 
-    if prompt is None:
+    if web:
+        from firefly_lightning.web import serve
+
+        serve(answer, config, Path(model).name or model, host, port)
+    elif prompt is None:
         _converse(answer)
     else:
         # What the locale could not decode from the command line is UTF-8 after all.
         _show(answer([], os.fsencode(prompt).decode("utf-8", "replace")), [])
+
+
+def _require_web(prompt: str | None) -> None:
+    """Refuses, before a model is loaded, what cannot be served."""
+    if prompt is not None:
+        raise FireflyError("--web and --prompt are both given; leave one of them out")
+    for package in ("starlette", "uvicorn"):
+        if find_spec(package) is None:
+            raise FireflyError(f'{package} is not installed; run pip install "firefly-lightning[web]"')
 
 
 def _load(path: str, device: str, dtype: str) -> tuple[BloomForCausalLM, PromptEncoder]:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from jsonargparse import CLI
@@ -28,15 +28,19 @@ COMMANDS: dict[str, Callable[..., None]] = {
 LISTS = ("--corpus", "--source", "--rename", "--constant", "--only", "--files", "--val_files")
 """Flags that take several values, as in ``--corpus a.txt b.txt``."""
 
+SWITCHES = ("--web",)
+"""Flags that stand alone; jsonargparse wants a value after them."""
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``firefly``."""
     with one_line_errors("firefly"):
-        arguments = list(gather_lists(sys.argv[1:] if args is None else args))
+        given = (f"{arg}=true" if arg in SWITCHES else arg for arg in (sys.argv[1:] if args is None else args))
+        arguments = list(gather_lists(given))
         CLI(components=dict[str, Any](COMMANDS), args=arguments, as_positional=False, parser_class=OneLineErrors)
 
 
-def gather_lists(args: Sequence[str]) -> Iterator[str]:
+def gather_lists(args: Iterable[str]) -> Iterator[str]:
     """Joins ``--corpus a b`` into the one value ``["a", "b"]`` that jsonargparse reads."""
     values: list[str] | None = None
     for arg in args:

@@ -118,6 +118,38 @@ def model_folder(tmp_path_factory, reviews) -> Path:
     return folder
 
 
+ANSWERS = {"你好": "世界😀！🎉", "春风又绿江南岸": "明月何时照我还", "hello": "龘𠮷 world"}
+"""What ``fluent_bloom`` says to each of its questions."""
+
+
+@pytest.fixture(scope="session")
+def fluent_bloom(tokenizer) -> BloomForCausalLM:
+    """Has learned its answers by heart, with stock code alone."""
+    torch.manual_seed(0)
+    model = BloomForCausalLM(BloomConfig(vocab_size=328, hidden_size=64, n_layer=2, n_head=4, pad_token_id=3))
+    texts = [f"<s>{question}</s></s>{answer}</s>" for question, answer in ANSWERS.items()]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def fluent_folder(fluent_bloom, tokenizer, tmp_path_factory) -> Path:
+    # Not above, where the environment is not yet what engines should find when they are imported.
+    from firefly_lightning.data.prompt import PRESETS
+    from firefly_lightning.huggingface import describe, write_description
+
+    path = tmp_path_factory.mktemp("模型")
+    fluent_bloom.save_pretrained(path)
+    write_description(describe(fluent_bloom.config, tokenizer, PRESETS["firefly"]), path)
+    return path
+
+
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     return path

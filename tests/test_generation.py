@@ -5,22 +5,15 @@ import threading
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, GenerationConfig
+from transformers import BloomForCausalLM, GenerationConfig
 
 from firefly_lightning.chat import chat
 from firefly_lightning.data.prompt import PRESETS, PromptEncoder
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.generation import default_decoding, generate_batch, generate_stream
-from firefly_lightning.huggingface import describe, write_description
-from tests.conftest import tiny_tokenizer
+from tests.conftest import ANSWERS
 
-ANSWERS = {"你好": "世界😀！🎉", "春风又绿江南岸": "明月何时照我还", "hello": "龘𠮷 world"}
 GREEDY = GenerationConfig(max_new_tokens=40, do_sample=False)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -29,27 +22,13 @@ def encoder(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def bloom(tokenizer):
-    """Has learned its answers by heart, with stock code alone."""
-    torch.manual_seed(0)
-    model = BloomForCausalLM(BloomConfig(vocab_size=328, hidden_size=64, n_layer=2, n_head=4, pad_token_id=3))
-    texts = [f"<s>{question}</s></s>{answer}</s>" for question, answer in ANSWERS.items()]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(80):
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
+def bloom(fluent_bloom):
+    return fluent_bloom
 
 
 @pytest.fixture(scope="module")
-def folder(bloom, tokenizer, tmp_path_factory):
-    path = tmp_path_factory.mktemp("模型")
-    bloom.save_pretrained(path)
-    write_description(describe(bloom.config, tokenizer, PRESETS["firefly"]), path)
-    return path
+def folder(fluent_folder):
+    return fluent_folder
 
 
 def stock_answer(bloom, tokenizer, question, config):
