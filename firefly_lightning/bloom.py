@@ -53,6 +53,8 @@ class FastBloom:
         self._bias = AlibiBias(model.config.n_head, heads)
         for block in model.transformer.h:
             block.forward = partial(_block_forward, block, block.forward)
+            attention = block.self_attention
+            attention.forward = partial(_attention_forward, attention, attention.forward)
 
     def target_loss(self, batch: MicroBatch) -> Tensor:
         """Summed negative log-likelihood of a micro-batch's targets, a scalar in float32."""
@@ -176,6 +178,32 @@ def _block_forward(
     residual = normed if block.apply_residual_connection_post_layernorm else hidden
     wide = F.gelu(mlp.dense_h_to_4h(normed), approximate="tanh")
     return residual + dropout(mlp.dense_4h_to_h(wide))
+
+
+def _attention_forward(
+    attention: Any, stock: Any, hidden: Tensor, residual: Tensor, alibi: Tensor, attention_mask: Any, **kwargs: Any
+) -> Any:
+    """Attention as generation calls it, with a cache of keys and values, in one kernel; the stock pass otherwise.
+
+    Args:
+        attention: Of a block.
+        stock: Its own forward pass.
+        hidden: (rows, length, hidden_size).
+        residual: Likewise, to add the result to.
+        alibi: (rows · heads, 1, positions) what ALiBi adds to the scores.
+        attention_mask: (rows, 1, length, positions) what causality and padding add.
+        kwargs: Of the stock pass.
+    """
+    cache = kwargs.get("layer_past")
+    if cache is None or attention.training or kwargs.get("output_attentions") or kwargs.get("head_mask") is not None:
+        return stock(hidden, residual, alibi=alibi, attention_mask=attention_mask, **kwargs)
+    query, key, value = attention._reshape(attention.query_key_value(hidden))
+    key, value = cache.update(key, value, attention.layer_idx)
+    bias = alibi.view(len(query), -1, 1, alibi.shape[-1])
+    if attention_mask is not None:
+        bias = bias + attention_mask[..., : key.shape[2]]
+    context = F.scaled_dot_product_attention(query, key, value, bias.to(query), scale=attention.inv_norm_factor)
+    return attention.dense(context.transpose(1, 2).flatten(2)) + residual, cache
 
 
 def _dropout(block: Any, hidden: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ def chunked_target_nlls(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> T
 def _dtype(hidden: Tensor) -> torch.dtype:
     """In which products are computed."""
     device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    casts = torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts else hidden.dtype
 
 
 def _chunk(weight: Tensor) -> int:
