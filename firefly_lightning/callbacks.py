@@ -1,7 +1,6 @@
-"""Callbacks of every run: checkpoints, throughput, the loss curve, predictions."""
+"""Callbacks of every run: checkpoints, the loss curve, predictions."""
 
 import csv
-import time
 from pathlib import Path
 from typing import Any
 
@@ -107,31 +106,6 @@ class BestCheckpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
             save_on_train_epoch_end=False,
         )
-
-
-class Throughput(Callback):
-    """Logs ``target_tokens_per_second``: learned tokens of a step, over all ranks, by the time since the last step."""
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock."""
-        self._since = time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Logs when the micro-batch was the last of its step."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or self._since is None:
-            return
-        now = time.perf_counter()
-        pl_module.log("target_tokens_per_second", batch["step_target_tokens"] / (now - self._since))
-        self._since = now
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock again: validation is not training time."""
-        self._since = time.perf_counter()
 
 
 class LossCurve(Callback):

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from firefly_lightning.callbacks import BestCheckpoint, LastCheckpoint, LossCurve, PredictionWriter, Throughput
+from firefly_lightning.callbacks import BestCheckpoint, LastCheckpoint, LossCurve, PredictionWriter
 from firefly_lightning.checkpoint import find_checkpoint
 from firefly_lightning.checkpoint_io import AtomicCheckpointIO
 from firefly_lightning.configuration import CONFIGURATION_KEY, differences, read_configuration
@@ -21,6 +21,7 @@ from firefly_lightning.data.datamodule import FireflyDataModule
 from firefly_lightning.errors import FireflyError, one_line_errors
 from firefly_lightning.module import FireflyModule
 from firefly_lightning.parsing import OneLineErrors
+from firefly_lightning.throughput import Throughput
 
 
 class _Parser(OneLineErrors, LightningArgumentParser):

@@ -27,7 +27,7 @@ def trained(tmp_path_factory, model_folder, rows_file):
 def test_a_run_leaves_figures_curve_configuration_and_checkpoints(trained):
     version = trained / "lightning_logs" / "version_0"
     assert sorted(logged(trained)) == [0, 1, 2]
-    for name in ("lr", "grad_norm", "target_tokens_per_second"):
+    for name in ("lr", "grad_norm", "target_tokens_per_second", "data_wait"):
         assert len(logged(trained, name)) == 3, name
     assert len(logged(trained, "val_loss")) == len(logged(trained, "val_perplexity")) == 1
     assert (version / "loss.png").read_bytes().startswith(b"\x89PNG")

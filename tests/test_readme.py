@@ -280,7 +280,7 @@ def check_run(name: str, steps: range, version: int = 0, **columns: int):
     def check(box: Path, out: str) -> None:
         root = box / "runs" / name
         assert sorted(logged(root, version=version)) == list(steps)
-        for column in ("lr", "grad_norm", "target_tokens_per_second", "epoch"):
+        for column in ("lr", "grad_norm", "target_tokens_per_second", "data_wait", "epoch"):
             assert logged(root, column, version).keys() >= set(steps), column
         for column, count in {"val_loss": 1, "val_perplexity": 1, **columns}.items():
             assert len(logged(root, column, version)) == count, column
