@@ -120,7 +120,7 @@ class LossCurve(Callback):
 
 
 class PredictionWriter(Callback):
-    """Writes what ``predict`` generates into ``predictions.jsonl``, in the order of the rows' files.
+    """Writes what ``predict`` and ``test`` generate into ``predictions.jsonl``, in the order of the rows' files.
 
     It is beside the other files of the run, or under ``trainer.default_root_dir`` where there is no logger, and appears
     when it is complete. A dry run writes nothing.
@@ -132,6 +132,13 @@ class PredictionWriter(Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins this rank's part."""
+        self._begin(trainer)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins this rank's part."""
+        self._begin(trainer)
+
+    def _begin(self, trainer: L.Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a helper of the trainer
             folder = trainer.log_dir or trainer.default_root_dir  # rank 0 says which version_N it is
             self._file = PredictionFile(Path(folder), trainer.global_rank)
@@ -149,8 +156,28 @@ class PredictionWriter(Callback):
         if self._file:
             self._file.write(outputs)
 
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Writes the answers of a micro-batch, if the module gives any."""
+        if self._file and isinstance(outputs, dict):
+            self._file.write(outputs.get("predictions", ()))
+
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Joins the parts of all ranks."""
+        self._end(trainer)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Joins the parts of all ranks."""
+        self._end(trainer)
+
+    def _end(self, trainer: L.Trainer) -> None:
         if not self._file:
             return
         self._file.close()

@@ -175,6 +175,14 @@ def first_turns(batch: PaddedRows) -> list[tuple[list[int], list[int]]]:
     return turns
 
 
+def closing_targets(batch: PaddedRows, eos_token_id: int) -> Tensor:
+    """(targets,) which of them are the end of their row; a row that was cut may have none."""
+    rows = batch["target_positions"] // batch["input_ids"].shape[1]
+    last = torch.ones_like(rows, dtype=torch.bool)
+    last[:-1] = rows[1:] != rows[:-1]
+    return last & (batch["target_ids"] == eos_token_id)
+
+
 def collate(rows: Sequence[TokenizedRow], pad_id: int) -> PaddedRows:
     """Pads rows to the longest and finds their targets; no rows give one padding token, which teaches nothing."""
     longest = max((len(row.input_ids) for row in rows), default=1)
