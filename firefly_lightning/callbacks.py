@@ -1,13 +1,11 @@
-"""Callbacks of every run: checkpoints, the loss curve, predictions."""
+"""Callbacks of every run that write what the next one reads: checkpoints and predictions."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
 from firefly_lightning.checkpoint_io import AtomicCheckpointIO
 from firefly_lightning.predictions import Prediction, PredictionFile
@@ -108,17 +106,6 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
 
-class LossCurve(Callback):
-    """Draws ``loss.png`` beside the run's ``metrics.csv`` when training ends: training and validation loss by step."""
-
-    @rank_zero_only
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draws, if the run logs to CSV."""
-        for logger in trainer.loggers:
-            if isinstance(logger, CSVLogger):
-                draw_losses(read_losses(Path(logger.log_dir)), Path(logger.log_dir) / "loss.png")
-
-
 class PredictionWriter(Callback):
     """Writes what ``predict`` and ``test`` generate into ``predictions.jsonl``, in the order of the rows' files.
 
@@ -137,11 +124,6 @@ class PredictionWriter(Callback):
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins this rank's part."""
         self._begin(trainer)
-
-    def _begin(self, trainer: L.Trainer) -> None:
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a helper of the trainer
-            folder = trainer.log_dir or trainer.default_root_dir  # rank 0 says which version_N it is
-            self._file = PredictionFile(Path(folder), trainer.global_rank)
 
     def on_predict_batch_end(
         self,
@@ -177,6 +159,11 @@ class PredictionWriter(Callback):
         """Joins the parts of all ranks."""
         self._end(trainer)
 
+    def _begin(self, trainer: L.Trainer) -> None:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a helper of the trainer
+            folder = trainer.log_dir or trainer.default_root_dir  # rank 0 says which version_N it is
+            self._file = PredictionFile(Path(folder), trainer.global_rank)
+
     def _end(self, trainer: L.Trainer) -> None:
         if not self._file:
             return
@@ -185,61 +172,3 @@ class PredictionWriter(Callback):
         if trainer.is_global_zero:
             self._file.join(trainer.world_size)
             rank_zero_info(f"Predictions are in {self._file.path}")
-
-
-Losses = dict[str, dict[int, float]]
-"""By name, ``train_loss`` and ``val_loss``: value by step."""
-
-
-def read_losses(log_dir: Path) -> Losses:
-    """Losses of a run from its ``metrics.csv``, and of the runs that it resumed, up to where it took over.
-
-    Args:
-        log_dir: A ``version_N``; what it resumed is looked for in the versions before it.
-    """
-    losses: Losses = {"train_loss": {}, "val_loss": {}}
-    version = int(log_dir.name.removeprefix("version_"))
-    while True:
-        earlier = _read_metrics(log_dir.with_name(f"version_{version}") / "metrics.csv")
-        first = min(losses["train_loss"], default=None)
-        for name, values in losses.items():
-            values.update({step: loss for step, loss in earlier[name].items() if first is None or step < first})
-        if version == 0 or not min(losses["train_loss"], default=0):
-            return losses
-        version -= 1
-
-
-def draw_losses(losses: Losses, path: Path) -> None:
-    """Draws losses by step as a PNG; the training loss also as a running mean, since steps of few rows vary much."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    steps, train = sorted(losses["train_loss"]), losses["train_loss"]
-    window = max(1, len(steps) // 50)
-    means = [
-        sum(train[step] for step in steps[max(0, index - window + 1) : index + 1]) / min(window, index + 1)
-        for index in range(len(steps))
-    ]
-    axes.plot(steps, [train[step] for step in steps], color="tab:blue", alpha=0.25, label="training")
-    axes.plot(steps, means, color="tab:blue", label=f"training, mean of {window} steps")
-    if validated := sorted(losses["val_loss"]):
-        axes.plot(
-            validated, [losses["val_loss"][step] for step in validated], "o-", color="tab:red", label="validation"
-        )
-    axes.set(xlabel="optimizer step", ylabel="loss per target token (nats)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
-def _read_metrics(path: Path) -> Losses:
-    losses: Losses = {"train_loss": {}, "val_loss": {}}
-    if not path.is_file():
-        return losses
-    with path.open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for name, values in losses.items():
-                if row.get(name):
-                    values[int(row["step"])] = float(row[name])
-    return losses

@@ -112,7 +112,7 @@ class FireflyModule(L.LightningModule):
         """
         self._hooks.check_model(load_config(self.path))
         change_decoding(GenerationConfig(**PUBLISHED_DECODING), self.decoding)
-        self._encoder = PromptEncoder(*self._tokenizer_and_prompt())
+        self.encoder = PromptEncoder(*self._tokenizer_and_prompt())
         if stage == "fit":
             check_accumulation(self.trainer.strategy, self.trainer.accumulate_grad_batches)
             self._make_optimizer([Parameter(torch.zeros(1))])
@@ -290,7 +290,7 @@ class FireflyModule(L.LightningModule):
         assert self.target_metrics is not None
         rows = batch["target_positions"] // batch["input_ids"].shape[1]
         kinds = torch.zeros_like(rows) if self._kinds is None else batch["kinds"].index_select(0, rows)
-        self.target_metrics.update(scores, kinds, closing_targets(batch, self._encoder.eos_token_id))
+        self.target_metrics.update(scores, kinds, closing_targets(batch, self.encoder.eos_token_id))
 
     def _begin_evaluation(self, loader: Any) -> None:
         """Counts by kind where the rows are our own; of others, all are one."""
@@ -308,7 +308,7 @@ class FireflyModule(L.LightningModule):
         config = change_decoding(default_decoding(self.model), self.decoding)
         in_step = self._hooks.generates_in_step and self.trainer.world_size > 1
         seed = self._seed(batch["step"])
-        return predict(self.model, self._encoder, batch, kinds or [ALL], config, seed, in_step)
+        return predict(self.model, self.encoder, batch, kinds or [ALL], config, seed, in_step)
 
     @property
     def _hooks(self) -> StrategyHooks:

@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from firefly_lightning.callbacks import draw_losses, read_losses
 from firefly_lightning.parsing import explain
+from firefly_lightning.run_figures import draw_losses, read_metrics
 from tests.conftest import write_rows
 from tests.helpers import ROOT, fit, logged, one_line, run
 
@@ -282,7 +282,7 @@ def test_losses_of_a_resumed_run_are_joined(tmp_path):
     ):
         (tmp_path / f"version_{version}").mkdir()
         (tmp_path / f"version_{version}" / "metrics.csv").write_text(header + lines)
-    losses = read_losses(tmp_path / "version_2")
+    losses = read_metrics(tmp_path / "version_2")
     assert losses == {"train_loss": {0: 5, 1: 4, 2: 1, 3: 0.5}, "val_loss": {1: 6, 3: 0.25}}
     draw_losses(losses, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 5000
