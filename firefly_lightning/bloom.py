@@ -17,10 +17,12 @@ from transformers import BloomForCausalLM
 
 from firefly_lightning.data.batches import MicroBatch
 from firefly_lightning.loss import (
-    chunked_target_nlls,
+    TargetScores,
+    chunked_target_scores,
     embed_tied,
     fused_target_cross_entropy,
     target_cross_entropy,
+    target_scores,
 )
 
 
@@ -63,12 +65,12 @@ class FastBloom:
             return target_cross_entropy(hidden, self._model.lm_head, batch["target_ids"])
         return fused_target_cross_entropy(hidden, weight, batch["target_ids"])
 
-    def target_nlls(self, batch: MicroBatch) -> Tensor:
-        """The same one by one, (targets,), without gradients."""
+    def target_scores(self, batch: MicroBatch) -> TargetScores:
+        """How each target was predicted, without gradients."""
         hidden, weight = self._hidden_and_head(batch)
         if weight is None:
-            return target_cross_entropy(hidden, self._model.lm_head, batch["target_ids"], reduction="none")
-        return chunked_target_nlls(hidden, weight, batch["target_ids"])
+            return target_scores(hidden, self._model.lm_head, batch["target_ids"])
+        return chunked_target_scores(hidden, weight, batch["target_ids"])
 
     def _hidden_and_head(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """Last hidden states, (targets, hidden_size), and the weight of the head if it may be used by itself."""
