@@ -1,29 +1,33 @@
 """Bloom's weights streamed from file to file, with rows of the vocabulary gathered on the way.
 
-One tensor is in memory at a time, and the file it came from is mapped anew for every tensor: the pages of a mapped file
-count as memory of the process until it is unmapped.
+Whatever the size of the model, what is in memory of it at a time are the rows of one matrix that stay, and three pieces
+of ``direct_io.PIECE`` bytes. Files are not mapped: their pages would count as memory of the process.
 """
 
 import json
 import math
 import pickle
-from collections.abc import Iterator
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from firefly_lightning.direct_io import PIECE, Bytes, DirectReader, DirectWriter, read_pieces
 from firefly_lightning.errors import FireflyError
 
 EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
 
 SHARD_BYTES = 5_000_000_000
 """Most bytes of tensors in one file of several, as `transformers` 4 cuts them."""
-
-_CHUNK_ROWS = 4096
 
 _DTYPES = {
     "F64": torch.float64,
@@ -43,13 +47,13 @@ class StoredTensor(NamedTuple):
 
     Attributes:
         file: The file.
-        key: Its name there.
+        start: Where in the file its bytes begin; they lie there row by row.
         dtype: As `safetensors` calls it.
         shape: Its shape.
     """
 
     file: Path
-    key: str
+    start: int
     dtype: str
     shape: tuple[int, ...]
 
@@ -62,13 +66,25 @@ class StoredTensor(NamedTuple):
         """Elements."""
         return math.prod(self.shape)
 
-    def read(self) -> Tensor:
-        """The tensor, on a mapping that goes when it goes."""
-        if self.file.suffix != ".safetensors":
-            return _load_bin(self.file)[self.key]
-        with safe_open(self.file, "pt") as file:
-            tensor: Tensor = file.get_tensor(self.key)
-            return tensor
+    def pieces(self) -> Iterator[Bytes]:
+        """Its bytes in order; each piece lasts until the next."""
+        return read_pieces(self.file, self.start, self.numel() * self.itemsize)
+
+    def rows(self, rows: npt.NDArray[np.int64]) -> Bytes:
+        """The bytes of some of its rows, (rows, bytes in a row), in the order given."""
+        width = self.numel() // self.shape[0] * self.itemsize
+        taken = np.empty((len(rows), width), np.uint8)
+        order = np.argsort(rows, kind="stable")
+        ordered, at = rows[order], 0
+        with closing(DirectReader(self.file)) as reader:
+            while at < len(rows):
+                first = ordered[at]
+                end = int(np.searchsorted(ordered, first + PIECE // width))
+                near = ordered[at:end] - first
+                window = reader.read(int(self.start + first * width), int(near[-1] + 1) * width)
+                taken[order[at:end]] = window.reshape(-1, width)[near]
+                at = end
+        return taken
 
 
 Checkpoint = dict[str, StoredTensor]
@@ -87,9 +103,8 @@ def open_checkpoint(folder: Path, tied: bool) -> Checkpoint:
     """
     tensors = {}
     for file in _weight_files(folder):
-        for stored in _list_tensors(file):
-            name = stored.key if stored.key == HEAD else f"transformer.{stored.key.removeprefix('transformer.')}"
-            tensors[name] = stored
+        for key, stored in _list_tensors(file):
+            tensors[key if key == HEAD else f"transformer.{key.removeprefix('transformer.')}"] = stored
     if EMBEDDING not in tensors:
         raise FireflyError(f"{folder}: its weights hold no word_embeddings.weight; use a complete Bloom checkpoint")
     if HEAD not in tensors and not tied:
@@ -145,19 +160,51 @@ def _indexed(index: Path) -> list[str]:
     return names
 
 
-def _list_tensors(file: Path) -> Iterator[StoredTensor]:
+def _list_tensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
     if file.suffix != ".safetensors":
-        for key, tensor in _load_bin(file).items():
-            yield StoredTensor(file, key, _known(_DTYPE_NAMES.get(tensor.dtype), file, key), tuple(tensor.shape))
+        yield from _list_bin(file)
         return
     try:
-        with safe_open(file, "pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 - not a mapping
-                part = opened.get_slice(key)
-                dtype = part.get_dtype() if part.get_dtype() in _DTYPES else None
-                yield StoredTensor(file, key, _known(dtype, file, key), tuple(part.get_shape()))
+        with safe_open(file, "pt"):  # checks the sizes that the header gives
+            pass
     except SafetensorError as error:
         raise FireflyError(f"{file}: is no complete safetensors file ({error}); download it again") from error
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    for key, entry in header.items():
+        if key != "__metadata__":
+            dtype = _known(entry["dtype"] if entry["dtype"] in _DTYPES else None, file, key)
+            yield key, StoredTensor(file, 8 + size + entry["data_offsets"][0], dtype, tuple(entry["shape"]))
+
+
+def _list_bin(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+    try:
+        tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise FireflyError(f"{file}: is no complete PyTorch checkpoint ({reason}); download it again") from error
+    base = _mapped_at(file, tensors)
+    for key, tensor in tensors.items():
+        dtype = _known(_DTYPE_NAMES.get(tensor.dtype), file, key)
+        if not tensor.is_contiguous():
+            raise FireflyError(f"{file}: {key} is a view whose rows are not one after another; save it contiguous")
+        yield key, StoredTensor(file, tensor.data_ptr() - base, dtype, tuple(tensor.shape))
+
+
+def _mapped_at(file: Path, tensors: Mapping[str, Tensor]) -> int:
+    """Address in memory of a mapped file's first byte: its tensors are parts of an archive that is not compressed."""
+    starts = []
+    with zipfile.ZipFile(file) as archive, file.open("rb") as opened:
+        for entry in archive.infolist():
+            if "/data/" in entry.filename:
+                opened.seek(entry.header_offset + 26)  # of the two lengths that end an entry's own header of 30 bytes
+                starts.append(entry.header_offset + 30 + sum(struct.unpack("<HH", opened.read(4))))
+    addresses = sorted({tensor.untyped_storage().data_ptr() for tensor in tensors.values()})
+    base = addresses[0] - min(starts)
+    if [address - base for address in addresses] != sorted(starts):
+        raise FireflyError(f"{file}: holds more than the tensors of a model; save its state_dict alone")
+    return base
 
 
 def _known(dtype: str | None, file: Path, key: str) -> str:
@@ -166,17 +213,10 @@ def _known(dtype: str | None, file: Path, key: str) -> str:
     return dtype
 
 
-def _load_bin(file: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise FireflyError(f"{file}: is no complete PyTorch checkpoint ({reason}); download it again") from error
-    return tensors
-
-
 def _same(one: StoredTensor, other: StoredTensor) -> bool:
-    return one[2:] == other[2:] and torch.equal(one.read(), other.read())
+    if one[2:] != other[2:]:
+        return False
+    return all(np.array_equal(*pair) for pair in zip(one.pieces(), other.pieces(), strict=True))
 
 
 def _new_shape(name: str, stored: StoredTensor, vocabulary: int) -> tuple[int, ...]:
@@ -203,11 +243,14 @@ def _split(tensors: Checkpoint, vocabulary: int) -> list[Checkpoint]:
 
 
 def _write_shard(shard: Checkpoint, rows: Tensor, file: Path, progress: tqdm) -> None:
-    with file.open("wb") as stream:
-        stream.write(_header(shard, len(rows)))
+    with DirectWriter(file) as out:
+        out.write(np.frombuffer(_header(shard, len(rows)), np.uint8))
         for name, stored in shard.items():
-            for piece in _pieces(stored.read(), rows if name in (EMBEDDING, HEAD) else None):
-                stream.write(piece.reshape(-1).view(torch.uint8).numpy().data)
+            if name in (EMBEDDING, HEAD):
+                out.write(stored.rows(rows.numpy()).reshape(-1))
+            else:
+                for piece in stored.pieces():
+                    out.write(piece)
             progress.update()
 
 
@@ -223,13 +266,6 @@ def _header(shard: Checkpoint, vocabulary: int) -> bytes:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _pieces(tensor: Tensor, rows: Tensor | None) -> Iterator[Tensor]:
-    if rows is None:
-        yield tensor
-    else:
-        yield from (tensor[part] for part in torch.split(rows, _CHUNK_ROWS))
 
 
 def _write_index(shards: dict[str, Checkpoint], vocabulary: int, out: Path) -> None:
