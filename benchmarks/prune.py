@@ -196,7 +196,9 @@ def same_weights(large: Path, out: Path) -> bool:
     The files are read tensor by tensor, by other code than that which wrote them.
     """
     old, new = (json.loads((folder / "tokenizer.json").read_text("utf-8")) for folder in (large, out))
-    ids = [{**part["model"]["vocab"], **{one["content"]: one["id"] for one in part["added_tokens"]}} for part in (old, new)]
+    ids = [
+        {**part["model"]["vocab"], **{one["content"]: one["id"] for one in part["added_tokens"]}} for part in (old, new)
+    ]
     rows = torch.tensor([ids[0][token] for token in sorted(ids[1], key=ids[1].__getitem__)])
     written = {name.removeprefix("transformer."): read for name, read in readers(out)}
     for name, read in readers(large):
@@ -273,7 +275,9 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel(label)
         axes.invert_yaxis()
     first = lines[0]
-    figure.suptitle(f"Pruning {first['read_gb']:.1f} GB in {first['form']} shards, {first['layers']} layers, {first['dtype']}")
+    figure.suptitle(
+        f"Pruning {first['read_gb']:.1f} GB in {first['form']} shards, {first['layers']} layers, {first['dtype']}"
+    )
     figure.savefig(path, dpi=120)
 
 

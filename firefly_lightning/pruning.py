@@ -147,7 +147,9 @@ def _plan_tokenizer(
         return partial(copy_tokenizer, small)
     used = set((count_tokens(large.tokenizer, corpus or []) >= min_count).nonzero()[0].tolist())
     if keep:
-        used.update(number for _, texts in encode_stream(large.tokenizer, read_texts(keep)) for ids in texts for number in ids)
+        used.update(
+            number for _, texts in encode_stream(large.tokenizer, read_texts(keep)) for ids in texts for number in ids
+        )
     return partial(write_pruned_tokenizer, large.tokenizer, select_tokens(large.tokenizer, used))
 
 

@@ -1,7 +1,7 @@
 """Bloom's weights streamed from file to file, with rows of the vocabulary gathered on the way.
 
-Whatever the size of the model, what is in memory of it at a time are the rows of one matrix that stay, and three pieces
-of ``direct_io.PIECE`` bytes. Files are not mapped: their pages would count as memory of the process.
+What is in memory of the model, whatever its size, are the rows that stay of its embedding, those of a head that is not
+tied to it, and 200 MB of buffers. Files are not mapped: their pages would count as memory of the process.
 """
 
 import json
@@ -10,18 +10,16 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from firefly_lightning.direct_io import PIECE, Bytes, DirectReader, DirectWriter, read_pieces
+from firefly_lightning.direct_io import Bytes, FileRange, read_rows, write_file
 from firefly_lightning.errors import FireflyError
 
 EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
@@ -66,25 +64,10 @@ class StoredTensor(NamedTuple):
         """Elements."""
         return math.prod(self.shape)
 
-    def pieces(self) -> Iterator[Bytes]:
-        """Its bytes in order; each piece lasts until the next."""
-        return read_pieces(self.file, self.start, self.numel() * self.itemsize)
-
-    def rows(self, rows: npt.NDArray[np.int64]) -> Bytes:
-        """The bytes of some of its rows, (rows, bytes in a row), in the order given."""
-        width = self.numel() // self.shape[0] * self.itemsize
-        taken = np.empty((len(rows), width), np.uint8)
-        order = np.argsort(rows, kind="stable")
-        ordered, at = rows[order], 0
-        with closing(DirectReader(self.file)) as reader:
-            while at < len(rows):
-                first = ordered[at]
-                end = int(np.searchsorted(ordered, first + PIECE // width))
-                near = ordered[at:end] - first
-                window = reader.read(int(self.start + first * width), int(near[-1] + 1) * width)
-                taken[order[at:end]] = window.reshape(-1, width)[near]
-                at = end
-        return taken
+    @property
+    def range(self) -> FileRange:
+        """Its bytes."""
+        return FileRange(self.file, self.start, self.numel() * self.itemsize)
 
 
 Checkpoint = dict[str, StoredTensor]
@@ -132,9 +115,11 @@ def write_checkpoint(tensors: Checkpoint, rows: Tensor, out: Path) -> None:
     shards = _split(tensors, len(rows))
     names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else ["model.safetensors"]
-    with tqdm(desc="writing weights", total=len(tensors), unit=" tensors", delay=2) as progress:
+    total = sum(_size(name, stored, len(rows)) for name, stored in tensors.items())
+    with tqdm(desc="writing weights", total=total, unit="B", unit_scale=True, delay=2) as progress:
         for name, shard in zip(names, shards, strict=True):
-            _write_shard(shard, rows, out / name, progress)
+            for written in write_file(out / name, _parts(shard, rows)):
+                progress.update(written)
     if len(shards) > 1:
         _write_index(dict(zip(names, shards, strict=True)), len(rows), out)
 
@@ -216,7 +201,7 @@ def _known(dtype: str | None, file: Path, key: str) -> str:
 def _same(one: StoredTensor, other: StoredTensor) -> bool:
     if one[2:] != other[2:]:
         return False
-    return all(np.array_equal(*pair) for pair in zip(one.pieces(), other.pieces(), strict=True))
+    return all(np.array_equal(*pair) for pair in zip(one.range.pieces(), other.range.pieces(), strict=True))
 
 
 def _new_shape(name: str, stored: StoredTensor, vocabulary: int) -> tuple[int, ...]:
@@ -242,16 +227,16 @@ def _split(tensors: Checkpoint, vocabulary: int) -> list[Checkpoint]:
     return shards
 
 
-def _write_shard(shard: Checkpoint, rows: Tensor, file: Path, progress: tqdm) -> None:
-    with DirectWriter(file) as out:
-        out.write(np.frombuffer(_header(shard, len(rows)), np.uint8))
-        for name, stored in shard.items():
-            if name in (EMBEDDING, HEAD):
-                out.write(stored.rows(rows.numpy()).reshape(-1))
-            else:
-                for piece in stored.pieces():
-                    out.write(piece)
-            progress.update()
+def _parts(shard: Checkpoint, rows: Tensor) -> list[Bytes | FileRange]:
+    """What the file of a shard consists of."""
+    parts: list[Bytes | FileRange] = [np.frombuffer(_header(shard, len(rows)), np.uint8)]
+    for name, stored in shard.items():
+        if name in (EMBEDDING, HEAD):
+            width = stored.range.size // stored.shape[0]
+            parts.append(read_rows(stored.range, rows.numpy(), width).reshape(-1))
+        else:
+            parts.append(stored.range)
+    return parts
 
 
 def _header(shard: Checkpoint, vocabulary: int) -> bytes:
