@@ -1,13 +1,13 @@
 """Pruning a large Bloom beside what a user would run instead: python -m benchmarks.prune --help.
 
 Makes a checkpoint in the shape of bloom-7b1 (fewer layers where disk or memory ask for it), in shards, with a real
-vocabulary and a smaller tokenizer of it. Each system prunes it in a process of its own, in turn, and prints a JSON line:
-seconds without those of imports, seconds until what it wrote is on the disk, peak memory (pages of mapped files count),
-and whether the embedding rows that stay and all other weights are the old ones. The last line has the ratios of medians.
+vocabulary and a smaller tokenizer of it. Each system prunes it in a process of its own, in turn, and prints a JSON
+line: seconds without those of imports, seconds until what it wrote is on the disk, peak memory (pages of mapped files
+count), and whether the embedding rows that stay and all other weights are the old ones. The last line has the ratios.
 
     firefly     firefly prune --model … --tokenizer … --out …
-    llmpruner   as LLMPruner does: transformers loads the model, a loop over the tokens copies rows of embedding and head,
-                transformers saves the model
+    llmpruner   as LLMPruner does: transformers loads the model, a loop over the tokens copies rows of embedding and
+                head, transformers saves the model
     copy        shutil copies the checkpoint, which is no pruning: the time that its bytes alone take
 """
 

@@ -155,7 +155,7 @@ def _read_cached(path: Path, start: int, target: Bytes) -> bool:
         return False
     file = os.open(path, os.O_RDONLY)
     try:
-        return os.preadv(file, [target], start, _IF_CACHED) == len(target)
+        return os.preadv(file, [target.data], start, _IF_CACHED) == len(target)
     except OSError:  # nothing of it is there, or the file system cannot tell
         return False
     finally:

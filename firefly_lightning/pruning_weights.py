@@ -186,7 +186,7 @@ def _mapped_at(file: Path, tensors: Mapping[str, Tensor]) -> int:
                 opened.seek(entry.header_offset + 26)  # of the two lengths that end an entry's own header of 30 bytes
                 starts.append(entry.header_offset + 30 + sum(struct.unpack("<HH", opened.read(4))))
     addresses = sorted({tensor.untyped_storage().data_ptr() for tensor in tensors.values()})
-    base = addresses[0] - min(starts)
+    base: int = addresses[0] - min(starts)
     if [address - base for address in addresses] != sorted(starts):
         raise FireflyError(f"{file}: holds more than the tensors of a model; save its state_dict alone")
     return base
