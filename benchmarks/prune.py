@@ -106,7 +106,8 @@ def make_checkpoint(folder: Path, options: argparse.Namespace) -> None:
 def numbers(noise: torch.Tensor, start: int, shape: torch.Size) -> torch.Tensor:
     """The noise again and again, from another place in every tensor; no two rows that are near are the same."""
     rolled = noise.roll(-1009 * start)
-    return rolled[: shape.numel()].reshape(shape) if shape.numel() <= len(rolled) else repeated(rolled, shape)
+    # A copy, or torch.save would write all of the noise with each.
+    return rolled[: shape.numel()].clone().reshape(shape) if shape.numel() <= len(rolled) else repeated(rolled, shape)
 
 
 def repeated(noise: torch.Tensor, shape: torch.Size) -> torch.Tensor:
