@@ -248,7 +248,7 @@ def drop_from_cache(file: Path) -> None:
 
 def size_gb(folder: Path) -> float:
     """Of all files of a folder."""
-    return round(sum(file.stat().st_size for file in folder.iterdir()) / 1e9, 3)
+    return round(sum(file.stat().st_size for file in folder.iterdir()) / 1e9, 6)
 
 
 def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:

@@ -28,12 +28,13 @@ from matplotlib.figure import Figure
 
 from benchmarks.machine import machine
 
-ORDER = ("row_by_row", "firefly", "cached_start", "row_by_row")
+ORDER = ("row_by_row", "firefly", "cached_start", "row_by_row")  # cached_start needs firefly before it
 
 
 def main() -> None:
     """Makes the rows, then measures one process after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", nargs="+", default=list(ORDER), choices=sorted(set(ORDER)), help="in this order")
     parser.add_argument("--rows", default="demo_run/rows/*.jsonl", help="real rows in Firefly's form; of bin/demo")
     parser.add_argument("--tokenizer", default="demo_run/bloom-zh", help="folder; bin/demo makes the default")
     parser.add_argument("--count", type=int, default=1_650_000, help="rows to make; as many as Firefly published")
@@ -50,7 +51,7 @@ def main() -> None:
     print(json.dumps(machine()), flush=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         write_rows(Path(scratch), options)
-        lines = [run(system, scratch) for system in ORDER]
+        lines = [run(system, scratch) for system in options.systems]
     result = summary(lines)
     print(json.dumps(result))
     if options.out:
