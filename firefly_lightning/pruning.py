@@ -35,8 +35,8 @@ from firefly_lightning.pruning_weights import (
     Checkpoint,
     count_parameters,
     open_checkpoint,
-    write_checkpoint,
 )
+from firefly_lightning.pruning_writer import CheckpointWriter
 
 
 def prune(
@@ -77,14 +77,14 @@ def prune(
     # Before the minutes that a large model takes.
     if verify and next(read_texts(verify), None) is None:
         raise FireflyError(f"{verify}: has no text to verify with; give a file with a text a line")
-    large = _load_large(Path(model))
-    write_tokenizer = _plan_tokenizer(large, corpus, tokenizer, min_count, keep)
-    with new_folder(Path(out)) as folder:
-        write_tokenizer(folder)
+    config, tensors = _open_large(Path(model))
+    with new_folder(Path(out)) as folder, CheckpointWriter(tensors, folder) as weights:
+        large = _load_large(Path(model), config, tensors)
+        _plan_tokenizer(large, corpus, tokenizer, min_count, keep)(folder)
         small = load_bpe_tokenizer(folder)
         small_ids = token_ids(small)
         rows = _vocabulary_rows(large.ids, small_ids, pad_multiple)
-        write_checkpoint(large.tensors, rows, folder)
+        weights.finish(rows)
         _write_configs(large, small, len(rows), folder)
         verification = verify_pruning(large.tokenizer, folder, rows, verify) if verify else None
         report = _report(large, len(small_ids), len(rows))
@@ -116,19 +116,24 @@ def _check_arguments(
             raise FireflyError(f"--{name}: {value} is less than 1; give 1 or more")
 
 
-def _load_large(folder: Path) -> _Large:
+def _open_large(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
     config = _read_json(folder / "config.json")
     if config.get("model_type") != "bloom":
         raise FireflyError(f"{folder}: its model_type is {config.get('model_type')!r}, not 'bloom'; use a Bloom model")
-    tokenizer = load_bpe_tokenizer(folder)
-    ids = token_ids(tokenizer)
     tensors = open_checkpoint(folder, tied=config.get("tie_word_embeddings", True))
-    vocabulary, tokens = tensors[EMBEDDING].shape[0], max(ids.values()) + 1
+    vocabulary = tensors[EMBEDDING].shape[0]
     if config.get("vocab_size", vocabulary) != vocabulary:
         raise FireflyError(
             f"{folder}: config.json says vocab_size is {config['vocab_size']:,}, the weights have {vocabulary:,} rows; "
             "download both again"
         )
+    return config, tensors
+
+
+def _load_large(folder: Path, config: dict[str, Any], tensors: Checkpoint) -> _Large:
+    tokenizer = load_bpe_tokenizer(folder)
+    ids = token_ids(tokenizer)
+    vocabulary, tokens = tensors[EMBEDDING].shape[0], max(ids.values()) + 1
     if tokens > vocabulary:
         raise FireflyError(
             f"{folder}: the tokenizer has {tokens:,} tokens, the model's vocabulary only {vocabulary:,}; "

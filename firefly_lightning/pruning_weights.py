@@ -1,7 +1,6 @@
-"""Bloom's weights streamed from file to file, with rows of the vocabulary gathered on the way.
+"""Bloom's weights where they lie: which files hold which tensors, and where in them.
 
-What is in memory of the model, whatever its size, are the rows that stay of its embedding, those of a head that is not
-tied to it, and 200 MB of buffers. Files are not mapped: their pages would count as memory of the process.
+Files are not mapped to be read: their pages would count as memory of the process.
 """
 
 import json
@@ -17,15 +16,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
-from firefly_lightning.direct_io import Bytes, FileRange, read_rows, write_file
+from firefly_lightning.direct_io import FileRange
 from firefly_lightning.errors import FireflyError
 
 EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
-
-SHARD_BYTES = 5_000_000_000
-"""Most bytes of tensors in one file of several, as `transformers` 4 cuts them."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -101,27 +96,12 @@ def open_checkpoint(folder: Path, tied: bool) -> Checkpoint:
 
 def count_parameters(tensors: Checkpoint, vocabulary: int) -> int:
     """Unique parameters of the model when its vocabulary has that many rows."""
-    return sum(math.prod(_new_shape(name, stored, vocabulary)) for name, stored in tensors.items())
+    return sum(math.prod(pruned_shape(name, stored, vocabulary)) for name, stored in tensors.items())
 
 
-def write_checkpoint(tensors: Checkpoint, rows: Tensor, out: Path) -> None:
-    """Writes the weights as `safetensors`, in several files and an index if they are many.
-
-    Args:
-        tensors: The large model's.
-        rows: Row of the large vocabulary for each row of the new; ``(vocabulary,)``.
-        out: Folder to write into.
-    """
-    shards = _split(tensors, len(rows))
-    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else ["model.safetensors"]
-    total = sum(_size(name, stored, len(rows)) for name, stored in tensors.items())
-    with tqdm(desc="writing weights", total=total, unit="B", unit_scale=True, delay=2) as progress:
-        for name, shard in zip(names, shards, strict=True):
-            for written in write_file(out / name, _parts(shard, rows)):
-                progress.update(written)
-    if len(shards) > 1:
-        _write_index(dict(zip(names, shards, strict=True)), len(rows), out)
+def pruned_shape(name: str, stored: StoredTensor, vocabulary: int) -> tuple[int, ...]:
+    """Shape of a tensor when the model's vocabulary has that many rows."""
+    return (vocabulary, *stored.shape[1:]) if name in (EMBEDDING, HEAD) else stored.shape
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -202,60 +182,3 @@ def _same(one: StoredTensor, other: StoredTensor) -> bool:
     if one[2:] != other[2:]:
         return False
     return all(np.array_equal(*pair) for pair in zip(one.range.pieces(), other.range.pieces(), strict=True))
-
-
-def _new_shape(name: str, stored: StoredTensor, vocabulary: int) -> tuple[int, ...]:
-    return (vocabulary, *stored.shape[1:]) if name in (EMBEDDING, HEAD) else stored.shape
-
-
-def _size(name: str, stored: StoredTensor, vocabulary: int) -> int:
-    return math.prod(_new_shape(name, stored, vocabulary)) * stored.itemsize
-
-
-def _split(tensors: Checkpoint, vocabulary: int) -> list[Checkpoint]:
-    # Widest types first: every tensor then begins at a multiple of its element size, which readers that map need.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
-    shards: list[Checkpoint] = [{}]
-    filled = 0
-    for name, stored in ordered:
-        size = _size(name, stored, vocabulary)
-        if shards[-1] and filled + size > SHARD_BYTES:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = stored
-        filled += size
-    return shards
-
-
-def _parts(shard: Checkpoint, rows: Tensor) -> list[Bytes | FileRange]:
-    """What the file of a shard consists of."""
-    parts: list[Bytes | FileRange] = [np.frombuffer(_header(shard, len(rows)), np.uint8)]
-    for name, stored in shard.items():
-        if name in (EMBEDDING, HEAD):
-            width = stored.range.size // stored.shape[0]
-            parts.append(read_rows(stored.range, rows.numpy(), width).reshape(-1))
-        else:
-            parts.append(stored.range)
-    return parts
-
-
-def _header(shard: Checkpoint, vocabulary: int) -> bytes:
-    """Opens a file: 8 bytes of length, then JSON (https://huggingface.co/docs/safetensors/index#format)."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for name, stored in shard.items():
-        end = begin + _size(name, stored, vocabulary)
-        shape = _new_shape(name, stored, vocabulary)
-        header[name] = {"dtype": stored.dtype, "shape": shape, "data_offsets": (begin, end)}
-        begin = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _write_index(shards: dict[str, Checkpoint], vocabulary: int, out: Path) -> None:
-    total = sum(_size(name, stored, vocabulary) for shard in shards.values() for name, stored in shard.items())
-    weight_map = {name: file for file, shard in shards.items() for name in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    text = json.dumps(index, indent=2)
-    (out / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
