@@ -4,24 +4,29 @@ from firefly_lightning.loss import LOGIT_BYTES
 from firefly_lightning.planning.runs import Run
 
 
-def block_activations(run: Run, tokens: float, padded: float) -> float:
+def block_activations(run: Run, tokens: int, attended: int) -> float:
     """Bytes that the gradient of one block needs of its forward pass, without weights.
 
     Input of both norms, in the type of the residual stream; the normed inputs of two products, queries, keys and
     values, attention's output, the same in packed rows, and what goes into and comes out of GELU: in numbers a token
     2 h of the one and (2 + 3 + 1 + 1 + 4 + 4) h of the other type. In float32 that is 68 h bytes. On the side, mean and
     deviation of two norms and a normaliser of each head.
+
+    Args:
+        run: Gives sizes and types.
+        tokens: That norms and products see.
+        attended: That attention sees.
     """
     model = run.model
     residual = run.weight_bytes
     computed = 2 if run.mixed else 4
-    attended = 4 if run.device == "cpu" else computed
+    scored = 4 if run.device == "cpu" else computed
     shared = 1 if run.split_rows else run.devices
     hidden = model.hidden_size
     norms = 2 * hidden * (residual + computed) + 4 * residual
     wide = (1 + 4 + 4) * hidden * computed / shared
-    attention = (3 + 1) * hidden * attended / shared + 4 * model.n_head / shared
-    return tokens * (norms + wide) + padded * attention
+    attention = (3 + 1) * hidden * scored / shared + 4 * model.n_head / shared
+    return tokens * (norms + wide) + attended * attention
 
 
 def activations(run: Run) -> float:
@@ -35,12 +40,12 @@ def activations(run: Run) -> float:
     ends = load.tokens * hidden * residual + 2 * load.targets * hidden * residual + bias
     if run.checkpointing:
         return ends + model.n_layer * load.tokens * hidden * residual
-    whole = (model.n_layer - 1) * block_activations(run, load.tokens, load.padded)
+    whole = (model.n_layer - 1) * block_activations(run, load.tokens, run.attended)
     # Of the last, all tokens go as far as attention: one norm's input and output, queries, keys, values, output.
     computed = 2 if run.mixed else 4
     narrow = block_activations(run, load.targets, 0)
     before = (load.tokens - load.targets) * hidden * (residual + computed)
-    attention = block_activations(run, 0, load.padded)
+    attention = block_activations(run, 0, run.attended)
     return ends + whole + narrow + before + attention
 
 
@@ -80,5 +85,5 @@ def plain_logits(run: Run) -> float:
 def working_set(run: Run) -> float:
     """Bytes that the backward pass of a block takes beside what was kept: gradients of its widest tensors."""
     model, shared = run.model, 1 if run.split_rows else run.devices
-    recomputed = block_activations(run, run.load.tokens, run.load.padded) if run.checkpointing else 0.0
+    recomputed = block_activations(run, run.load.tokens, run.attended) if run.checkpointing else 0.0
     return recomputed + run.load.tokens * model.hidden_size * (8 / shared + 2) * (2 if run.mixed else 4)

@@ -50,7 +50,7 @@ def plan(
         micro_batch_sizes: Rows that a device works on at a time; by default all that divide its share of a step.
         precision: 32-true, bf16-mixed or 16-mixed; by default that of the configuration.
         memory: Of a device, such as 24GB (10^9 bytes) or 24GiB; 24GB and 80GB by default.
-        measure: Also train two steps on this machine with each of ``strategies``, ``devices`` and
+        measure: Also train two steps after a first one on this machine, with each of ``strategies``, ``devices`` and
             ``micro_batch_sizes``, by default those of the configuration, and compare.
         out: A folder to write ``plan.json`` and ``memory.png`` into, new or empty.
 

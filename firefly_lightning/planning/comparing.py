@@ -1,4 +1,4 @@
-"""What was foretold beside what two real steps take on this machine."""
+"""What was foretold beside what real steps take on this machine."""
 
 import sys
 from dataclasses import replace
@@ -19,7 +19,7 @@ from firefly_lightning.planning.settings import Settings
 def compare(
     settings: Settings, strategies: list[str] | None, devices: list[int] | None, sizes: list[int] | None
 ) -> list[dict[str, Any]]:
-    """Trains two steps of each, and prints what was foretold beside it.
+    """Trains a few steps of each, and prints what was foretold beside it.
 
     Args:
         settings: The plan's.
@@ -31,7 +31,7 @@ def compare(
         FireflyError: If there are no rows, or a run ends with an error.
     """
     if settings.rows is None:
-        raise FireflyError("--measure trains two steps: it needs --config with a model and rows that are here")
+        raise FireflyError("--measure trains: it needs --config with a model and rows that are here")
     measured = []
     for count in devices or [devices_of(settings.fit.trainer)]:
         for name in strategies or [strategy_of(settings.fit.trainer, count)]:

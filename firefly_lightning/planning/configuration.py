@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -125,7 +126,7 @@ class TrainingRows:
 
     def heaviest(self, rows: int) -> Load:
         """The most that any micro-batch of so many rows can be."""
-        lengths, targets = (np.sort(of[self._taken()])[::-1][:rows] for of in (self.lengths, self.targets))
+        lengths, targets = (of[:rows] for of in self._sorted)
         longest = int(lengths[0])
         return Load(int(lengths.sum()), longest * len(lengths), longest, int(targets.sum()))
 
@@ -140,8 +141,11 @@ class TrainingRows:
         longest = int(lengths.max())
         return Load(int(lengths.sum()), longest * len(rows), longest, int(self.targets[rows].sum()))
 
-    def _taken(self) -> npt.NDArray[np.int64]:
-        return np.concatenate([source.rows for source in self.plan.sources])
+    @cached_property
+    def _sorted(self) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.integer[Any]]]:
+        """Lengths and learned tokens of the rows that training takes, each from the most down."""
+        taken = np.concatenate([source.rows for source in self.plan.sources])
+        return np.sort(self.lengths[taken])[::-1], np.sort(self.targets[taken])[::-1]
 
 
 def training_rows(data: Any) -> TrainingRows:

@@ -1,4 +1,4 @@
-"""What a run really takes: two optimizer steps in processes of their own, with their memory written down."""
+"""What a run really takes: a few optimizer steps in processes of their own, their memory written down."""
 
 import ctypes
 import json
@@ -17,8 +17,8 @@ from lightning.pytorch.callbacks import Callback
 from firefly_lightning.cli import main as firefly_fit
 from firefly_lightning.errors import FireflyError
 
-STEPS = 2
-"""Optimizer steps: the first makes the optimizer's states, the second has them from its start."""
+STEPS = 3
+"""A first optimizer step, after which optimizer and DDP have what they keep, and two like all later ones."""
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 """Has glibc give memory back as it is freed. By default it keeps pieces of up to 32 MB for later, in an order of
@@ -57,7 +57,7 @@ class MemoryMeter(Callback):
 
 
 def measure_run(arguments: Sequence[object], processes: int) -> list[dict[str, int]]:
-    """Memory of every process of a run of two steps.
+    """Memory of every process of a run of ``STEPS`` steps.
 
     Args:
         arguments: Of ``firefly-fit fit``.

@@ -103,6 +103,11 @@ class Run:
     device: Literal["cuda", "cpu"] = "cuda"
 
     @property
+    def attended(self) -> int:
+        """Tokens of a micro-batch that attention computes: on a CPU row by row, on a GPU with padding."""
+        return self.load.tokens if self.device == "cpu" else self.load.padded
+
+    @property
     def mixed(self) -> bool:
         """Whether products are computed in 16 bits."""
         return self.precision != "32-true"
