@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+import firefly_lightning
 from firefly_lightning.cli import main as firefly_fit
 from firefly_lightning.errors import FireflyError
 
@@ -81,7 +82,9 @@ def measure_run(arguments: Sequence[object], processes: int) -> list[dict[str, i
         command = [sys.executable, "-m", __name__, *map(str, fit)]
         with (Path(scratch) / "log").open("w") as log:
             ranks = [
-                subprocess.Popen(command, env={**os.environ, **GIVE_BACK, **own}, stdout=log, stderr=log)
+                subprocess.Popen(
+                    command, env={**os.environ, **_same_package(), **GIVE_BACK, **own}, stdout=log, stderr=log
+                )
                 for own in _environments(processes)
             ]
             codes = [rank.wait() for rank in ranks]
@@ -102,6 +105,12 @@ def _environments(processes: int) -> list[dict[str, str]]:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), "NODE_RANK": "0"}
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     return [{**address, **threads, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def _same_package() -> dict[str, str]:
+    """Has a child import the package that this process has, wherever it comes from."""
+    here = str(Path(firefly_lightning.__file__).parents[1])
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))}
 
 
 def _give_back() -> None:

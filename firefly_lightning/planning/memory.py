@@ -100,7 +100,10 @@ def _zero12(run: Run) -> tuple[dict[str, Parts], Parts]:
     count, size, share = run.model.parameters, run.weight_bytes, run.model.parameters / run.devices
     states = {"master copy": 4.0 * share, "moments": 8.0 * share}
     largest = float(size * run.model.embedding)
-    host = states | {"gradients": 4.0 * share, "buffers": size * share + largest} if "offload" in run.strategy else {}
+    host: Parts = {}
+    if "offload" in run.strategy:
+        summed = size * share if run.micro_batches > 1 else 0.0
+        host = states | {"gradients": 4.0 * share + summed, "buffers": size * share + largest}
     held: Parts = {"weights": float(size * count)} | ({} if host else states)
     own = 0.0 if host else float(size * share)
     # Stage 1 accumulates whole gradients, stage 2 a share.
