@@ -60,6 +60,8 @@ def plan(
     given = {"vocab_size": vocab_size, "hidden_size": hidden_size, "n_layer": n_layer, "n_head": n_head}
     settings = read_settings(configs or [], model, given, precision, devices)
     limits = {text: _bytes(text) for text in memory or MEMORY}
+    if measure and any(given.values()):
+        raise FireflyError("--measure trains the model of --config: leave --vocab_size and the other sizes out")
     for name in strategies or ["auto"]:
         settings.run(name, 1, 1, False, refuse=True)
     if out:

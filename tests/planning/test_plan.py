@@ -126,10 +126,12 @@ def test_a_model_is_read_from_its_config_json(model_folder):
         ([*SIZES, "--precision", "64-true"], "precision 64-true is not one that can be planned"),
         ([*SIZES, "--devices", "3"], "none of these strategies, devices and micro-batches go together"),
         ([*SIZES, "--devices", "0"], "--devices is 0; it must be at least 1"),
-        ([*SIZES, "--devices", "1", "--measure"], "--measure trains: it needs --config"),
+        ([*SIZES, "--measure"], "--measure trains the model of --config: leave --vocab_size"),
+        (["--model", "MODEL", "--devices", "1", "--measure"], "--measure trains: it needs --config"),
     ],
 )
-def test_what_cannot_be_planned_is_one_line(arguments, says, tmp_path):
+def test_what_cannot_be_planned_is_one_line(arguments, says, model_folder):
+    arguments = [model_folder if argument == "MODEL" else argument for argument in arguments]
     if says.startswith("none of"):
         arguments = [*arguments, "--strategies", "zero1"]
     assert says in one_line(run("firefly", "plan", *arguments, check=False))
