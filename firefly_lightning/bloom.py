@@ -99,16 +99,18 @@ class FastBloom:
 
     def _run(self, block: nn.Module, hidden: Tensor, attend: Any, only: Tensor | None) -> Tensor:
         transformer = self._model.transformer
-        if getattr(transformer, "gradient_checkpointing", False) and transformer.training and not _recomputes(block):
-            recomputed: Tensor = checkpoint(block, hidden, attend=attend, only=only, use_reentrant=False)
-            return recomputed
-        output: Tensor = block(hidden, attend=attend, only=only)
+        recompute = getattr(transformer, "gradient_checkpointing", False) and transformer.training
+        recompute = recompute and not _recomputes(block)
+        output: Tensor = block(hidden, attend=attend, only=only, recompute=recompute)
         return output
 
 
 def _recomputes(block: nn.Module) -> bool:
-    """Whether a block recomputes its activations itself, as in transformers 5, where 4 does so around it."""
-    return hasattr(block, "gradient_checkpointing")
+    """Whether calling a block recomputes its activations, as in some releases of transformers 5.
+
+    Others do so around the block, or in the forward pass of its class, which that of :class:`FastBloom` replaces.
+    """
+    return type(block).__call__ is not nn.Module.__call__
 
 
 class AlibiBias:
@@ -154,7 +156,14 @@ def alibi_slopes(heads: int) -> Tensor:
 
 
 def _block_forward(
-    block: Any, stock: Any, hidden: Tensor, *args: Any, attend: Any = None, only: Tensor | None = None, **kwargs: Any
+    block: Any,
+    stock: Any,
+    hidden: Tensor,
+    *args: Any,
+    attend: Any = None,
+    only: Tensor | None = None,
+    recompute: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """A block's forward pass: over packed rows if it is told how they attend, else as Hugging Face has it.
 
@@ -165,10 +174,17 @@ def _block_forward(
         args: Of the stock pass.
         attend: Contexts of the attention module and its fused queries, keys and values.
         only: (targets,) tokens that go on after attention; all by default.
+        recompute: Whether the backward pass makes activations anew; hooks of the block stay outside and run once.
         kwargs: Of the stock pass.
     """
     if attend is None:
         return stock(hidden, *args, **kwargs)
+    if recompute:
+        return checkpoint(_packed_forward, block, hidden, attend, only, use_reentrant=False)
+    return _packed_forward(block, hidden, attend, only)
+
+
+def _packed_forward(block: Any, hidden: Tensor, attend: Any, only: Tensor | None) -> Tensor:
     attention, mlp, dropout = block.self_attention, block.mlp, partial(_dropout, block)
     normed = block.input_layernorm(hidden)
     residual = normed if block.apply_residual_connection_post_layernorm else hidden
@@ -179,7 +195,8 @@ def _block_forward(
     normed = block.post_attention_layernorm(hidden)
     residual = normed if block.apply_residual_connection_post_layernorm else hidden
     wide = F.gelu(mlp.dense_h_to_4h(normed), approximate="tanh")
-    return residual + dropout(mlp.dense_4h_to_h(wide))
+    output: Tensor = residual + dropout(mlp.dense_4h_to_h(wide))
+    return output
 
 
 def _attention_forward(

@@ -74,6 +74,23 @@ def test_loss_and_gradients_are_those_of_stock_bloom(rows, dtype, tolerance, sto
             assert apart <= tolerance * (3 if dtype == torch.bfloat16 else 1), (name, apart)
 
 
+def test_recomputing_keeps_nothing_of_a_block_but_its_input(stock, batches):
+    """In no release of transformers: each recomputes at another place, and the losses are the same without."""
+    hidden, shapes = stock.config.hidden_size, {}
+    for recompute in (False, True):
+        model = copy.deepcopy(stock)
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        kept = shapes[recompute] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor, to=kept: to.append(tensor) or tensor, lambda t: t):
+            FastBloom(model).target_loss(as_batch(batches["right-padded"]))
+        shapes[recompute] = {tuple(tensor.shape) for tensor in kept if tensor.dim() == 2}
+    tokens = sum(len(ids) for ids, _ in batches["right-padded"])
+    assert (tokens, 4 * hidden) in shapes[False]
+    assert (tokens, 4 * hidden) not in shapes[True]
+    assert (tokens, hidden) in shapes[True]
+
+
 def test_a_head_of_its_own(stock, batches):
     config = copy.deepcopy(stock.config)
     config.tie_word_embeddings = False

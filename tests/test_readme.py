@@ -363,8 +363,25 @@ def check_counted(box: Path, out: str) -> None:
     assert {kind: of["rows"] for kind, of in kinds.items()} == {"all": 65, "SentimentAnalyze": 61, "Weather": 4}
 
 
+def check_planned(box: Path, out: str) -> None:
+    assert {path.name for path in (box / "plan").iterdir()} == {"plan.json", "memory.png"}
+    plan = json.loads((box / "plan" / "plan.json").read_text("utf-8"))
+    assert plan["epoch"]["rows"] == 66, "58 of 61 reviews are trained on, and four rows of weather twice"
+
+
+def check_measured(box: Path, out: str) -> None:
+    assert re.search(r"^ auto, 1 × 4 +\d+ +\d+ +[+-]\d+\.\d%", out, re.MULTILINE)
+
+
+def check_sizes(parameters: str):
+    def check(box: Path, out: str) -> None:
+        assert f"model: {parameters} parameters, bf16-mixed" in out
+
+    return check
+
+
 CHECKS = {
-    "firefly --help": check_help("prune", "build", "clean", "stats", "export", "chat"),
+    "firefly --help": check_help("prune", "build", "clean", "stats", "plan", "export", "chat"),
     "firefly prune --help": check_help("--corpus", "--tokenizer", "--min_count", "--keep", "--pad_multiple"),
     "firefly-fit fit --model.help": check_help("--model.path", "--model.learning_rate"),
     "firefly-fit fit --data.help": check_help("--data.train_files", "--data.too_long"),
@@ -373,6 +390,10 @@ CHECKS = {
     "firefly build .*Weather": check_rows("weather.jsonl", "Weather", 4),
     "firefly clean": check_cleaned,
     "firefly stats": check_counted,
+    "firefly plan --config train.yaml --out": check_planned,
+    "firefly plan --config train.yaml .*--measure": check_measured,
+    "firefly plan .*firefly-1b4.*--vocab_size": check_sizes("1,303,111,680"),
+    "firefly plan .*firefly-2b6.*--vocab_size": check_sizes("2,478,435,840"),
     "firefly prune .*--corpus": check_pruned("bloom-1b4-zh", verified=True),
     "firefly prune .*--tokenizer": check_pruned("bloom-small", verified=False),
     "firefly-fit fit --config train.yaml$": check_run("first", range(3)),
