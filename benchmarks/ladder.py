@@ -11,7 +11,6 @@ cost beyond their bytes, such as exponentials. Seconds, operations and bytes are
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import BloomForCausalLM
 
 from benchmarks.floor import DTYPES, matrix_products
-from benchmarks.machine import machine
+from benchmarks.machine import machine, peak_gb
 from benchmarks.throughput import BLUE, GREY, make_model
 from firefly_lightning import FireflyDataModule
 from firefly_lightning.bloom import FastBloom
@@ -112,7 +111,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     for batch in batches[1:]:
         loss = step(batch)
-    seconds, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds, peak = time.perf_counter() - began, peak_gb()
     with Counted() as counted:
         for batch in batches[1:]:
             step(batch)
@@ -125,7 +124,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "rung": list(NAMES.values())[options.run], "tokens_per_second": round(tokens / seconds, 1),
         "measured": round(1000 * seconds / tokens, 3), "predicted": round(1000 * predicted / tokens, 3),
         "tflop": round(1000 * counted.flops / tokens / 1e12, 3), "gb_moved": round(counted.bytes / tokens / 1e6, 2),
-        "peak_rss_gb": round(peak / 1e9, 2), "share_of_floor": round(floor / seconds, 3), "loss": round(loss, 4),
+        "peak_rss_gb": peak, "share_of_floor": round(floor / seconds, 3), "loss": round(loss, 4),
     }  # fmt: skip
 
 

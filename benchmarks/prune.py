@@ -30,7 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import BloomConfig, BloomModel
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, peak_gb
 
 SYSTEMS = ("firefly", "llmpruner", "copy")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -161,9 +161,7 @@ def measure(system: str, large: Path, small: str, out: Path) -> dict[str, Any]:
     began = time.perf_counter()
     work(str(large), small, str(out))
     seconds = time.perf_counter() - began
-    # Not getrusage, whose figure begins with that of the process that started this one.
-    peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
-    return {"system": system, "seconds": round(seconds, 2), "peak_rss_gb": round(peak / 1e9, 2)}
+    return {"system": system, "seconds": round(seconds, 2), "peak_rss_gb": peak_gb()}
 
 
 def prune_with_transformers(large: str, small: str, out: str) -> None:

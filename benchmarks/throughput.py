@@ -14,7 +14,6 @@ counted.
 import argparse
 import inspect
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from matplotlib.figure import Figure
 from transformers import BloomConfig, BloomForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.floor import DTYPES, matrix_products
-from benchmarks.machine import machine
+from benchmarks.machine import machine, peak_gb
 from firefly_lightning import FireflyDataModule, FireflyModule
 from firefly_lightning.huggingface import load_tokenizer
 
@@ -74,7 +73,7 @@ def main() -> None:
             print(json.dumps(lines[-1]), flush=True)
         for dtype in options.dtypes if options.profile else ():
             own = ["--run", "firefly", "--dtype", dtype, "--folder", folder, "--steps", "2", "--warmup", "1"]
-            measured(*own, "--profile", str(options.profile / f"{dtype}.txt"))
+            measured(*own, "--profile", str(options.profile / f"profile-{dtype}.txt"))
     if options.out:
         draw(options.out, lines)
 
@@ -132,7 +131,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     batches = [data.train[step] for step in range(steps)]
     clock = Clock(options.warmup)
     loss = {"firefly": run_firefly, "trl": run_trl}.get(options.run, run_trainer)(options, data, batches, clock)
-    peak, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, clock.seconds
+    peak, seconds = peak_gb(), clock.seconds
     counted = clock.counts[options.warmup :]
     tokens, targets = (sum(counts) for counts in zip(*counted, strict=True))
     vocabulary = BloomConfig.from_pretrained(options.folder).vocab_size
@@ -142,7 +141,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "system": options.run, "dtype": options.dtype, "hidden": options.hidden, "layers": options.layers,
         "vocabulary": vocabulary, "batch_size": options.batch_size, "max_length": options.max_length,
         "steps": options.steps, "tokens": tokens, "tokens_per_second": round(tokens / seconds, 1),
-        "target_tokens_per_second": round(targets / seconds, 1), "peak_rss_gb": round(peak / 1e9, 2),
+        "target_tokens_per_second": round(targets / seconds, 1), "peak_rss_gb": peak,
         "share_of_floor": round(floor / seconds, 3), "loss": round(loss, 4),
     }  # fmt: skip
 

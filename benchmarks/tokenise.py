@@ -26,7 +26,7 @@ from typing import Any
 import pyarrow as pa
 from matplotlib.figure import Figure
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, peak_gb
 
 ORDER = ("row_by_row", "firefly", "cached_start", "row_by_row")  # cached_start needs firefly before it
 
@@ -182,13 +182,6 @@ def data_module(options: argparse.Namespace, scratch: Path) -> Any:
         options.tokenizer, train_files=str(scratch / "rows.jsonl"), max_length=options.max_length,
         cache_dir=str(scratch / "cache"),
     )  # fmt: skip
-
-
-def peak_gb() -> float:
-    """Peak memory of this process; none of the systems starts others."""
-    # Not getrusage, whose figure begins with that of the process that started this one.
-    peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
-    return round(peak / 1e9, 2)
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
