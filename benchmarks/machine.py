@@ -23,6 +23,12 @@ def machine() -> dict[str, str | int]:
     }
 
 
+def peak_gb() -> float:
+    """Most memory that this process has held, in GB; not getrusage's, which begins with that of the parent process."""
+    peak = next(line.split()[1] for line in _lines("/proc/self/status") if line.startswith("VmHWM:"))
+    return round(int(peak) * 1024 / 1e9, 2)
+
+
 def _lines(path: str) -> list[str]:
     file = Path(path)
     return file.read_text("utf-8").splitlines() if file.is_file() else []

@@ -14,45 +14,51 @@ counted.
 import argparse
 import inspect
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from datasets import Dataset
+from matplotlib.figure import Figure
 from transformers import BloomConfig, BloomForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.machine import machine
+from benchmarks.floor import DTYPES, matrix_products
+from benchmarks.machine import machine, peak_gb
 from firefly_lightning import FireflyDataModule, FireflyModule
 from firefly_lightning.huggingface import load_tokenizer
 
 SYSTEMS = ("firefly", "trainer", "grouped", "trl")
+BLUE, GREY = "#4C78A8", "#BAB0AC"
 
 
 def main() -> None:
     """Measures each system in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
-    parser.add_argument("--rows", default="demo_run/rows/*.jsonl", help="instruction rows")
+    parser.add_argument("--rows", nargs="+", default=["demo_run/rows/*.jsonl"], help="instruction rows")
     parser.add_argument("--tokenizer", default="demo_run/bloom-zh", help="folder; bin/demo makes the default")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--heads", type=int, help="by default one for 64 of the width")
-    parser.add_argument("--vocabulary", type=int, help="rows of the embedding; by default as many as there are tokens")
+    parser.add_argument("--vocabulary", type=int, help="tokens; what the tokenizer lacks is made up")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_length", type=int, default=512)
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["fp32"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6, help="that are counted")
     parser.add_argument("--warmup", type=int, default=2, help="steps before those")
     parser.add_argument("--attention", default="auto", help="of firefly")
+    parser.add_argument("--profile", type=Path, help="folder for where the time of firefly's operations goes")
+    parser.add_argument("--out", type=Path, help="PNG of the figures")
     parser.add_argument("--run", choices=SYSTEMS, help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
@@ -61,21 +67,53 @@ def main() -> None:
     print(json.dumps(machine() | {"threads": options.threads}), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), options)
-        for system in options.systems:
-            own = [sys.executable, "-m", "benchmarks.throughput", *sys.argv[1:], "--run", system, "--folder", folder]
-            done = subprocess.run(own, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"{system}: {done.stderr[-3000:]}")
-            print(done.stdout.splitlines()[-1], flush=True)
+        lines = []
+        for dtype, system in product(options.dtypes, options.systems):
+            lines.append(measured("--run", system, "--dtype", dtype, "--folder", folder))
+            print(json.dumps(lines[-1]), flush=True)
+        for dtype in options.dtypes if options.profile else ():
+            own = ["--run", "firefly", "--dtype", dtype, "--folder", folder, "--steps", "2", "--warmup", "1"]
+            measured(*own, "--profile", str(options.profile / f"profile-{dtype}.txt"))
+    if options.out:
+        draw(options.out, lines)
+
+
+def measured(*own: str) -> dict[str, Any]:
+    """A line from a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.throughput", *sys.argv[1:], *own], capture_output=True, text=True
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(own)}: {done.stderr[-3000:]}")
+    line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return line
+
+
+def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Bars of speed and memory."""
+    figure = Figure(figsize=(10, 1.5 + 0.4 * len(lines)), layout="constrained")
+    names = [f"{line['system']}, {line['dtype']}" for line in lines]
+    parts = (("tokens_per_second", "tokens/s"), ("peak_rss_gb", "peak memory, GB"))
+    for axes, (key, label) in zip(figure.subplots(1, 2, sharey=True), parts, strict=True):
+        values = [line[key] for line in lines]
+        axes.bar_label(
+            axes.barh(names, values, color=[BLUE if "firefly" in name else GREY for name in names]), padding=3
+        )
+        axes.set_xlabel(label)
+        axes.margins(x=0.15)
+    axes.invert_yaxis()
+    figure.savefig(path, dpi=120)
 
 
 def make_model(folder: Path, options: argparse.Namespace) -> None:
     """A random Bloom with its tokenizer, the same for all."""
     tokenizer = load_tokenizer(options.tokenizer)
+    tokens = len(tokenizer)
+    tokenizer.add_tokens([f"<unused{number}>" for number in range(tokens, options.vocabulary or tokens)])
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = BloomConfig(
-        vocab_size=options.vocabulary or len(tokenizer), hidden_size=options.hidden, n_layer=options.layers,
+        vocab_size=len(tokenizer), hidden_size=options.hidden, n_layer=options.layers,
         n_head=options.heads or options.hidden // 64, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     BloomForCausalLM(config).save_pretrained(folder)
@@ -93,14 +131,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     batches = [data.train[step] for step in range(steps)]
     clock = Clock(options.warmup)
     loss = {"firefly": run_firefly, "trl": run_trl}.get(options.run, run_trainer)(options, data, batches, clock)
-    peak, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, clock.seconds
+    peak, seconds = peak_gb(), clock.seconds
     counted = clock.counts[options.warmup :]
     tokens, targets = (sum(counts) for counts in zip(*counted, strict=True))
-    floor = sum(matrix_products(*counts, options) for counts in counted)
+    vocabulary = BloomConfig.from_pretrained(options.folder).vocab_size
+    sizes = options.hidden, options.layers, vocabulary, options.dtype
+    floor = sum(matrix_products(*counts, *sizes) for counts in counted)
     return {
         "system": options.run, "dtype": options.dtype, "hidden": options.hidden, "layers": options.layers,
-        "batch_size": options.batch_size, "steps": options.steps, "tokens_per_second": round(tokens / seconds, 1),
-        "target_tokens_per_second": round(targets / seconds, 1), "peak_rss_gb": round(peak / 1e9, 2),
+        "vocabulary": vocabulary, "batch_size": options.batch_size, "max_length": options.max_length,
+        "steps": options.steps, "tokens": tokens, "tokens_per_second": round(tokens / seconds, 1),
+        "target_tokens_per_second": round(targets / seconds, 1), "peak_rss_gb": peak,
         "share_of_floor": round(floor / seconds, 3), "loss": round(loss, 4),
     }  # fmt: skip
 
@@ -147,7 +188,14 @@ def run_firefly(options: argparse.Namespace, data: FireflyDataModule, batches: S
         enable_progress_bar=False, callbacks=[Timed()],
         precision="bf16-mixed" if options.dtype == "bf16" else "32-true",
     )  # fmt: skip
-    trainer.fit(FireflyModule(options.folder, warmup_steps=0, attention=options.attention), data)
+    module = FireflyModule(options.folder, warmup_steps=0, attention=options.attention)
+    if options.profile:
+        with torch.profiler.profile() as profiler:
+            trainer.fit(module, data)
+        table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40)
+        options.profile.write_text(table, "utf-8")
+    else:
+        trainer.fit(module, data)
     return float(trainer.callback_metrics["train_loss"])
 
 
@@ -243,28 +291,6 @@ def pad_to_longest(pad_id: int) -> Callable[[Sequence[Any]], dict[str, torch.Ten
 def last_loss(trainer: Any) -> float:
     """Of the last step that was logged."""
     return float(next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry))
-
-
-def matrix_products(tokens: int, targets: int, options: argparse.Namespace) -> float:
-    """Seconds of the bare products of one step: linear layers at all tokens, the head at targets, with both gradients.
-
-    Attention is not counted, and of the last block only what targets need.
-    """
-    hidden, dtype = options.hidden, torch.bfloat16 if options.dtype == "bf16" else torch.float32
-    vocabulary = BloomConfig.from_pretrained(options.folder).vocab_size
-    wide, others = [(hidden, hidden), (hidden, 4 * hidden), (4 * hidden, hidden)], options.layers - 1
-    shapes = [(tokens, hidden, 3 * hidden, options.layers), (targets, hidden, vocabulary, 1)]
-    shapes += [(rows, *size, times) for size in wide for rows, times in ((tokens, others), (targets, 1))]
-    seconds = 0.0
-    for rows, inner, outer, times in shapes:
-        inputs, weight, gradient = (
-            torch.randn(shape, dtype=dtype) for shape in ((rows, inner), (outer, inner), (rows, outer))
-        )
-        began = time.perf_counter()
-        for _ in range(times):
-            _ = inputs @ weight.t(), gradient @ weight, gradient.t() @ inputs
-        seconds += time.perf_counter() - began
-    return seconds
 
 
 if __name__ == "__main__":

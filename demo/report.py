@@ -12,8 +12,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from firefly_lightning.callbacks import read_losses
 from firefly_lightning.errors import FireflyError, one_line_errors
+from firefly_lightning.run_figures import read_metrics
 
 LEAST_IMPROVEMENT = 20
 """How many times lower validation perplexity must be after training."""
@@ -29,7 +29,7 @@ def report(folder: Path) -> None:
     runs = sorted(
         (folder / "train" / "lightning_logs").glob("version_*"), key=lambda path: int(path.name.split("_")[1])
     )
-    losses = read_losses(runs[-1])["train_loss"]
+    losses = read_metrics(runs[-1])["train_loss"]
     before, after = (_metric(folder / "train" / name, "val_perplexity") for name in ("before", "after"))
     table = Table(box=SIMPLE, show_header=False)
     for what in ("vocabulary", "parameters"):

@@ -17,10 +17,12 @@ from transformers import BloomForCausalLM
 
 from firefly_lightning.data.batches import MicroBatch
 from firefly_lightning.loss import (
-    chunked_target_nlls,
+    TargetScores,
+    chunked_target_scores,
     embed_tied,
     fused_target_cross_entropy,
     target_cross_entropy,
+    target_scores,
 )
 
 
@@ -53,6 +55,8 @@ class FastBloom:
         self._bias = AlibiBias(model.config.n_head, heads)
         for block in model.transformer.h:
             block.forward = partial(_block_forward, block, block.forward)
+            attention = block.self_attention
+            attention.forward = partial(_attention_forward, attention, attention.forward)
 
     def target_loss(self, batch: MicroBatch) -> Tensor:
         """Summed negative log-likelihood of a micro-batch's targets, a scalar in float32."""
@@ -61,12 +65,12 @@ class FastBloom:
             return target_cross_entropy(hidden, self._model.lm_head, batch["target_ids"])
         return fused_target_cross_entropy(hidden, weight, batch["target_ids"])
 
-    def target_nlls(self, batch: MicroBatch) -> Tensor:
-        """The same one by one, (targets,), without gradients."""
+    def target_scores(self, batch: MicroBatch) -> TargetScores:
+        """How each target was predicted, without gradients."""
         hidden, weight = self._hidden_and_head(batch)
         if weight is None:
-            return target_cross_entropy(hidden, self._model.lm_head, batch["target_ids"], reduction="none")
-        return chunked_target_nlls(hidden, weight, batch["target_ids"])
+            return target_scores(hidden, self._model.lm_head, batch["target_ids"])
+        return chunked_target_scores(hidden, weight, batch["target_ids"])
 
     def _hidden_and_head(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """Last hidden states, (targets, hidden_size), and the weight of the head if it may be used by itself."""
@@ -95,16 +99,18 @@ class FastBloom:
 
     def _run(self, block: nn.Module, hidden: Tensor, attend: Any, only: Tensor | None) -> Tensor:
         transformer = self._model.transformer
-        if getattr(transformer, "gradient_checkpointing", False) and transformer.training and not _recomputes(block):
-            recomputed: Tensor = checkpoint(block, hidden, attend=attend, only=only, use_reentrant=False)
-            return recomputed
-        output: Tensor = block(hidden, attend=attend, only=only)
+        recompute = getattr(transformer, "gradient_checkpointing", False) and transformer.training
+        recompute = recompute and not _recomputes(block)
+        output: Tensor = block(hidden, attend=attend, only=only, recompute=recompute)
         return output
 
 
 def _recomputes(block: nn.Module) -> bool:
-    """Whether a block recomputes its activations itself, as in transformers 5, where 4 does so around it."""
-    return hasattr(block, "gradient_checkpointing")
+    """Whether calling a block recomputes its activations, as in some releases of transformers 5.
+
+    Others do so around the block, or in the forward pass of its class, which that of :class:`FastBloom` replaces.
+    """
+    return type(block).__call__ is not nn.Module.__call__
 
 
 class AlibiBias:
@@ -150,7 +156,14 @@ def alibi_slopes(heads: int) -> Tensor:
 
 
 def _block_forward(
-    block: Any, stock: Any, hidden: Tensor, *args: Any, attend: Any = None, only: Tensor | None = None, **kwargs: Any
+    block: Any,
+    stock: Any,
+    hidden: Tensor,
+    *args: Any,
+    attend: Any = None,
+    only: Tensor | None = None,
+    recompute: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """A block's forward pass: over packed rows if it is told how they attend, else as Hugging Face has it.
 
@@ -161,10 +174,17 @@ def _block_forward(
         args: Of the stock pass.
         attend: Contexts of the attention module and its fused queries, keys and values.
         only: (targets,) tokens that go on after attention; all by default.
+        recompute: Whether the backward pass makes activations anew; hooks of the block stay outside and run once.
         kwargs: Of the stock pass.
     """
     if attend is None:
         return stock(hidden, *args, **kwargs)
+    if recompute:
+        return checkpoint(_packed_forward, block, hidden, attend, only, use_reentrant=False)
+    return _packed_forward(block, hidden, attend, only)
+
+
+def _packed_forward(block: Any, hidden: Tensor, attend: Any, only: Tensor | None) -> Tensor:
     attention, mlp, dropout = block.self_attention, block.mlp, partial(_dropout, block)
     normed = block.input_layernorm(hidden)
     residual = normed if block.apply_residual_connection_post_layernorm else hidden
@@ -175,7 +195,34 @@ def _block_forward(
     normed = block.post_attention_layernorm(hidden)
     residual = normed if block.apply_residual_connection_post_layernorm else hidden
     wide = F.gelu(mlp.dense_h_to_4h(normed), approximate="tanh")
-    return residual + dropout(mlp.dense_4h_to_h(wide))
+    output: Tensor = residual + dropout(mlp.dense_4h_to_h(wide))
+    return output
+
+
+def _attention_forward(
+    attention: Any, stock: Any, hidden: Tensor, residual: Tensor, alibi: Tensor, attention_mask: Any, **kwargs: Any
+) -> Any:
+    """Attention as generation calls it, with a cache of keys and values, in one kernel; the stock pass otherwise.
+
+    Args:
+        attention: Of a block.
+        stock: Its own forward pass.
+        hidden: (rows, length, hidden_size).
+        residual: Likewise, to add the result to.
+        alibi: (rows · heads, 1, positions) what ALiBi adds to the scores.
+        attention_mask: (rows, 1, length, positions) what causality and padding add.
+        kwargs: Of the stock pass.
+    """
+    cache = kwargs.get("layer_past")
+    if cache is None or attention.training or kwargs.get("output_attentions") or kwargs.get("head_mask") is not None:
+        return stock(hidden, residual, alibi=alibi, attention_mask=attention_mask, **kwargs)
+    query, key, value = attention._reshape(attention.query_key_value(hidden))
+    key, value = cache.update(key, value, attention.layer_idx)
+    bias = alibi.view(len(query), -1, 1, alibi.shape[-1])
+    if attention_mask is not None:
+        bias = bias + attention_mask[..., : key.shape[2]]
+    context = F.scaled_dot_product_attention(query, key, value, bias.to(query), scale=attention.inv_norm_factor)
+    return attention.dense(context.transpose(1, 2).flatten(2)) + residual, cache
 
 
 def _dropout(block: Any, hidden: Tensor) -> Tensor:

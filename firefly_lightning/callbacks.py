@@ -1,14 +1,11 @@
-"""Callbacks of every run: checkpoints, throughput, the loss curve, predictions."""
+"""Callbacks of every run that write what the next one reads: checkpoints and predictions."""
 
-import csv
-import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
 from firefly_lightning.checkpoint_io import AtomicCheckpointIO
 from firefly_lightning.predictions import Prediction, PredictionFile
@@ -109,44 +106,8 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
 
-class Throughput(Callback):
-    """Logs ``target_tokens_per_second``: learned tokens of a step, over all ranks, by the time since the last step."""
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock."""
-        self._since = time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Logs when the micro-batch was the last of its step."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or self._since is None:
-            return
-        now = time.perf_counter()
-        pl_module.log("target_tokens_per_second", batch["step_target_tokens"] / (now - self._since))
-        self._since = now
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock again: validation is not training time."""
-        self._since = time.perf_counter()
-
-
-class LossCurve(Callback):
-    """Draws ``loss.png`` beside the run's ``metrics.csv`` when training ends: training and validation loss by step."""
-
-    @rank_zero_only
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draws, if the run logs to CSV."""
-        for logger in trainer.loggers:
-            if isinstance(logger, CSVLogger):
-                draw_losses(read_losses(Path(logger.log_dir)), Path(logger.log_dir) / "loss.png")
-
-
 class PredictionWriter(Callback):
-    """Writes what ``predict`` generates into ``predictions.jsonl``, in the order of the rows' files.
+    """Writes what ``predict`` and ``test`` generate into ``predictions.jsonl``, in the order of the rows' files.
 
     It is beside the other files of the run, or under ``trainer.default_root_dir`` where there is no logger, and appears
     when it is complete. A dry run writes nothing.
@@ -158,9 +119,11 @@ class PredictionWriter(Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins this rank's part."""
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a helper of the trainer
-            folder = trainer.log_dir or trainer.default_root_dir  # rank 0 says which version_N it is
-            self._file = PredictionFile(Path(folder), trainer.global_rank)
+        self._begin(trainer)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins this rank's part."""
+        self._begin(trainer)
 
     def on_predict_batch_end(
         self,
@@ -175,8 +138,33 @@ class PredictionWriter(Callback):
         if self._file:
             self._file.write(outputs)
 
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Writes the answers of a micro-batch, if the module gives any."""
+        if self._file and isinstance(outputs, dict):
+            self._file.write(outputs.get("predictions", ()))
+
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Joins the parts of all ranks."""
+        self._end(trainer)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Joins the parts of all ranks."""
+        self._end(trainer)
+
+    def _begin(self, trainer: L.Trainer) -> None:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a helper of the trainer
+            folder = trainer.log_dir or trainer.default_root_dir  # rank 0 says which version_N it is
+            self._file = PredictionFile(Path(folder), trainer.global_rank)
+
+    def _end(self, trainer: L.Trainer) -> None:
         if not self._file:
             return
         self._file.close()
@@ -184,61 +172,3 @@ class PredictionWriter(Callback):
         if trainer.is_global_zero:
             self._file.join(trainer.world_size)
             rank_zero_info(f"Predictions are in {self._file.path}")
-
-
-Losses = dict[str, dict[int, float]]
-"""By name, ``train_loss`` and ``val_loss``: value by step."""
-
-
-def read_losses(log_dir: Path) -> Losses:
-    """Losses of a run from its ``metrics.csv``, and of the runs that it resumed, up to where it took over.
-
-    Args:
-        log_dir: A ``version_N``; what it resumed is looked for in the versions before it.
-    """
-    losses: Losses = {"train_loss": {}, "val_loss": {}}
-    version = int(log_dir.name.removeprefix("version_"))
-    while True:
-        earlier = _read_metrics(log_dir.with_name(f"version_{version}") / "metrics.csv")
-        first = min(losses["train_loss"], default=None)
-        for name, values in losses.items():
-            values.update({step: loss for step, loss in earlier[name].items() if first is None or step < first})
-        if version == 0 or not min(losses["train_loss"], default=0):
-            return losses
-        version -= 1
-
-
-def draw_losses(losses: Losses, path: Path) -> None:
-    """Draws losses by step as a PNG; the training loss also as a running mean, since steps of few rows vary much."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    steps, train = sorted(losses["train_loss"]), losses["train_loss"]
-    window = max(1, len(steps) // 50)
-    means = [
-        sum(train[step] for step in steps[max(0, index - window + 1) : index + 1]) / min(window, index + 1)
-        for index in range(len(steps))
-    ]
-    axes.plot(steps, [train[step] for step in steps], color="tab:blue", alpha=0.25, label="training")
-    axes.plot(steps, means, color="tab:blue", label=f"training, mean of {window} steps")
-    if validated := sorted(losses["val_loss"]):
-        axes.plot(
-            validated, [losses["val_loss"][step] for step in validated], "o-", color="tab:red", label="validation"
-        )
-    axes.set(xlabel="optimizer step", ylabel="loss per target token (nats)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
-def _read_metrics(path: Path) -> Losses:
-    losses: Losses = {"train_loss": {}, "val_loss": {}}
-    if not path.is_file():
-        return losses
-    with path.open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for name, values in losses.items():
-                if row.get(name):
-                    values[int(row["step"])] = float(row[name])
-    return losses

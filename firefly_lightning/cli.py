@@ -7,13 +7,13 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from firefly_lightning.callbacks import BestCheckpoint, LastCheckpoint, LossCurve, PredictionWriter, Throughput
+from firefly_lightning.callbacks import BestCheckpoint, LastCheckpoint, PredictionWriter
 from firefly_lightning.checkpoint import find_checkpoint
 from firefly_lightning.checkpoint_io import AtomicCheckpointIO
 from firefly_lightning.configuration import CONFIGURATION_KEY, differences, read_configuration
@@ -21,6 +21,10 @@ from firefly_lightning.data.datamodule import FireflyDataModule
 from firefly_lightning.errors import FireflyError, one_line_errors
 from firefly_lightning.module import FireflyModule
 from firefly_lightning.parsing import OneLineErrors
+from firefly_lightning.progress_bar import RunProgressBar
+from firefly_lightning.report import Report
+from firefly_lightning.samples import Samples
+from firefly_lightning.throughput import Throughput
 
 
 class _Parser(OneLineErrors, LightningArgumentParser):
@@ -48,7 +52,7 @@ class FireflyCLI(LightningCLI):
             # A run may be resumed into its own folder; its configuration is then written again.
             save_config_kwargs={"overwrite": True},
             save_config_callback=SavedConfiguration,
-            trainer_defaults={"log_every_n_steps": 1, "callbacks": [Throughput(), LossCurve(), PredictionWriter()]},
+            trainer_defaults={"log_every_n_steps": 1, "callbacks": [Report(), PredictionWriter()]},
             parser_class=_Parser,
             parser_kwargs={
                 "predict": {"description": "Answers every row of data.predict_files; writes predictions.jsonl."}
@@ -68,10 +72,12 @@ class FireflyCLI(LightningCLI):
         self.trainer.predict(return_predictions=False, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the two kinds of checkpoints, and gives the data the model's tokenizer."""
+        """Adds what a run measures, shows and saves, and gives the data the model's tokenizer."""
         parser.set_defaults(
             {"model": {"class_path": _path_of(FireflyModule)}, "data": {"class_path": _path_of(FireflyDataModule)}}
         )
+        parser.add_lightning_class_args(Throughput, "throughput")
+        parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.link_arguments("model.init_args.path", "data.init_args.tokenizer")
@@ -101,13 +107,16 @@ class FireflyCLI(LightningCLI):
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:
-        """Leaves out this project's checkpoints where the trainer is told to save none.
+        """Leaves out this project's checkpoints where the trainer is told to save none, and adds its progress bar.
 
         Raises:
             FireflyError: If arguments of the trainer do not go together.
         """
         if config["enable_checkpointing"] is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+        own = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
+        if config["enable_progress_bar"] is not False and not any(isinstance(one, ProgressBar) for one in own):
+            callbacks = [*callbacks, RunProgressBar()]
         try:
             return super()._instantiate_trainer(config, callbacks)
         except ValueError as error:  # what Lightning says of arguments that do not go together

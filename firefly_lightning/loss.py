@@ -1,6 +1,6 @@
 """The loss: cross-entropy on target tokens, and on nothing else."""
 
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,21 +11,36 @@ LOGIT_BYTES = 256 * 2**20
 """A chunk's logits take so much in float32, and the fused loss a few times that, whatever the vocabulary."""
 
 
-def target_cross_entropy(
-    hidden: Tensor, head: nn.Module, target_ids: Tensor, reduction: Literal["sum", "none"] = "sum"
-) -> Tensor:
-    """Negative log-likelihood of the targets, by calling the head as a module; what defines the fused one.
+class TargetScores(NamedTuple):
+    """How each target was predicted.
+
+    Attributes:
+        nlls: (targets,) negative log-likelihood, in nats, in float32.
+        hits: (targets,) whether no token is likelier.
+    """
+
+    nlls: Tensor
+    hits: Tensor
+
+
+def target_cross_entropy(hidden: Tensor, head: nn.Module, target_ids: Tensor) -> Tensor:
+    """Summed negative log-likelihood of the targets, by calling the head as a module; what defines the fused one.
 
     Args:
         hidden: (targets, hidden_size), the last hidden states where a target comes next.
         head: Maps hidden_size to vocabulary.
         target_ids: (targets,) the targets.
-        reduction: Their sum, or one by one.
 
     Returns:
-        A scalar in float32, 0 with zero gradients where there is no target; or (targets,).
+        A scalar in float32, 0 with zero gradients where there is no target.
     """
-    return F.cross_entropy(head(hidden).float(), target_ids, reduction=reduction)
+    return F.cross_entropy(head(hidden).float(), target_ids, reduction="sum")
+
+
+def target_scores(hidden: Tensor, head: nn.Module, target_ids: Tensor) -> TargetScores:
+    """The targets one by one, by calling the head as a module; arguments as above."""
+    logits = head(hidden).float()
+    return TargetScores(F.cross_entropy(logits, target_ids, reduction="none"), logits.argmax(-1) == target_ids)
 
 
 def embed_tied(weight: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,18 +72,24 @@ def fused_target_cross_entropy(hidden: Tensor, weight: Tensor, target_ids: Tenso
     return loss
 
 
-def chunked_target_nlls(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
-    """The same one by one, (targets,), without gradients and in as little memory."""
+def chunked_target_scores(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> TargetScores:
+    """:func:`target_scores` with a head that is a weight alone, without gradients and in as little memory."""
     dtype = _dtype(hidden)
     head, chunk = weight.to(dtype), _chunk(weight)
-    parts = zip(torch.split(hidden.to(dtype), chunk), torch.split(target_ids[:, None], chunk), strict=True)
-    return torch.cat([-_scores(part, head).gather(1, ids)[:, 0] for part, ids in parts])
+    nlls, hits = [], []
+    for part, ids in zip(torch.split(hidden.to(dtype), chunk), torch.split(target_ids, chunk), strict=True):
+        scores = _scores(part, head)
+        nlls.append(-scores.gather(1, ids[:, None])[:, 0])
+        hits.append(scores.argmax(-1) == ids)
+        del scores  # or it would be there beside those of the next chunk
+    return TargetScores(torch.cat(nlls), torch.cat(hits))
 
 
 def _dtype(hidden: Tensor) -> torch.dtype:
     """In which products are computed."""
     device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    casts = torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts else hidden.dtype
 
 
 def _chunk(weight: Tensor) -> int:

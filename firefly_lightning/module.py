@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import BloomForCausalLM, GenerationConfig, get_cosine_schedule_with_warmup
 
 from firefly_lightning.bloom import FastBloom
-from firefly_lightning.data.batches import MicroBatch, PlannedBatches, data_parallel_share
+from firefly_lightning.data.batches import MicroBatch, PlannedBatches, closing_targets, data_parallel_share
 from firefly_lightning.data.prompt import PromptEncoder, prompt_format
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.generation import Decoding, change_decoding, default_decoding
@@ -33,16 +33,21 @@ from firefly_lightning.huggingface import (
     load_tokenizer,
     random_bloom,
 )
-from firefly_lightning.loss import target_cross_entropy
-from firefly_lightning.metrics import TargetLoss
+from firefly_lightning.loss import target_cross_entropy, target_scores
+from firefly_lightning.metrics import TargetMetrics
 from firefly_lightning.portable_whole import NAMES_KEY, accept_names, numbered_names
 from firefly_lightning.predictions import Prediction, predict
 from firefly_lightning.progress import fit_loop_state
+from firefly_lightning.scores import AnswerScores
 from firefly_lightning.settings import OptimizerSettings
 from firefly_lightning.strategies.hooks import StrategyHooks, check_accumulation, hooks_of
 
 NAMED_ROWS = 32
 """Rows that a message about a bad step names; the published batch sizes are 16 and 8."""
+
+
+ALL = "all"
+"""What rows are called whose kinds are not known."""
 
 
 class FireflyModule(L.LightningModule):
@@ -61,7 +66,7 @@ class FireflyModule(L.LightningModule):
         from_scratch: Begin with random weights of the folder's ``config.json``, not with its weights.
         optimizer: Replaces AdamW; its own arguments hold, ``learning_rate`` is not used.
         lr_scheduler: Replaces warm-up and cosine; stepped once an optimizer step.
-        decoding: How ``predict`` answers, where it differs from the model's own generation config, such as
+        decoding: How ``test`` and ``predict`` answer, where it differs from the model's own generation config, such as
             ``{max_new_tokens: 100, do_sample: false}``.
     """
 
@@ -90,8 +95,9 @@ class FireflyModule(L.LightningModule):
         self.decoding = decoding or Decoding()
         self.model: BloomForCausalLM = None  # until configure_model, where Lightning wants it to be built
         self._fast: FastBloom | None = None
-        self.evaluation_loss: TargetLoss | None = None  # until an evaluation says of which kinds
-        self._knows_kinds = False
+        self.target_metrics: TargetMetrics | None = None  # until an evaluation says of which kinds
+        self._answer_scores = AnswerScores([])
+        self._kinds: list[str] | None = None
         self._micro_losses: list[Tensor] = []
         self._step, self._step_loss = 0, 0.0
         self._description: dict[str, Any] | None = None
@@ -106,8 +112,7 @@ class FireflyModule(L.LightningModule):
         """
         self._hooks.check_model(load_config(self.path))
         change_decoding(GenerationConfig(**PUBLISHED_DECODING), self.decoding)
-        if stage == "predict":
-            self._encoder = PromptEncoder(*self._tokenizer_and_prompt())
+        self.encoder = PromptEncoder(*self._tokenizer_and_prompt())
         if stage == "fit":
             check_accumulation(self.trainer.strategy, self.trainer.accumulate_grad_batches)
             self._make_optimizer([Parameter(torch.zeros(1))])
@@ -144,20 +149,21 @@ class FireflyModule(L.LightningModule):
         return loss
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        """Adds a micro-batch to the mean over target tokens."""
+        """Adds a micro-batch to the metrics of target tokens."""
         self._evaluation_step(batch)
 
-    def test_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        """Adds a micro-batch to the mean over target tokens."""
+    def test_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, list[Prediction]]:
+        """Adds a micro-batch to the metrics, with answers to the first inputs of its rows if their kinds are known."""
         self._evaluation_step(batch)
+        if self._kinds is None:
+            return {"predictions": []}
+        predictions = self._answers(batch, self._kinds)
+        self._answer_scores.update(predictions)
+        return {"predictions": predictions}
 
     def predict_step(self, batch: MicroBatch, batch_idx: int) -> list[Prediction]:
         """Answers to the first input of every row; sampled ones depend on seed, micro-batch and rank alone."""
-        loader: Any = self.trainer.predict_dataloaders
-        config = change_decoding(default_decoding(self.model), self.decoding)
-        in_step = self._hooks.generates_in_step and self.trainer.world_size > 1
-        seed = self._seed(batch["step"])
-        return predict(self.model, self._encoder, batch, loader.dataset.rows.kinds, config, seed, in_step)
+        return self._answers(batch, _kinds_of(self.trainer.predict_dataloaders))
 
     def on_validation_epoch_start(self) -> None:
         """Begins to count."""
@@ -166,14 +172,17 @@ class FireflyModule(L.LightningModule):
     def on_test_epoch_start(self) -> None:
         """Begins to count."""
         self._begin_evaluation(self.trainer.test_dataloaders)
+        self._answer_scores = AnswerScores(self._kinds or [])
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``val_loss`` and ``val_perplexity``, over all target tokens, and ``val_perplexity/KIND``."""
+        """Logs ``val_loss``, and ``val_perplexity``, ``val_accuracy`` and ``val_eos_accuracy``, these by kind too."""
         self._log_evaluation("val")
 
     def on_test_epoch_end(self) -> None:
-        """Logs ``test_loss`` and ``test_perplexity``, over all target tokens, and ``test_perplexity/KIND``."""
+        """Logs the same as ``test_…``, and the scores of the answers by kind, such as ``test_bleu/Couplet``."""
         self._log_evaluation("test")
+        scores = self._answer_scores.compute(self.device)
+        self.log_dict({f"test_{name}": score for name, score in scores.items()})
 
     def on_fit_start(self) -> None:
         """Notes what is configured, and lets optimizers take states by name, before a checkpoint is loaded."""
@@ -275,28 +284,31 @@ class FireflyModule(L.LightningModule):
 
     def _evaluation_step(self, batch: MicroBatch) -> None:
         if self._fast is not None:
-            nlls = self._fast.target_nlls(batch)
+            scores = self._fast.target_scores(batch)
         else:
-            nlls = target_cross_entropy(
-                self._hidden_at_targets(batch), self.model.lm_head, batch["target_ids"], reduction="none"
-            )
-        assert self.evaluation_loss is not None
+            scores = target_scores(self._hidden_at_targets(batch), self.model.lm_head, batch["target_ids"])
+        assert self.target_metrics is not None
         rows = batch["target_positions"] // batch["input_ids"].shape[1]
-        kinds = batch["kinds"].index_select(0, rows) if self._knows_kinds else torch.zeros_like(rows)
-        self.evaluation_loss.update(nlls, kinds)
+        kinds = torch.zeros_like(rows) if self._kinds is None else batch["kinds"].index_select(0, rows)
+        self.target_metrics.update(scores, kinds, closing_targets(batch, self.encoder.eos_token_id))
 
     def _begin_evaluation(self, loader: Any) -> None:
         """Counts by kind where the rows are our own; of others, all are one."""
-        kinds = getattr(getattr(getattr(loader, "dataset", None), "rows", None), "kinds", None)
-        self._knows_kinds = kinds is not None
-        self.evaluation_loss = TargetLoss(kinds or ["all"]).to(self.device)
+        self._kinds = _kinds_of(loader)
+        self.target_metrics = TargetMetrics(self._kinds or [ALL]).to(self.device)
 
     def _log_evaluation(self, stage: str) -> None:
-        assert self.evaluation_loss is not None
-        losses = self.evaluation_loss.compute()
-        overall = losses.pop(None)
-        self.log_dict({f"{stage}_loss": overall, f"{stage}_perplexity": overall.exp()}, prog_bar=True)
-        self.log_dict({f"{stage}_perplexity/{kind}": loss.exp() for kind, loss in losses.items()})
+        assert self.target_metrics is not None
+        metrics = self.target_metrics.compute()
+        shown = {f"{stage}_{name}": metrics.pop(name) for name in ("loss", "perplexity") if name in metrics}
+        self.log_dict(shown, prog_bar=True)
+        self.log_dict({f"{stage}_{name}": value for name, value in metrics.items()})
+
+    def _answers(self, batch: MicroBatch, kinds: list[str] | None) -> list[Prediction]:
+        config = change_decoding(default_decoding(self.model), self.decoding)
+        in_step = self._hooks.generates_in_step and self.trainer.world_size > 1
+        seed = self._seed(batch["step"])
+        return predict(self.model, self.encoder, batch, kinds or [ALL], config, seed, in_step)
 
     @property
     def _hooks(self) -> StrategyHooks:
@@ -355,3 +367,8 @@ class FireflyModule(L.LightningModule):
             f"step {self._step}: loss {self._step_loss}, gradient norm {grad_norm}; the weights are {weights}. "
             f"Look at its rows, or lower the learning rate. Rows: {shown or 'not known'}"
         )
+
+
+def _kinds_of(loader: Any) -> list[str] | None:
+    """Names of the kinds of its rows, where these are our own."""
+    return getattr(getattr(getattr(loader, "dataset", None), "rows", None), "kinds", None)

@@ -1,7 +1,7 @@
 """A checkpoint as Lightning keeps it in one process, all of a model in one dictionary, to and from a portable one."""
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,28 +108,31 @@ def accept_names(module: nn.Module, optimizer: Optimizer) -> None:
             return None
         own, saved = optimizer.state_dict(), state[BY_NAME]
         names = numbered_names(module, optimizer)
-        for values in saved.values():
-            check_states(optimizer, [key for key, value in values.items() if not is_scalar(value)])
+        check_states(
+            optimizer, ([k for k, value in values.items() if not is_scalar(value)] for values in saved.values())
+        )
         return own | {"state": {number: saved[name] for number, name in enumerate(names) if name in saved}}
 
     optimizer.register_load_state_dict_pre_hook(numbered)
 
 
-def check_states(optimizer: Optimizer, saved: Collection[str]) -> None:
+def check_states(optimizer: Optimizer, saved: Iterable[Collection[str]]) -> None:
     """Refuses the states of another kind of optimizer, with which this one could not step.
 
     Args:
         optimizer: That is to go on.
-        saved: Keys of the tensors that were saved of a parameter; none of one that was not trained.
+        saved: Keys of the tensors that were saved of each parameter; none of one that was not trained.
 
     Raises:
         FireflyError: If they are not what it keeps.
     """
-    kept = _kept_states(optimizer)
-    if saved and kept is not None and set(saved) != kept:
-        name, has = type(optimizer).__name__, ", ".join(sorted(kept)) or "nothing"
+    sets = {frozenset(keys) for keys in saved if keys}
+    kept = _kept_states(optimizer) if sets else None
+    other = next((keys for keys in sets if kept is not None and keys != kept), None)
+    if other is not None:
+        name, has = type(optimizer).__name__, ", ".join(sorted(kept or ())) or "nothing"
         raise FireflyError(
-            f"the checkpoint's optimizer keeps {', '.join(sorted(saved))} of every weight, {name} keeps {has}; "
+            f"the checkpoint's optimizer keeps {', '.join(sorted(other))} of every weight, {name} keeps {has}; "
             "resume with the optimizer that it was saved with"
         )
 

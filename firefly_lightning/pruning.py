@@ -35,8 +35,8 @@ from firefly_lightning.pruning_weights import (
     Checkpoint,
     count_parameters,
     open_checkpoint,
-    write_checkpoint,
 )
+from firefly_lightning.pruning_writer import CheckpointWriter
 
 
 def prune(
@@ -77,16 +77,17 @@ def prune(
     # Before the minutes that a large model takes.
     if verify and next(read_texts(verify), None) is None:
         raise FireflyError(f"{verify}: has no text to verify with; give a file with a text a line")
-    large = _load_large(Path(model))
-    write_tokenizer = _plan_tokenizer(large.tokenizer, corpus, tokenizer, min_count, keep)
-    with new_folder(Path(out)) as folder:
-        write_tokenizer(folder)
+    config, tensors = _open_large(Path(model))
+    with new_folder(Path(out)) as folder, CheckpointWriter(tensors, folder) as weights:
+        large = _load_large(Path(model), config, tensors)
+        _plan_tokenizer(large, corpus, tokenizer, min_count, keep)(folder)
         small = load_bpe_tokenizer(folder)
-        rows = _vocabulary_rows(large.tokenizer, small, pad_multiple)
-        write_checkpoint(large.tensors, rows, folder)
+        small_ids = token_ids(small)
+        rows = _vocabulary_rows(large.ids, small_ids, pad_multiple)
+        weights.finish(rows)
         _write_configs(large, small, len(rows), folder)
         verification = verify_pruning(large.tokenizer, folder, rows, verify) if verify else None
-        report = _report(large, small, len(rows))
+        report = _report(large, len(small_ids), len(rows))
         if verification:
             report["verified"] = verification._asdict()
         report["seconds"] = round(time.perf_counter() - started, 2)
@@ -98,6 +99,7 @@ class _Large(NamedTuple):
     folder: Path
     config: dict[str, Any]
     tokenizer: PreTrainedTokenizerFast
+    ids: dict[str, int]
     tensors: Checkpoint
 
 
@@ -114,43 +116,50 @@ def _check_arguments(
             raise FireflyError(f"--{name}: {value} is less than 1; give 1 or more")
 
 
-def _load_large(folder: Path) -> _Large:
+def _open_large(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
     config = _read_json(folder / "config.json")
     if config.get("model_type") != "bloom":
         raise FireflyError(f"{folder}: its model_type is {config.get('model_type')!r}, not 'bloom'; use a Bloom model")
-    tokenizer = load_bpe_tokenizer(folder)
     tensors = open_checkpoint(folder, tied=config.get("tie_word_embeddings", True))
-    vocabulary, tokens = tensors[EMBEDDING].shape[0], max(token_ids(tokenizer).values()) + 1
+    vocabulary = tensors[EMBEDDING].shape[0]
     if config.get("vocab_size", vocabulary) != vocabulary:
         raise FireflyError(
             f"{folder}: config.json says vocab_size is {config['vocab_size']:,}, the weights have {vocabulary:,} rows; "
             "download both again"
         )
+    return config, tensors
+
+
+def _load_large(folder: Path, config: dict[str, Any], tensors: Checkpoint) -> _Large:
+    tokenizer = load_bpe_tokenizer(folder)
+    ids = token_ids(tokenizer)
+    vocabulary, tokens = tensors[EMBEDDING].shape[0], max(ids.values()) + 1
     if tokens > vocabulary:
         raise FireflyError(
             f"{folder}: the tokenizer has {tokens:,} tokens, the model's vocabulary only {vocabulary:,}; "
             "use the tokenizer that belongs to the model"
         )
-    return _Large(folder, config, tokenizer, tensors)
+    return _Large(folder, config, tokenizer, ids, tensors)
 
 
 def _plan_tokenizer(
-    large: PreTrainedTokenizerFast, corpus: list[str] | None, tokenizer: str | None, min_count: int, keep: str | None
+    large: _Large, corpus: list[str] | None, tokenizer: str | None, min_count: int, keep: str | None
 ) -> Callable[[Path], None]:
     """Does all that can fail on the user's side, and leaves the writing."""
     if tokenizer:
         small = load_bpe_tokenizer(Path(tokenizer))
-        check_ready_made(small, large)
+        check_ready_made(small, large.ids, large.folder)
         return partial(copy_tokenizer, small)
-    used = set((count_tokens(large, corpus or []) >= min_count).nonzero()[0].tolist())
+    used = set((count_tokens(large.tokenizer, corpus or []) >= min_count).nonzero()[0].tolist())
     if keep:
-        used.update(number for _, texts in encode_stream(large, read_texts(keep)) for ids in texts for number in ids)
-    return partial(write_pruned_tokenizer, large, select_tokens(large, used))
+        used.update(
+            number for _, texts in encode_stream(large.tokenizer, read_texts(keep)) for ids in texts for number in ids
+        )
+    return partial(write_pruned_tokenizer, large.tokenizer, select_tokens(large.tokenizer, used))
 
 
-def _vocabulary_rows(large: PreTrainedTokenizerFast, small: PreTrainedTokenizerFast, pad_multiple: int) -> Tensor:
+def _vocabulary_rows(large_ids: dict[str, int], small_ids: dict[str, int], pad_multiple: int) -> Tensor:
     """Row of the large vocabulary for each row of the new; rows without a token are as unlikely as padding."""
-    large_ids, small_ids = token_ids(large), token_ids(small)
     tokens = max(small_ids.values()) + 1
     rows = torch.full((tokens + -tokens % pad_multiple,), large_ids[SPECIAL_TOKENS["pad_token"]])
     for token, number in small_ids.items():
@@ -173,10 +182,10 @@ def _write_configs(large: _Large, small: PreTrainedTokenizerFast, vocabulary: in
         _write_json({**generation, **known}, out / "generation_config.json")
 
 
-def _report(large: _Large, small: PreTrainedTokenizerFast, vocabulary: int) -> dict[str, Any]:
+def _report(large: _Large, tokens: int, vocabulary: int) -> dict[str, Any]:
     before = large.tensors[EMBEDDING].shape[0]
     return {
-        "tokens": _change(len(token_ids(large.tokenizer)), len(token_ids(small))),
+        "tokens": _change(len(large.ids), tokens),
         "vocabulary": _change(before, vocabulary),
         "parameters": _change(count_parameters(large.tensors, before), count_parameters(large.tensors, vocabulary)),
     }

@@ -3,13 +3,14 @@
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -39,9 +40,9 @@ def load_bpe_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     if not file.is_file():
         raise FireflyError(f"{folder}: has no tokenizer.json; download it, or save the tokenizer as a fast one")
     tokenizer = load_tokenizer(str(folder))
-    model = tokenizer_spec(tokenizer)["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        kind = model.get("type")
+    model = tokenizer.backend_tokenizer.model
+    if not isinstance(model, BPE) or model.byte_fallback:
+        kind = type(model).__name__
         raise FireflyError(f"{file}: is no byte-level BPE tokenizer ({kind}); use the tokenizer of a Bloom")
     check_special_tokens(tokenizer)
     return tokenizer
@@ -140,18 +141,23 @@ def select_tokens(tokenizer: PreTrainedTokenizerFast, used: Iterable[int]) -> li
     return [*first, *sorted(kept - first.keys(), key=ids.__getitem__)]
 
 
-def check_ready_made(small: PreTrainedTokenizerFast, large: PreTrainedTokenizerFast) -> None:
+def check_ready_made(small: PreTrainedTokenizerFast, known: Mapping[str, int], folder: Path) -> None:
     """Checks that the large tokenizer has every token of the small one.
+
+    Args:
+        small: The small one.
+        known: Tokens of the large one.
+        folder: Where it came from, for the message.
 
     Raises:
         FireflyError: If it has not, so that there are no weights for some tokens; with the first ten.
     """
-    ids, known = token_ids(small), token_ids(large)
+    ids = token_ids(small)
     missing = sorted(ids.keys() - known.keys(), key=ids.__getitem__)
     if missing:
         named = ", ".join(map(repr, missing[:10])) + (", …" if len(missing) > 10 else "")
         raise FireflyError(
-            f"{small.name_or_path}: {len(missing):,} of its tokens are not in {large.name_or_path} ({named}); "
+            f"{small.name_or_path}: {len(missing):,} of its tokens are not in {folder} ({named}); "
             "use a tokenizer pruned from that model's"
         )
 

@@ -1,29 +1,26 @@
-"""Bloom's weights streamed from file to file, with rows of the vocabulary gathered on the way.
+"""Bloom's weights where they lie: which files hold which tensors, and where in them.
 
-One tensor is in memory at a time, and the file it came from is mapped anew for every tensor: the pages of a mapped file
-count as memory of the process until it is unmapped.
+Files are not mapped to be read: their pages would count as memory of the process.
 """
 
 import json
 import math
 import pickle
-from collections.abc import Iterator
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
+from firefly_lightning.direct_io import FileRange
 from firefly_lightning.errors import FireflyError
 
 EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
-
-SHARD_BYTES = 5_000_000_000
-"""Most bytes of tensors in one file of several, as `transformers` 4 cuts them."""
-
-_CHUNK_ROWS = 4096
 
 _DTYPES = {
     "F64": torch.float64,
@@ -43,13 +40,13 @@ class StoredTensor(NamedTuple):
 
     Attributes:
         file: The file.
-        key: Its name there.
+        start: Where in the file its bytes begin; they lie there row by row.
         dtype: As `safetensors` calls it.
         shape: Its shape.
     """
 
     file: Path
-    key: str
+    start: int
     dtype: str
     shape: tuple[int, ...]
 
@@ -62,13 +59,10 @@ class StoredTensor(NamedTuple):
         """Elements."""
         return math.prod(self.shape)
 
-    def read(self) -> Tensor:
-        """The tensor, on a mapping that goes when it goes."""
-        if self.file.suffix != ".safetensors":
-            return _load_bin(self.file)[self.key]
-        with safe_open(self.file, "pt") as file:
-            tensor: Tensor = file.get_tensor(self.key)
-            return tensor
+    @property
+    def range(self) -> FileRange:
+        """Its bytes."""
+        return FileRange(self.file, self.start, self.numel() * self.itemsize)
 
 
 Checkpoint = dict[str, StoredTensor]
@@ -87,9 +81,8 @@ def open_checkpoint(folder: Path, tied: bool) -> Checkpoint:
     """
     tensors = {}
     for file in _weight_files(folder):
-        for stored in _list_tensors(file):
-            name = stored.key if stored.key == HEAD else f"transformer.{stored.key.removeprefix('transformer.')}"
-            tensors[name] = stored
+        for key, stored in _list_tensors(file):
+            tensors[key if key == HEAD else f"transformer.{key.removeprefix('transformer.')}"] = stored
     if EMBEDDING not in tensors:
         raise FireflyError(f"{folder}: its weights hold no word_embeddings.weight; use a complete Bloom checkpoint")
     if HEAD not in tensors and not tied:
@@ -103,25 +96,12 @@ def open_checkpoint(folder: Path, tied: bool) -> Checkpoint:
 
 def count_parameters(tensors: Checkpoint, vocabulary: int) -> int:
     """Unique parameters of the model when its vocabulary has that many rows."""
-    return sum(math.prod(_new_shape(name, stored, vocabulary)) for name, stored in tensors.items())
+    return sum(math.prod(pruned_shape(name, stored, vocabulary)) for name, stored in tensors.items())
 
 
-def write_checkpoint(tensors: Checkpoint, rows: Tensor, out: Path) -> None:
-    """Writes the weights as `safetensors`, in several files and an index if they are many.
-
-    Args:
-        tensors: The large model's.
-        rows: Row of the large vocabulary for each row of the new; ``(vocabulary,)``.
-        out: Folder to write into.
-    """
-    shards = _split(tensors, len(rows))
-    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else ["model.safetensors"]
-    with tqdm(desc="writing weights", total=len(tensors), unit=" tensors", delay=2) as progress:
-        for name, shard in zip(names, shards, strict=True):
-            _write_shard(shard, rows, out / name, progress)
-    if len(shards) > 1:
-        _write_index(dict(zip(names, shards, strict=True)), len(rows), out)
+def pruned_shape(name: str, stored: StoredTensor, vocabulary: int) -> tuple[int, ...]:
+    """Shape of a tensor when the model's vocabulary has that many rows."""
+    return (vocabulary, *stored.shape[1:]) if name in (EMBEDDING, HEAD) else stored.shape
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -145,19 +125,51 @@ def _indexed(index: Path) -> list[str]:
     return names
 
 
-def _list_tensors(file: Path) -> Iterator[StoredTensor]:
+def _list_tensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
     if file.suffix != ".safetensors":
-        for key, tensor in _load_bin(file).items():
-            yield StoredTensor(file, key, _known(_DTYPE_NAMES.get(tensor.dtype), file, key), tuple(tensor.shape))
+        yield from _list_bin(file)
         return
     try:
-        with safe_open(file, "pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 - not a mapping
-                part = opened.get_slice(key)
-                dtype = part.get_dtype() if part.get_dtype() in _DTYPES else None
-                yield StoredTensor(file, key, _known(dtype, file, key), tuple(part.get_shape()))
+        with safe_open(file, "pt"):  # checks the sizes that the header gives
+            pass
     except SafetensorError as error:
         raise FireflyError(f"{file}: is no complete safetensors file ({error}); download it again") from error
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    for key, entry in header.items():
+        if key != "__metadata__":
+            dtype = _known(entry["dtype"] if entry["dtype"] in _DTYPES else None, file, key)
+            yield key, StoredTensor(file, 8 + size + entry["data_offsets"][0], dtype, tuple(entry["shape"]))
+
+
+def _list_bin(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+    try:
+        tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise FireflyError(f"{file}: is no complete PyTorch checkpoint ({reason}); download it again") from error
+    base = _mapped_at(file, tensors)
+    for key, tensor in tensors.items():
+        dtype = _known(_DTYPE_NAMES.get(tensor.dtype), file, key)
+        if not tensor.is_contiguous():
+            raise FireflyError(f"{file}: {key} is a view whose rows are not one after another; save it contiguous")
+        yield key, StoredTensor(file, tensor.data_ptr() - base, dtype, tuple(tensor.shape))
+
+
+def _mapped_at(file: Path, tensors: Mapping[str, Tensor]) -> int:
+    """Address in memory of a mapped file's first byte: its tensors are parts of an archive that is not compressed."""
+    starts = []
+    with zipfile.ZipFile(file) as archive, file.open("rb") as opened:
+        for entry in archive.infolist():
+            if "/data/" in entry.filename:
+                opened.seek(entry.header_offset + 26)  # of the two lengths that end an entry's own header of 30 bytes
+                starts.append(entry.header_offset + 30 + sum(struct.unpack("<HH", opened.read(4))))
+    addresses = sorted({tensor.untyped_storage().data_ptr() for tensor in tensors.values()})
+    base: int = addresses[0] - min(starts)
+    if [address - base for address in addresses] != sorted(starts):
+        raise FireflyError(f"{file}: holds more than the tensors of a model; save its state_dict alone")
+    return base
 
 
 def _known(dtype: str | None, file: Path, key: str) -> str:
@@ -166,75 +178,7 @@ def _known(dtype: str | None, file: Path, key: str) -> str:
     return dtype
 
 
-def _load_bin(file: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise FireflyError(f"{file}: is no complete PyTorch checkpoint ({reason}); download it again") from error
-    return tensors
-
-
 def _same(one: StoredTensor, other: StoredTensor) -> bool:
-    return one[2:] == other[2:] and torch.equal(one.read(), other.read())
-
-
-def _new_shape(name: str, stored: StoredTensor, vocabulary: int) -> tuple[int, ...]:
-    return (vocabulary, *stored.shape[1:]) if name in (EMBEDDING, HEAD) else stored.shape
-
-
-def _size(name: str, stored: StoredTensor, vocabulary: int) -> int:
-    return math.prod(_new_shape(name, stored, vocabulary)) * stored.itemsize
-
-
-def _split(tensors: Checkpoint, vocabulary: int) -> list[Checkpoint]:
-    # Widest types first: every tensor then begins at a multiple of its element size, which readers that map need.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
-    shards: list[Checkpoint] = [{}]
-    filled = 0
-    for name, stored in ordered:
-        size = _size(name, stored, vocabulary)
-        if shards[-1] and filled + size > SHARD_BYTES:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = stored
-        filled += size
-    return shards
-
-
-def _write_shard(shard: Checkpoint, rows: Tensor, file: Path, progress: tqdm) -> None:
-    with file.open("wb") as stream:
-        stream.write(_header(shard, len(rows)))
-        for name, stored in shard.items():
-            for piece in _pieces(stored.read(), rows if name in (EMBEDDING, HEAD) else None):
-                stream.write(piece.reshape(-1).view(torch.uint8).numpy().data)
-            progress.update()
-
-
-def _header(shard: Checkpoint, vocabulary: int) -> bytes:
-    """Opens a file: 8 bytes of length, then JSON (https://huggingface.co/docs/safetensors/index#format)."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for name, stored in shard.items():
-        end = begin + _size(name, stored, vocabulary)
-        shape = _new_shape(name, stored, vocabulary)
-        header[name] = {"dtype": stored.dtype, "shape": shape, "data_offsets": (begin, end)}
-        begin = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _pieces(tensor: Tensor, rows: Tensor | None) -> Iterator[Tensor]:
-    if rows is None:
-        yield tensor
-    else:
-        yield from (tensor[part] for part in torch.split(rows, _CHUNK_ROWS))
-
-
-def _write_index(shards: dict[str, Checkpoint], vocabulary: int, out: Path) -> None:
-    total = sum(_size(name, stored, vocabulary) for shard in shards.values() for name, stored in shard.items())
-    weight_map = {name: file for file, shard in shards.items() for name in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    text = json.dumps(index, indent=2)
-    (out / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
+    if one[2:] != other[2:]:
+        return False
+    return all(np.array_equal(*pair) for pair in zip(one.range.pieces(), other.range.pieces(), strict=True))

@@ -6,11 +6,14 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import BloomForCausalLM
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
+from firefly_lightning import FireflyModule, loss
 from firefly_lightning import bloom as fast
-from firefly_lightning import loss
 from firefly_lightning.bloom import AlibiBias, FastBloom, alibi_slopes
 from firefly_lightning.data.batches import collate
 from firefly_lightning.data.tokenized import TokenizedRow
@@ -69,6 +72,23 @@ def test_loss_and_gradients_are_those_of_stock_bloom(rows, dtype, tolerance, sto
         for name, grad in grads.items():
             apart = float((found_grads[name].float() - grad).norm() / grad.norm())
             assert apart <= tolerance * (3 if dtype == torch.bfloat16 else 1), (name, apart)
+
+
+def test_recomputing_keeps_nothing_of_a_block_but_its_input(stock, batches):
+    """In no release of transformers: each recomputes at another place, and the losses are the same without."""
+    hidden, shapes = stock.config.hidden_size, {}
+    for recompute in (False, True):
+        model = copy.deepcopy(stock)
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        kept = shapes[recompute] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor, to=kept: to.append(tensor) or tensor, lambda t: t):
+            FastBloom(model).target_loss(as_batch(batches["right-padded"]))
+        shapes[recompute] = {tuple(tensor.shape) for tensor in kept if tensor.dim() == 2}
+    tokens = sum(len(ids) for ids, _ in batches["right-padded"])
+    assert (tokens, 4 * hidden) in shapes[False]
+    assert (tokens, 4 * hidden) not in shapes[True]
+    assert (tokens, hidden) in shapes[True]
 
 
 def test_a_head_of_its_own(stock, batches):
@@ -138,7 +158,33 @@ def test_stock_calls_still_work(stock):
     with torch.no_grad():
         expected = model(ids).logits
         FastBloom(model)
-        assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(model(ids, use_cache=False).logits, expected)
+        assert torch.equal(model(ids, output_attentions=True).logits, expected)
+        assert torch.allclose(model(ids).logits, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generation_with_a_cache_gives_the_scores_of_stock_bloom(stock, batches, dtype):
+    """Greedy, padded on the left, so that every token's scores depend on those before."""
+    prompts = [ids[: 4 + 3 * index] for index, (ids, _) in enumerate(batches["right-padded"])]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[3] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    options = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    model = copy.deepcopy(stock).eval().to(dtype)
+    expected = model.generate(ids, attention_mask=mask, **options)
+    FastBloom(model)
+    kernel, calls = F.scaled_dot_product_attention, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast.F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or kernel(*a, **k))
+        found = model.generate(ids, attention_mask=mask, **options)
+    assert len(calls) == 12 * 2, "once for each token in both blocks"
+    if dtype == torch.float32:
+        assert torch.equal(found.sequences, expected.sequences)
+        assert torch.allclose(torch.stack(found.logits), torch.stack(expected.logits), atol=1e-5)
+    else:  # a token that is as likely as another may differ, and all after it
+        assert torch.allclose(found.logits[0], expected.logits[0], atol=2e-2)
 
 
 def test_dropout_is_applied(stock, batches):
@@ -177,3 +223,40 @@ def test_little_memory_whatever_the_vocabulary():
         patch.setattr(loss.F, "log_softmax", measured)
         loss.fused_target_cross_entropy(hidden, weight, ids).backward()
     assert most <= 2.1 * loss.LOGIT_BYTES + 3 * weight.nbytes
+
+
+class Recorded(TorchDispatchMode):
+    """Names of the operations that compute something, all of which must run on the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        devices = {
+            value.device.type for value in tree_leaves((args, kwargs, result)) if isinstance(value, torch.Tensor)
+        }
+        assert devices <= {"meta"}, (func, devices)
+        if not func.is_view:
+            self.names.append(str(func))
+        return result
+
+
+def test_a_step_runs_where_there_are_no_values(model_folder, batches):
+    """On the meta device nothing can wait for a value or be tied to a processor; what runs is the same for any rows."""
+    module = FireflyModule(str(model_folder))
+    module.configure_model()
+    module.to("meta")
+    module.model.tie_weights()  # a move to the meta device makes new parameters
+    recorded = []
+    for rows in (batches["right-padded"], batches["right-padded"][:2], batches["one target beside others"]):
+        batch = as_batch(rows) | {"step_micro_batches": 1, "step_target_tokens": 9}
+        batch = module.transfer_batch_to_device(batch, torch.device("meta"), 0)
+        module.training_step(batch, 0).backward()  # what is kept for all rows, such as the bias of ALiBi, is made once
+        with Recorded() as operations:
+            module.training_step(batch, 0).backward()
+        recorded.append(operations.names)
+    assert recorded[0] == recorded[1] == recorded[2]
+    assert len(recorded[0]) > 50
+    assert not [name for name in recorded[0] if "nonzero" in name or "_local_scalar_dense" in name]

@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from firefly_lightning.callbacks import draw_losses, read_losses
 from firefly_lightning.parsing import explain
+from firefly_lightning.run_figures import draw_losses, read_metrics
 from tests.conftest import write_rows
 from tests.helpers import ROOT, fit, logged, one_line, run
 
@@ -27,7 +27,7 @@ def trained(tmp_path_factory, model_folder, rows_file):
 def test_a_run_leaves_figures_curve_configuration_and_checkpoints(trained):
     version = trained / "lightning_logs" / "version_0"
     assert sorted(logged(trained)) == [0, 1, 2]
-    for name in ("lr", "grad_norm", "target_tokens_per_second"):
+    for name in ("lr", "grad_norm", "target_tokens_per_second", "data_wait"):
         assert len(logged(trained, name)) == 3, name
     assert len(logged(trained, "val_loss")) == len(logged(trained, "val_perplexity")) == 1
     assert (version / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -282,7 +282,7 @@ def test_losses_of_a_resumed_run_are_joined(tmp_path):
     ):
         (tmp_path / f"version_{version}").mkdir()
         (tmp_path / f"version_{version}" / "metrics.csv").write_text(header + lines)
-    losses = read_losses(tmp_path / "version_2")
+    losses = read_metrics(tmp_path / "version_2")
     assert losses == {"train_loss": {0: 5, 1: 4, 2: 1, 3: 0.5}, "val_loss": {1: 6, 3: 0.25}}
     draw_losses(losses, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 5000

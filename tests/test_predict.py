@@ -9,7 +9,7 @@ import pytest
 from firefly_lightning import FireflyDataModule, FireflyModule
 from firefly_lightning.data.batches import collate, first_turns
 from firefly_lightning.data.prompt import PRESETS, PromptEncoder
-from firefly_lightning.data.tokenized import TokenizedRow, cut_row
+from firefly_lightning.data.tokenized import TokenizedRow
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import load_tokenizer
 from firefly_lightning.predictions import PredictionFile
@@ -179,7 +179,7 @@ def test_first_turns_of_whole_and_cut_rows(tokenizer, preset):
     assert [encoder.decode_turn(*ids) for ids in found] == [row[0] for row in turns]
     assert [prompt for prompt, _ in found] == [encoder.encode_question([], row[0][0]) for row in turns]
     prompt, target = found[0]
-    shorter = cut_row(whole[0], len(prompt) + len(target) - 2, "truncate", 1)
+    shorter = (part[: len(prompt) + len(target) - 2] for part in whole[0])
     cut = first_turns(collate([TokenizedRow(*map(as_array, shorter))], encoder.pad_token_id))
     assert encoder.decode_turn(*cut[0]) == ("你好</s>", "世界 <s")
     assert first_turns(collate([], encoder.pad_token_id)) == []

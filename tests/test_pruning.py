@@ -12,6 +12,7 @@ from firefly_lightning import pruning
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.pruning import prune
 from firefly_lightning.pruning_weights import StoredTensor, count_parameters
+from firefly_lightning.pruning_writer import CheckpointWriter
 from tests.pruning_fixtures import EMBEDDING, VOCABULARY, idioms, large_bloom, reviews, small_bloom, weights, write
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
@@ -201,8 +202,8 @@ def test_verification_finds_lost_merges(model, pruned, tmp_path):
 
 
 def test_verification_finds_wrong_rows(model, corpus, tmp_path, monkeypatch):
-    write_checkpoint = pruning.write_checkpoint
-    monkeypatch.setattr(pruning, "write_checkpoint", lambda t, rows, out: write_checkpoint(t, rows.roll(1), out))
+    finish = CheckpointWriter.finish
+    monkeypatch.setattr(CheckpointWriter, "finish", lambda self, rows: finish(self, rows.roll(1)))
     with pytest.raises(FireflyError, match="not lossless: logits differ by"):
         prune(str(model), str(tmp_path / "out"), corpus, verify=corpus[0])
     assert not list(tmp_path.iterdir())

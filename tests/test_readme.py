@@ -29,6 +29,7 @@ NOT_HERE = ("pip install ", "bin/demo", "bin/test")
 """Commands that need a network and minutes: .ci/run runs the two scripts, and both install the package."""
 
 SHORT = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+SHORT += ["--model.decoding.max_new_tokens", "8"]
 
 
 class Block(NamedTuple):
@@ -125,7 +126,11 @@ def test_flags_of_building_that_the_readme_names_are_understood():
 def test_keys_that_the_readme_names_exist():
     text = ENGLISH.read_text("utf-8")
     defaults = yaml.safe_load(run("firefly-fit", "fit", "--model.path", "x", "--print_config").stdout)
-    keys = set(re.findall(r"`((?:model|data|trainer|checkpoint|best_checkpoint)\.(?!py`|json`|ckpt`)\w+)`", text))
+    keys = set(
+        re.findall(
+            r"`((?:model|data|trainer|checkpoint|best_checkpoint|throughput|samples)\.(?!py`|json`|ckpt`)\w+)`", text
+        )
+    )
     assert len(keys) >= 20
     for key in keys:
         group, name = key.split(".")
@@ -280,17 +285,30 @@ def check_run(name: str, steps: range, version: int = 0, **columns: int):
     def check(box: Path, out: str) -> None:
         root = box / "runs" / name
         assert sorted(logged(root, version=version)) == list(steps)
-        for column in ("lr", "grad_norm", "target_tokens_per_second", "epoch"):
+        for column in ("lr", "grad_norm", "target_tokens_per_second", "data_wait", "memory_gb", "mfu", "epoch"):
             assert logged(root, column, version).keys() >= set(steps), column
-        for column, count in {"val_loss": 1, "val_perplexity": 1, **columns}.items():
+        for column, count in {
+            "val_loss": 1,
+            "val_perplexity": 1,
+            "val_accuracy": 1,
+            "val_eos_accuracy": 1,
+            **columns,
+        }.items():
             assert len(logged(root, column, version)) == count, column
         folder = root / "lightning_logs" / f"version_{version}"
-        assert {"config.yaml", "loss.png", "metrics.csv"} <= {file.name for file in folder.iterdir()}
+        assert {"config.yaml", "loss.png", "kinds.png", "report.md", "metrics.csv"} <= {
+            file.name for file in folder.iterdir()
+        }
         assert list(folder.glob("events.out.tfevents.*"))
         assert find_checkpoint(str(root / "checkpoints")).name == "last.ckpt"
         assert list((root / "checkpoints").glob("best-step=*-val_loss=*.ckpt"))
 
     return check
+
+
+def check_watched(box: Path, out: str) -> None:
+    check_run("watched", range(3))(box, out)
+    assert out.count("  今天下雨，出门要注意什么？\n    ") == 1
 
 
 def check_moved(name: str, steps: range):
@@ -300,18 +318,19 @@ def check_moved(name: str, steps: range):
     return check
 
 
-def check_evaluation(stage: str):
+def check_evaluation(stage: str, *scores: str):
     def check(box: Path, out: str) -> None:
         versions = sorted((box / "runs" / "first" / "lightning_logs").glob("version_*"))
-        for name in (f"{stage}_loss", f"{stage}_perplexity"):
+        for name in (f"{stage}_{metric}" for metric in ("loss", "perplexity", "accuracy", "eos_accuracy", *scores)):
             assert logged(box / "runs" / "first", name, len(versions) - 1), name
 
     return check
 
 
 def check_predictions(box: Path, out: str) -> None:
-    (written,) = (box / "runs" / "first" / "lightning_logs").glob("version_*/predictions.jsonl")
-    rows = [json.loads(line) for line in written.read_text("utf-8").splitlines()]
+    written = sorted((box / "runs" / "first" / "lightning_logs").glob("version_*/predictions.jsonl"))
+    assert len(written) == 2, "a test's, and these"
+    rows = [json.loads(line) for line in written[1].read_text("utf-8").splitlines()]
     assert [row["target"] for row in rows] == [
         row.turns[0][1] for row in read_rows(str(box / "data" / "reviews.jsonl"))
     ]
@@ -344,8 +363,25 @@ def check_counted(box: Path, out: str) -> None:
     assert {kind: of["rows"] for kind, of in kinds.items()} == {"all": 65, "SentimentAnalyze": 61, "Weather": 4}
 
 
+def check_planned(box: Path, out: str) -> None:
+    assert {path.name for path in (box / "plan").iterdir()} == {"plan.json", "memory.png"}
+    plan = json.loads((box / "plan" / "plan.json").read_text("utf-8"))
+    assert plan["epoch"]["rows"] == 66, "58 of 61 reviews are trained on, and four rows of weather twice"
+
+
+def check_measured(box: Path, out: str) -> None:
+    assert re.search(r"^ auto, 1 × 4 +\d+ +\d+ +[+-]\d+\.\d%", out, re.MULTILINE)
+
+
+def check_sizes(parameters: str):
+    def check(box: Path, out: str) -> None:
+        assert f"model: {parameters} parameters, bf16-mixed" in out
+
+    return check
+
+
 CHECKS = {
-    "firefly --help": check_help("prune", "build", "clean", "stats", "export", "chat"),
+    "firefly --help": check_help("prune", "build", "clean", "stats", "plan", "export", "chat"),
     "firefly prune --help": check_help("--corpus", "--tokenizer", "--min_count", "--keep", "--pad_multiple"),
     "firefly-fit fit --model.help": check_help("--model.path", "--model.learning_rate"),
     "firefly-fit fit --data.help": check_help("--data.train_files", "--data.too_long"),
@@ -354,11 +390,16 @@ CHECKS = {
     "firefly build .*Weather": check_rows("weather.jsonl", "Weather", 4),
     "firefly clean": check_cleaned,
     "firefly stats": check_counted,
+    "firefly plan --config train.yaml --out": check_planned,
+    "firefly plan --config train.yaml .*--measure": check_measured,
+    "firefly plan .*firefly-1b4.*--vocab_size": check_sizes("1,303,111,680"),
+    "firefly plan .*firefly-2b6.*--vocab_size": check_sizes("2,478,435,840"),
     "firefly prune .*--corpus": check_pruned("bloom-1b4-zh", verified=True),
     "firefly prune .*--tokenizer": check_pruned("bloom-small", verified=False),
     "firefly-fit fit --config train.yaml$": check_run("first", range(3)),
     "firefly-fit fit .*configs/firefly-1b4.yaml": check_run("firefly-1b4", range(3)),
     "firefly-fit fit .*ddp": check_run("two", range(3)),
+    "firefly-fit fit .*runs/watched$": check_watched,
     "firefly-fit fit .*zero2$": check_run("zero2", range(3)),
     "firefly-fit fit .*native_tp.yaml": check_run("native", range(3)),
     "firefly-fit fit .*gemini.yaml": check_run("gemini", range(3)),
@@ -369,7 +410,7 @@ CHECKS = {
     "firefly-fit fit .*runs/moved$": check_moved("moved", range(5, 7)),
     "firefly-fit fit .*runs/back$": check_moved("back", range(7, 9)),
     "firefly-fit validate": check_evaluation("val"),
-    "firefly-fit test": check_evaluation("test"),
+    "firefly-fit test": check_evaluation("test", "bleu/Weather", "chrf/Weather", "rouge_l/Weather"),
     "firefly export": check_exported,
     "firefly chat .*--prompt": check_answer,
     "firefly chat --model chat-model$": check_conversation,

@@ -1,5 +1,6 @@
 """Micro-batches: the tensors that a training step receives, and the order in which a rank receives them."""
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
 
@@ -121,7 +122,28 @@ class EpochSampler(DistributedSampler[int]):
 
 
 class PlanLoader(DataLoader[MicroBatch]):
-    """A loader that Lightning takes for resumable, as it is: the data module makes it begin at the right step."""
+    """A loader that Lightning takes for resumable, as it is: the data module makes it begin at the right step.
+
+    Attributes:
+        seconds_waited: How long those who iterate have waited for micro-batches, in all.
+    """
+
+    seconds_waited = 0.0
+
+    def __iter__(self) -> Any:
+        """Micro-batches, while the wait for each is timed; workers begin at once."""
+        return self._timed(super().__iter__())
+
+    def _timed(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self.seconds_waited += time.perf_counter() - start
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing; see :meth:`FireflyDataModule.state_dict`."""
@@ -151,6 +173,14 @@ def first_turns(batch: PaddedRows) -> list[tuple[list[int], list[int]]]:
         end = at[0] + np.sum(at - at[0] == np.arange(len(at)))  # input and separator part later targets from the first
         turns.append((ids[index][: at[0]], ids[index][at[0] : end]))
     return turns
+
+
+def closing_targets(batch: PaddedRows, eos_token_id: int) -> Tensor:
+    """(targets,) which of them are the end of their row; a row that was cut may have none."""
+    rows = batch["target_positions"] // batch["input_ids"].shape[1]
+    last = torch.ones_like(rows, dtype=torch.bool)
+    last[:-1] = rows[1:] != rows[:-1]
+    return last & (batch["target_ids"] == eos_token_id)
 
 
 def collate(rows: Sequence[TokenizedRow], pad_id: int) -> PaddedRows:

@@ -16,8 +16,9 @@ from firefly_lightning.data.mixing import Share, check_share, describe_repeated,
 from firefly_lightning.data.plan import Rows, StepPlan, WeightedRows, check_shares, permutation
 from firefly_lightning.data.prompt import PromptEncoder, PromptFormat, prompt_format
 from firefly_lightning.data.records import find_sources
+from firefly_lightning.data.row_arrays import TooLong
 from firefly_lightning.data.tables import counts_table
-from firefly_lightning.data.tokenized import WHOLE, TokenizedRows, TooLong, default_cache_dir, tokenize
+from firefly_lightning.data.tokenized import WHOLE, TokenizedRows, default_cache_dir, tokenize
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import load_tokenizer
 

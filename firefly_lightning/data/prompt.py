@@ -89,6 +89,15 @@ class EncodedRow(NamedTuple):
     target_mask: list[bool]
 
 
+class ControlIds(NamedTuple):
+    """Token ids of a format's control strings; see :class:`PromptFormat`."""
+
+    start: list[int]
+    separator: list[int]
+    later_separator: list[int]
+    end: list[int]
+
+
 class PromptEncoder:
     """Turns to token ids under one tokenizer and one format.
 
@@ -97,6 +106,7 @@ class PromptEncoder:
         prompt: The format.
 
     Attributes:
+        controls: Ids of the format's control strings.
         eos_token_id: Id of ``</s>``.
         pad_token_id: Id of ``<pad>``.
 
@@ -113,9 +123,7 @@ class PromptEncoder:
         self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self.backend.no_truncation()
         self.backend.no_padding()
-        self._start, self._separator, self._later_separator, self._end = (
-            self._control_ids(name) for name in ("start", "separator", "later_separator", "end")
-        )
+        self.controls = ControlIds(*map(self._control_ids, ControlIds._fields))
         # From here on "</s>" typed by a user is four ordinary characters, not the end of a turn.
         self.backend.encode_special_tokens = True
 
@@ -132,8 +140,9 @@ class PromptEncoder:
 
     def encode_question(self, turns: Sequence[Turn], question: str) -> list[int]:
         """Ids of past turns followed by a question, up to where the answer begins."""
-        ids = self.encode([turns])[0].input_ids if turns else list(self._start)
-        return ids + self.encode_texts([question])[0] + (self._later_separator if turns else self._separator)
+        ids = self.encode([turns])[0].input_ids if turns else list(self.controls.start)
+        separator = self.controls.later_separator if turns else self.controls.separator
+        return ids + self.encode_texts([question])[0] + separator
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of plain texts; special tokens typed in them stay text."""
@@ -141,18 +150,18 @@ class PromptEncoder:
 
     def decode_turn(self, prompt_ids: Sequence[int], target_ids: Sequence[int]) -> Turn:
         """Texts of a row's first turn, from its ids up to the target and those of the target; cut ones as they are."""
-        source = _between(self._start, list(prompt_ids), self._separator)
-        target = _between([], list(target_ids), self._end)
+        source = _between(self.controls.start, list(prompt_ids), self.controls.separator)
+        target = _between([], list(target_ids), self.controls.end)
         return self._decode(source), self._decode(target)
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.backend.decode(ids, skip_special_tokens=True))
 
     def _join(self, turns: Iterable[tuple[list[int], list[int]]]) -> EncodedRow:
-        ids, mask = list(self._start), [False] * len(self._start)
+        ids, mask = list(self.controls.start), [False] * len(self.controls.start)
         for index, (source, target) in enumerate(turns):
-            given = source + (self._later_separator if index else self._separator)
-            learned = target + self._end
+            given = source + (self.controls.later_separator if index else self.controls.separator)
+            learned = target + self.controls.end
             ids += given + learned
             mask += [False] * len(given) + [True] * len(learned)
         return EncodedRow(ids, mask)

@@ -14,9 +14,6 @@ TURN_SEPARATOR = "</s>"
 """What parts the later turns inside the ``target`` of a published Firefly row."""
 
 
-_BLANKS = re.compile(r"\s+")
-
-
 class Row(NamedTuple):
     """One instruction row.
 
@@ -35,7 +32,7 @@ class Row(NamedTuple):
     @property
     def identity(self) -> int:
         """A hash of the row's text; the form it was in and its blanks make no difference."""
-        text = "\0".join(_BLANKS.sub("", part) for turn in self.turns for part in turn)
+        text = "\0".join("".join(part.split()) for turn in self.turns for part in turn)
         return xxhash.xxh3_64_intdigest(text.encode())
 
 

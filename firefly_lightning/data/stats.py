@@ -15,8 +15,9 @@ from firefly_lightning.data.figures import draw_lengths, draw_tasks, find_font
 from firefly_lightning.data.plan import StepPlan, WeightedRows, check_shares
 from firefly_lightning.data.prompt import PromptEncoder, prompt_format
 from firefly_lightning.data.records import find_sources
+from firefly_lightning.data.row_arrays import TooLong
 from firefly_lightning.data.tables import render
-from firefly_lightning.data.tokenized import WHOLE, TokenizedRows, TooLong, default_cache_dir, tokenize
+from firefly_lightning.data.tokenized import WHOLE, TokenizedRows, default_cache_dir, tokenize
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.folders import check_new_folder, new_folder
 from firefly_lightning.huggingface import load_tokenizer

@@ -281,6 +281,7 @@ class TensorParallelStrategy(BoosterStrategy):
     @override
     def adapt(self, bloom: BloomForCausalLM) -> None:
         padded_vocabulary.hide(bloom)
+        bloom.transformer.register_forward_pre_hook(_give_mask, with_kwargs=True)
 
     @override
     def convert_optimizer(self, optimizer: Optimizer) -> Optimizer:
@@ -322,6 +323,19 @@ class TensorParallelStrategy(BoosterStrategy):
     @override
     def layout(self) -> dict[str, Any]:
         return {"tp_size": self.tp_size, "zero_stage": self.zero_stage}
+
+
+def _give_mask(transformer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Rows without padding get a mask of ones.
+
+    transformers 5 generates without one then, and takes ALiBi's slopes for as many heads as this process has, past what
+    ColossalAI has put in the place of ``build_alibi_tensor``.
+    """
+    if kwargs.get("attention_mask") is None:
+        ids, past = args[0] if args else kwargs["input_ids"], kwargs.get("past_key_values")
+        length = ids.shape[1] + (past.get_seq_length() if past is not None else 0)
+        kwargs["attention_mask"] = torch.ones(len(ids), length, dtype=torch.long, device=ids.device)
+    return args, kwargs
 
 
 def _plain_output(module: nn.Module, inputs: Any, logits: Tensor) -> Tensor:

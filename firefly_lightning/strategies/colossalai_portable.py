@@ -61,11 +61,13 @@ def write_gemini(wrapper: Any, optimizer: Any, reader: PortableReader) -> None:
     with gemini_masters(wrapper):
         # Not strict: the tied head is one name more than there are weights.
         wrapper.load_state_dict(_Weights(reader), strict=False)
-    trainer = reader.trainer() if optimizer else {}
-    for number in optimizer.id_to_fake_params if optimizer else ():
+    if not optimizer:
+        return
+    check_states(optimizer.optim, map(reader.keys, reader.names()))
+    trainer = reader.trainer()
+    for number in optimizer.id_to_fake_params:
         name = MODEL_PREFIX + wrapper.param2name[optimizer.id_to_real_params[number]]
         if keys := reader.keys(name):
-            check_states(optimizer.optim, keys)
             states = {key: reader.state(key, name) for key in keys}
             optimizer.load_single_param_states(number, {STEP: scalars_of(trainer, name)[STEP], **states})
 
@@ -132,6 +134,8 @@ def write_hybrid(
         reader: Of the checkpoint.
     """
     trainer = reader.trainer() if optimizer else {}
+    if optimizer:
+        check_states(optimizer.optim, map(reader.keys, reader.names()))
     for name, parameter in bloom.named_parameters():
         full, shape = MODEL_PREFIX + name, _whole_shape(parameter)
         with torch.no_grad(), hybrid_masters([parameter], optimizer, plugin.dp_group):
@@ -139,7 +143,6 @@ def write_hybrid(
             if optimizer:
                 optimizer.update_master_params(SimpleNamespace(parameters=lambda one=parameter: [one]))
         if optimizer and (keys := reader.keys(full)):
-            check_states(optimizer.optim, keys)
             master = _master(optimizer, parameter)
             states = {key: padded_vocabulary.fill_up(reader.state(key, full), shape) for key in keys}
             optimizer.optim.state[master] = scalars_of(trainer, full) | files.shard_from_complete_optimizer_state(

@@ -99,9 +99,10 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
                 local(parameter).copy_(part_like(reader.weight(name), parameter))
         trainer = reader.trainer() if fitting else {}
         for optimizer in self.optimizers if fitting else []:
-            for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            check_states(optimizer, (reader.keys(names[id(parameter)]) for parameter in own))
+            for parameter in own:
                 name = names[id(parameter)]
-                check_states(optimizer, reader.keys(name))
                 state = {key: _like(reader.state(key, name), parameter, part_like) for key in reader.keys(name)}
                 optimizer.state[parameter] = scalars_of(trainer, name) | state if state else {}
 

@@ -206,6 +206,7 @@ def test_sources_are_found_in_order(tmp_path, monkeypatch):
     assert find_sources(["org/name", "name"]) == ["org/name", "name"]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_sources(["~/a.jsonl", "~/folder.jsonl.d"]) == [first, str(tmp_path / "folder.jsonl.d")]
+    monkeypatch.chdir(tmp_path / "folder.jsonl.d")
     for missing in ("missing.jsonl", "org/name.parquet", "/no/such/folder", "../data"):
         with pytest.raises(FireflyError, match=f"{missing}: no such file"):
             find_sources([first, missing])

@@ -92,7 +92,7 @@ def test_a_run_moves_between_strategies(target, saved, fit_args, expected, plann
         command(fit_args, target, precision, root, *resuming(saved(source, precision), BATCH_SIZE // shares // 2))
         for root, (source, precision) in zip(roots, moves, strict=True)
     ]
-    if not ran(target, processes, *commands):
+    if ran(target, processes, *commands) is None:
         return
     problems = [
         problem

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ RUNS = [  # Adam's eps, micro-batches of a step, precision, tolerance
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_strategy_trains_like_plain_pytorch(strategy, fit_args, expected, tmp_path):
+def test_a_strategy_trains_like_plain_pytorch(strategy, fit_args, expected, rows_file, tmp_path):
     processes, shares = STRATEGIES[strategy]
     commands, roots = [], []
     for eps, accumulated, precision, _ in RUNS:
@@ -65,8 +66,19 @@ def test_a_strategy_trains_like_plain_pytorch(strategy, fit_args, expected, tmp_
         own = [*chosen, "--trainer.devices", processes, "--trainer.precision", precision]
         micro_batch_size = BATCH_SIZE // shares // accumulated
         commands.append(fit_args(roots[-1], eps, *own, "--data.micro_batch_size", micro_batch_size))
-    if not ran(strategy, processes, *commands):
+    every = [
+        "--trainer.val_check_interval",
+        8,
+        "--trainer.check_val_every_n_epoch",
+        "null",
+        "--trainer.limit_val_batches",
+        1,
+    ]
+    commands[1] += ["--data.val_files", rows_file, *every, "--model.decoding.max_new_tokens", 4]
+    printed = ran(strategy, processes, *commands)
+    if printed is None:
         return
+    assert re.findall(r"Answers at step (\d+):", printed) == ["8", "16"], "by one process, and leave no trace"
     problems = []
     for root, (eps, _, precision, tolerance) in zip(roots, RUNS, strict=True):
         problems += [f"{root.name}: {problem}" for problem in differences(root, expected[eps], tolerance, precision)]
@@ -82,14 +94,13 @@ def test_every_strategy_has_a_configuration_that_opens_with_its_command():
         run("firefly-fit", *command.split()[2:], "--print_config")
 
 
-def ran(strategy: str, processes: int, *commands: list[object]) -> bool:
-    """Runs commands; where the strategy must refuse this torch, sees that it does, and says so."""
+def ran(strategy: str, processes: int, *commands: list[object]) -> str | None:
+    """Runs commands, and returns what they print; where the strategy must refuse this torch, sees that it does."""
     if strategy not in REFUSED:
-        run_ranks(processes, *commands)
-        return True
+        return run_ranks(processes, *commands)
     with pytest.raises(AssertionError, match=REFUSED[strategy]):
         run_ranks(processes, commands[0])
-    return False
+    return None
 
 
 def differences(root: Path, expected, tolerance: float, precision: str) -> list[str]:

@@ -1,12 +1,13 @@
-"""Under every strategy, `predict` gives the answers of stock Hugging Face, each row once, in the order of the files."""
+"""Under every strategy, `predict` and `test` give the answers of stock Hugging Face, in the order of the files."""
 
 import json
 from pathlib import Path
 
 import pytest
+import sacrebleu
 
 from tests.conftest import write_rows
-from tests.helpers import run, run_ranks
+from tests.helpers import logged, run, run_ranks
 from tests.predicting import DECODING, answers, predicted, teach
 from tests.strategies.test_parity import REFUSED, SPELLED_OUT, STRATEGIES
 
@@ -52,6 +53,7 @@ def test_answers_are_those_of_stock_hugging_face(strategy, taught, rows, other_r
         [*predict, *DECODING, "--trainer.precision", "bf16-mixed"],
         [*predict, *SAMPLED],
         [*predict, *SAMPLED, "--model", "tests.predicting.Recorded"],
+        ["firefly-fit", "test", *common, "--data.test_files", rows, *DECODING],
     )
     run("firefly", "export", "--checkpoint", tmp_path / "checkpoints", "--out", tmp_path / "exported")
     before, after = answers(taught, [rows]), answers(tmp_path / "exported", [rows])
@@ -67,3 +69,8 @@ def test_answers_are_those_of_stock_hugging_face(strategy, taught, rows, other_r
     else:
         assert [len(answered) for answered in by_rank] == [5, 4], "the second has nothing to do at the end"
     assert not list((tmp_path / "lightning_logs").rglob(".predictions*"))
+    assert predicted(tmp_path, 5) == before
+    given, wanted = ([row[side] for row in before if row["kind"] == "Summary"] for side in ("generated", "target"))
+    bleu = sacrebleu.corpus_bleu(given, [wanted], tokenize="char")
+    (logged_bleu,) = logged(tmp_path, "test_bleu/Summary", 5).values()
+    assert float(logged_bleu) == pytest.approx(bleu.score)

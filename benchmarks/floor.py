@@ -1,0 +1,35 @@
+"""The time of the bare matrix products of a step, which no way to compute the same step exactly can be faster than."""
+
+import time
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def matrix_products(tokens: int, targets: int, hidden: int, layers: int, vocabulary: int, dtype: str) -> float:
+    """Seconds of linear layers at all tokens and the head at targets, each with both gradients, measured now.
+
+    Of the last block, only queries, keys and values are needed at all tokens. Products of attention are not counted.
+
+    Args:
+        tokens: Of the step, without padding.
+        targets: Those of them that are learned.
+        hidden: Width of the model.
+        layers: Its blocks.
+        vocabulary: Rows of its embedding, to which the head is tied.
+        dtype: A key of ``DTYPES``.
+    """
+    wide, others = [(hidden, hidden), (hidden, 4 * hidden), (4 * hidden, hidden)], layers - 1
+    shapes = [(tokens, hidden, 3 * hidden, layers), (targets, hidden, vocabulary, 1)]
+    shapes += [(rows, *size, times) for size in wide for rows, times in ((tokens, others), (targets, 1))]
+    seconds = 0.0
+    for rows, inner, outer, times in shapes:
+        inputs, weight, gradient = (
+            torch.randn(shape, dtype=DTYPES[dtype]) for shape in ((rows, inner), (outer, inner), (rows, outer))
+        )
+        began = time.perf_counter()
+        for _ in range(times):
+            _ = inputs @ weight.t(), gradient @ weight, gradient.t() @ inputs
+        seconds += time.perf_counter() - began
+    return seconds

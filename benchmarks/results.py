@@ -1,0 +1,177 @@
+"""Runs the benchmarks and writes RESULTS.md: python -m benchmarks.results --help.
+
+Every script's lines of JSON are kept in ``results/NAME.jsonl`` and its figure in ``results/NAME.png``; RESULTS.md is
+made from those alone, so that ``--only`` can measure one again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+Lines = Sequence[dict[str, Any]]
+
+
+class Part(NamedTuple):
+    """One script and how its lines are shown.
+
+    Attributes:
+        title: Of its section.
+        text: What its figures mean.
+        arguments: Of the script, beside those that all have.
+        columns: What is shown of each line that has the first of them.
+        remarks: Sentences from the lines, below their table.
+    """
+
+    title: str
+    text: str
+    arguments: Sequence[str]
+    columns: Sequence[str]
+    remarks: Callable[[Lines], list[str]]
+
+
+def compared(lines: Lines) -> list[str]:
+    """Speed and memory as shares of the others', in each type of numbers."""
+    remarks = []
+    for ours in (line for line in lines if line.get("system") == "firefly"):
+        others = [line for line in lines if line.get("dtype") == ours["dtype"] and line is not ours]
+        for other in others:
+            speed = ours["tokens_per_second"] / other["tokens_per_second"]
+            memory = ours["peak_rss_gb"] / other["peak_rss_gb"]
+            remarks.append(
+                f"{ours['dtype']}: {speed:.1f} times the tokens/s of {other['system']}, {memory:.2f} of its memory."
+            )
+    return remarks
+
+
+def bounded(lines: Lines) -> list[str]:
+    """Whether the bound of memory holds."""
+    return [
+        f"At a vocabulary of {line['vocabularies'][1]:,}, {line['peak_rss_gb']} GB; 1.3 times the peak at "
+        f"{line['vocabularies'][0]:,} and what weights, gradients and moments grow by are {line['bound_gb']} GB."
+        for line in lines
+        if line.get("axis") == "memory bound"
+    ]
+
+
+def last(lines: Lines) -> list[str]:
+    """The script's own comparison."""
+    return [", ".join(f"{name.replace('_', ' ')} {value}" for name, value in lines[-1].items()) + "."]
+
+
+PARTS = {
+    "throughput": Part(
+        "Training", "Real tokens a second, without padding, on the same rows. The share of the floor is the time "
+        "of the bare matrix products of the same steps, measured in the same process, in the time that the steps took.",
+        ["--dtypes", "fp32", "bf16"],
+        ["system", "dtype", "tokens_per_second", "target_tokens_per_second", "peak_rss_gb", "share_of_floor", "loss"],
+        compared,
+    ),
+    "ladder": Part(
+        "What each lever brings", "Each line adds a lever to those above, as a plain loop. Seconds for 1,000 tokens "
+        "without padding, measured, and predicted from counts: operations of products at the rate of a bare product, "
+        "bytes of all else at that of a bare copy.",
+        [],
+        ["rung", "tokens_per_second", "measured", "predicted", "tflop", "gb_moved", "peak_rss_gb", "share_of_floor"],
+        lambda lines: [],
+    ),
+    "growth": Part(
+        "Growth", "With the length of rows, the vocabulary and the number of blocks, 2,048 tokens a step.",
+        [],
+        ["axis", "value", "system", "tokens_per_second", "peak_rss_gb", "share_of_floor"],
+        bounded,
+    ),
+    "prune": Part(
+        "Pruning", "A checkpoint in the shape of bloom-7b1, beside LLMPruner's way and a bare copy of its bytes.",
+        [],
+        ["system", "seconds", "seconds_on_disk", "peak_rss_gb", "written_gb"],
+        last,
+    ),
+    "tokenise": Part(
+        "Tokenising", "1,650,000 rows made of real ones, no two the same, beside a call of the tokenizer a text.",
+        [],
+        ["system", "rows", "seconds", "rows_per_second", "peak_rss_gb", "cache_gb", "imports"],
+        last,
+    ),
+}  # fmt: skip
+
+ROWS = ("throughput", "ladder", "growth")
+"""Scripts that train on rows; the others make their own of those of the demo."""
+
+
+def main() -> None:
+    """Measures, keeps and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS), help="scripts to run again")
+    parser.add_argument("--rows", nargs="+", default=["demo_run/rows/*.jsonl"], help="instruction rows to train on")
+    parser.add_argument("--about_rows", default="those of bin/demo", help="what RESULTS.md says of the rows")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of RESULTS.md")
+    parser.add_argument("--dry", action="store_true", help="write RESULTS.md from what is kept, measure nothing")
+    parser.add_argument("--more", nargs="+", default=[], help="further arguments, for the scripts of --only")
+    options = parser.parse_args()
+    kept = options.out / "results"
+    kept.mkdir(parents=True, exist_ok=True)
+    for name in () if options.dry else options.only:
+        measure(name, options, kept)
+    text = "\n".join(written(options.out))
+    (options.out / "RESULTS.md").write_text(text, "utf-8")
+
+
+def measure(name: str, options: argparse.Namespace, kept: Path) -> None:
+    """Runs a script and keeps its lines; what it says meanwhile is shown."""
+    arguments = [*PARTS[name].arguments, "--out", str(kept / f"{name}.png"), *options.more]
+    if name in ROWS:
+        arguments += ["--rows", *options.rows]
+    if name == "throughput":
+        arguments += ["--profile", str(kept)]
+    console = Console(stderr=True)
+    console.print(f"{name}: {' '.join(arguments)}", highlight=False)
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+    lines = []
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the process)
+    with log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            if line.startswith("{"):
+                lines.append(line)
+                console.print(line.rstrip(), highlight=False, markup=False, soft_wrap=True)
+        if run.wait():
+            log.seek(0)
+            sys.exit(f"{name}: {log.read()[-3000:]}")
+    first = json.loads(lines[0])
+    if name in ROWS:
+        first["rows"] = options.about_rows
+    (kept / f"{name}.jsonl").write_text(json.dumps(first) + "\n" + "".join(lines[1:]), "utf-8")
+
+
+def written(folder: Path) -> list[str]:
+    """RESULTS.md, line by line."""
+    text = ["# Results", "", "Made by `python -m benchmarks.results` from the lines in `results/`.", ""]
+    for name, part in PARTS.items():
+        file = folder / "results" / f"{name}.jsonl"
+        if not file.is_file():
+            continue
+        machine, *lines = map(json.loads, file.read_text("utf-8").splitlines())
+        text += [f"## {part.title}", "", part.text, ""]
+        text += [", ".join(f"{key} {value}" for key, value in machine.items()) + ".", ""]
+        rows = [line for line in lines if part.columns[0] in line and line.get("axis") != "memory bound"]
+        columns = [column for column in part.columns if any(column in line for line in rows)]
+        text += ["| " + " | ".join(column.replace("_", " ") for column in columns) + " |", "|---" * len(columns) + "|"]
+        text += ["| " + " | ".join(str(line.get(column, "")) for column in columns) + " |" for line in rows]
+        text += ["", *(f"- {remark}" for remark in part.remarks(lines)), ""]
+        if (folder / "results" / f"{name}.png").is_file():
+            text += [f"![{part.title}](results/{name}.png)", ""]
+        profiles = sorted((folder / "results").glob("profile-*.txt")) if name == "throughput" else []
+        text += [f"- Where the time of an operation goes: [{file.name}](results/{file.name})" for file in profiles]
+        text += [""] if profiles else []
+    return text
+
+
+if __name__ == "__main__":
+    main()

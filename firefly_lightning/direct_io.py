@@ -1,0 +1,203 @@
+"""Large files put together from parts of others, past the system's cache of pages where it lets us.
+
+What is read once and written once gains nothing from that cache: filling it costs more than the disk, on a virtual
+machine several times as much, and pushes out what others have there. What is in it already is read from there.
+"""
+
+import errno
+import fcntl
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+
+PIECE = 16 << 20
+"""Most bytes that are read or written at once."""
+
+THREADS = 4
+"""Pieces under way at once: a disk is fastest when it has several to choose from. Each has two buffers."""
+
+_BLOCK = 4096  # what O_DIRECT asks places in files and in memory to be multiples of; no disk has larger sectors
+_DIRECT: int = getattr(os, "O_DIRECT", 0)  # Linux only, as the next
+_IF_CACHED: int | None = getattr(os, "RWF_NOWAIT", None)
+_buffers = threading.local()
+
+
+class FileRange(NamedTuple):
+    """Bytes of a file.
+
+    Attributes:
+        file: The file.
+        start: The first of them.
+        size: How many there are.
+    """
+
+    file: Path
+    start: int
+    size: int
+
+    def pieces(self) -> Iterator[Bytes]:
+        """The bytes in order, at most ``PIECE`` of them at once; a piece lasts until the next."""
+        buffer = np.empty(min(PIECE, self.size), np.uint8)
+        for start in range(0, self.size, PIECE):
+            piece = buffer[: self.size - start]
+            _read(self.file, self.start + start, piece)
+            yield piece
+
+
+def read_rows(matrix: FileRange, rows: npt.NDArray[np.int64], width: int) -> Bytes:
+    """Some rows of a matrix that lies in a file row by row.
+
+    Args:
+        matrix: Where it lies.
+        rows: (rows,) which to read, in any order.
+        width: Bytes in a row.
+
+    Returns:
+        (rows, width) bytes, in the order asked for.
+    """
+    taken = np.empty((len(rows), width), np.uint8)
+    order = np.argsort(rows, kind="stable")
+    ordered, cuts = rows[order], [0]
+    while cuts[-1] < len(rows):  # what is near is read at once, with what lies between
+        cuts.append(int(np.searchsorted(ordered, ordered[cuts[-1]] + max(1, PIECE // width))))
+
+    def take(cut: int) -> None:
+        first, near = ordered[cuts[cut]], ordered[cuts[cut] : cuts[cut + 1]]
+        window = _buffer("window", int(near[-1] + 1 - first) * width)
+        _read(matrix.file, matrix.start + int(first) * width, window)
+        taken[order[cuts[cut] : cuts[cut + 1]]] = window.reshape(-1, width)[near - first]
+
+    for _ in _in_threads(take, range(len(cuts) - 1)):
+        pass
+    return taken
+
+
+def write_file(path: Path, parts: Sequence[Bytes | FileRange]) -> Iterator[int]:
+    """Writes a file that consists of arrays of bytes and of ranges of other files, one after another.
+
+    Args:
+        path: The file.
+        parts: What it consists of.
+
+    Yields:
+        How many bytes have been written since the last time.
+    """
+    sizes = [part.size for part in parts]
+    ends = np.cumsum(sizes, dtype=np.int64)
+    file = _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+    def write(start: int) -> int:
+        piece = _buffer("piece", min(PIECE, int(ends[-1]) - start))
+        done = 0
+        while done < len(piece):
+            index = int(np.searchsorted(ends, start + done, side="right"))
+            part, offset = parts[index], start + done - int(ends[index]) + sizes[index]
+            target = piece[done : done + sizes[index] - offset]
+            if isinstance(part, FileRange):
+                _read(part.file, part.start + offset, target)
+            else:
+                target[:] = part[offset : offset + len(target)]
+            done += len(target)
+        _write(file, piece, start)
+        return done
+
+    try:
+        yield from _in_threads(write, range(0, int(ends[-1]), PIECE))
+    finally:
+        os.close(file)
+
+
+def _in_threads(work: Callable[[int], Any], items: Sequence[int]) -> Iterator[Any]:
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from pool.map(work, items)  # which cancels the others when one fails
+
+
+def _buffer(name: str, size: int) -> Bytes:
+    """(size,) bytes of this thread's buffer of that name, which begins where a page does."""
+    buffer: Bytes | None = getattr(_buffers, name, None)
+    if buffer is None or len(buffer) < size:
+        buffer = np.frombuffer(mmap.mmap(-1, max(size, PIECE + 2 * _BLOCK)), np.uint8)
+        setattr(_buffers, name, buffer)
+    return buffer[:size]
+
+
+def _read(path: Path, start: int, target: Bytes) -> None:
+    """Fills (bytes,) from a place in a file on.
+
+    Raises:
+        EOFError: If the file ends before.
+    """
+    if not _read_cached(path, start, target):
+        lead = start % _BLOCK
+        wanted = lead + len(target)
+        buffer = _buffer("read", wanted + -wanted % _BLOCK)
+        file = _open(path, os.O_RDONLY)
+        try:
+            _transfer(file, os.preadv, buffer, start - lead, wanted)
+        finally:
+            os.close(file)
+        target[:] = buffer[lead:wanted]
+
+
+def _read_cached(path: Path, start: int, target: Bytes) -> bool:
+    """Fills from the cache of pages alone; whether everything was there."""
+    if _IF_CACHED is None:
+        return False
+    file = os.open(path, os.O_RDONLY)
+    try:
+        return os.preadv(file, [target.data], start, _IF_CACHED) == len(target)
+    except OSError:  # nothing of it is there, or the file system cannot tell
+        return False
+    finally:
+        os.close(file)
+
+
+def _write(file: int, piece: Bytes, start: int) -> None:
+    whole = len(piece) - len(piece) % _BLOCK
+    _transfer(file, os.pwritev, piece[:whole], start, whole)
+    if whole < len(piece):  # the end of a file, which no disk can write alone
+        _through_cache(file)
+        _transfer(file, os.pwritev, piece[whole:], start + whole, len(piece) - whole)
+
+
+def _transfer(file: int, call: Any, buffer: Bytes, start: int, wanted: int) -> None:
+    """Reads or writes until so many bytes are through."""
+    done = 0
+    while done < wanted:
+        try:
+            count = call(file, [buffer[done:]], start + done)
+        except OSError as error:
+            # The file system knows only the cache, or the last call ended within a block, as on a full disk.
+            if error.errno != errno.EINVAL or not _through_cache(file):
+                raise
+            continue
+        if not count:
+            raise EOFError("the file ends before its tensors do")
+        done += count
+
+
+def _open(path: Path, flags: int) -> int:
+    opened = partial(os.open, path, mode=0o666)
+    try:
+        return opened(flags | _DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return opened(flags)  # a file system that knows only the cache
+
+
+def _through_cache(file: int) -> bool:
+    """Ends direct access to an open file; whether there was any."""
+    flags = fcntl.fcntl(file, fcntl.F_GETFL)
+    fcntl.fcntl(file, fcntl.F_SETFL, flags & ~_DIRECT)
+    return bool(flags & _DIRECT)

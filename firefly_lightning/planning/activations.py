@@ -1,0 +1,89 @@
+"""What the forward pass of a micro-batch leaves for the backward pass, in bytes; dropout is off, as in Bloom's own."""
+
+from firefly_lightning.loss import LOGIT_BYTES
+from firefly_lightning.planning.runs import Run
+
+
+def block_activations(run: Run, tokens: int, attended: int) -> float:
+    """Bytes that the gradient of one block needs of its forward pass, without weights.
+
+    Input of both norms, in the type of the residual stream; the normed inputs of two products, queries, keys and
+    values, attention's output, the same in packed rows, and what goes into and comes out of GELU: in numbers a token
+    2 h of the one and (2 + 3 + 1 + 1 + 4 + 4) h of the other type. In float32 that is 68 h bytes. On the side, mean and
+    deviation of two norms and a normaliser of each head.
+
+    Args:
+        run: Gives sizes and types.
+        tokens: That norms and products see.
+        attended: That attention sees.
+    """
+    model = run.model
+    residual = run.weight_bytes
+    computed = 2 if run.mixed else 4
+    scored = 4 if run.device == "cpu" else computed
+    shared = 1 if run.split_rows else run.devices
+    hidden = model.hidden_size
+    norms = 2 * hidden * (residual + computed) + 4 * residual
+    wide = (1 + 4 + 4) * hidden * computed / shared
+    attention = (3 + 1) * hidden * scored / shared + 4 * model.n_head / shared
+    return tokens * (norms + wide) + attended * attention
+
+
+def activations(run: Run) -> float:
+    """Bytes that stay from the forward pass for the backward pass, without logits.
+
+    The last block goes on from attention with the targets only. Checkpointing keeps the input of each block.
+    """
+    model, load = run.model, run.load
+    hidden, residual = model.hidden_size, run.weight_bytes
+    bias = model.n_head * load.longest**2 * (4 if run.device == "cpu" or not run.mixed else 2)
+    ends = load.tokens * hidden * residual + 2 * load.targets * hidden * residual + bias
+    if run.checkpointing:
+        return ends + model.n_layer * load.tokens * hidden * residual
+    whole = (model.n_layer - 1) * block_activations(run, load.tokens, run.attended)
+    # Of the last, all tokens go as far as attention: one norm's input and output, queries, keys, values, output.
+    computed = 2 if run.mixed else 4
+    narrow = block_activations(run, load.targets, 0)
+    before = (load.tokens - load.targets) * hidden * (residual + computed)
+    attention = block_activations(run, 0, run.attended)
+    return ends + whole + narrow + before + attention
+
+
+def autocast_copies(run: Run) -> float:
+    """16-bit copies of the blocks' matrices, which autocast keeps until the forward pass ends, recomputed or not."""
+    if not run.mixed or run.engine:
+        return 0.0
+    shared = 1 if run.split_rows else run.devices
+    return 2.0 * run.model.matrices * run.model.n_layer / shared
+
+
+def fused_logits(run: Run) -> float:
+    """Bytes of the loss in chunks at its most: logits and their logarithms, or products that make the head's gradient.
+
+    In 16 bits a chunk's product is added to a float32 sum as soon as there is one, and the sum becomes a gradient of
+    the weight's type; autocast has a copy of the head too.
+    """
+    model, targets = run.model, run.load.targets
+    chunk = min(max(1, LOGIT_BYTES // (4 * model.vocab_size)), targets)
+    logits, several = model.vocab_size * chunk, targets > chunk
+    hidden = 2.0 * targets * model.hidden_size * (2 if run.mixed else 4)
+    if not run.mixed:
+        return hidden + max(8 * logits + 4 * model.embedding * several, 4 * logits + 4 * model.embedding)
+    copy = 0 if run.engine else 2 * model.embedding
+    products = 6 * logits + (8 if several else 2) * model.embedding
+    # A sum of the weight's own type becomes its gradient as it is, another is copied.
+    converted = several == run.engine
+    gradient = (6 if converted else 4 if several else 2) * model.embedding
+    return hidden + copy + max(8 * logits + 4 * model.embedding * several, products, gradient)
+
+
+def plain_logits(run: Run) -> float:
+    """Bytes of all logits at once, in float32: their logarithms, and two gradients while the backward pass begins."""
+    return 12.0 * run.model.vocab_size * run.load.targets
+
+
+def working_set(run: Run) -> float:
+    """Bytes that the backward pass of a block takes beside what was kept: gradients of its widest tensors."""
+    model, shared = run.model, 1 if run.split_rows else run.devices
+    recomputed = block_activations(run, run.load.tokens, run.attended) if run.checkpointing else 0.0
+    return recomputed + run.load.tokens * model.hidden_size * (8 / shared + 2) * (2 if run.mixed else 4)

@@ -1,0 +1,87 @@
+"""What was foretold beside what real steps take on this machine."""
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from firefly_lightning.data.plan import check_shares
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.planning.configuration import devices_of, read_fit, strategy_of
+from firefly_lightning.planning.measuring import STEPS, measure_run
+from firefly_lightning.planning.memory import estimate
+from firefly_lightning.planning.report import grid_table
+from firefly_lightning.planning.runs import SHARING_ROWS
+from firefly_lightning.planning.settings import Settings
+
+
+def compare(
+    settings: Settings, strategies: list[str] | None, devices: list[int] | None, sizes: list[int] | None
+) -> list[dict[str, Any]]:
+    """Trains a few steps of each, and prints what was foretold beside it.
+
+    Args:
+        settings: The plan's.
+        strategies: By default, the configuration's.
+        devices: Likewise.
+        sizes: Of micro-batches, likewise.
+
+    Raises:
+        FireflyError: If there are no rows, or a run ends with an error.
+    """
+    if settings.rows is None:
+        raise FireflyError("--measure trains: it needs --config with a model and rows that are here")
+    measured = []
+    for count in devices or [devices_of(settings.fit.trainer)]:
+        for name in strategies or [strategy_of(settings.fit.trainer, count)]:
+            for rows in sizes or [settings.own_rows(name, count)]:
+                print(f"training {STEPS} steps: {name}, {count} device(s), {rows} row(s) at a time", file=sys.stderr)
+                measured.append(_compare_one(settings, name, count, rows, own=strategies is None))
+    shown = {
+        f"{one['strategy']}, {one['devices']} × {one['micro_batch_size']}": {
+            "predicted": f"{one['predicted'] / 1e6:,.0f}",
+            "measured": f"{one['measured'] / 1e6:,.0f}",
+            "difference": f"{one['difference']:+.1%}",
+            "beside it": f"{one['base'] / 1e6:,.0f}",
+        }
+        for one in measured
+    }
+    print(
+        grid_table(
+            shown, "MB of a process: predicted, and measured beyond what libraries and data take", "devices × rows"
+        )
+    )
+    return measured
+
+
+def _compare_one(settings: Settings, strategy: str, devices: int, rows: int, own: bool) -> dict[str, Any]:
+    ranks = 1 if strategy in SHARING_ROWS else devices
+    check_shares(settings.batch_size, ranks, rows)
+    assert settings.rows is not None
+    load = settings.rows.of_steps(STEPS, ranks, rows)
+    on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    fit = read_fit([*settings.arguments, *(["--trainer.accelerator", "cpu"] if on_cpu else [])])
+    run = replace(settings, fit=fit).run(strategy, devices, rows, settings.checkpointing, refuse=True, load=load)
+    assert run is not None
+    takes = estimate(run)
+    arguments = [
+        *settings.arguments, *(["--trainer.accelerator", "cpu"] if on_cpu else []),
+        *([] if own else ["--trainer.strategy", strategy]),
+        "--data.micro_batch_size", rows, "--trainer.precision", settings.precision, "--trainer.num_nodes", 1,
+    ]  # fmt: skip
+    ranks_held = measure_run(arguments, devices)
+    # On a CPU, device and host are one.
+    predicted = takes.peak + (sum(takes.host.values()) if on_cpu else 0.0)
+    worst = max(ranks_held, key=lambda held: held["peak"] - held["base"])
+    growth = worst["peak"] - worst["base"]
+    return {
+        "strategy": strategy,
+        "devices": devices,
+        "micro_batch_size": rows,
+        "device": "cpu" if on_cpu else torch.cuda.get_device_name(),
+        "predicted": round(predicted),
+        "measured": growth,
+        "base": worst["base"],
+        "difference": predicted / growth - 1,
+    }

@@ -1,0 +1,254 @@
+"""Memory of a training step by arithmetic: what every strategy holds on a device, at the moments when it holds most.
+
+Sources: Rajbhandari et al. 2020 (ZeRO), where a stage splits states, then gradients, then weights; Zhao et al. 2023
+(FSDP); Fang et al. 2021 (PatrickStar, Gemini's chunks); and what the engines in fact keep beside that: DeepSpeed its
+buffers and a float32 copy of a process's weights, DDP its buckets, autocast its copies of the weights. The optimizer is
+AdamW, dropout is off, as in Bloom's own configuration.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from firefly_lightning.planning.activations import activations, autocast_copies, fused_logits, plain_logits, working_set
+from firefly_lightning.planning.runs import Run, check
+
+PARTS = ("weights", "master copy", "moments", "gradients", "buffers", "activations", "logits")
+"""What memory is taken by; buffers are an engine's own, gathered weights, and working copies of an optimizer's step."""
+
+BUCKET = 200_000_000
+"""Numbers in a buffer of DeepSpeed's for gradients, as Lightning sets it."""
+
+REUSED_WITHIN = 1_000_000_000
+PREFETCHED = 50_000_000
+"""Numbers, by DeepSpeed's defaults: ZeRO-3 keeps gathered weights that it needs again so soon, and gathers ahead."""
+
+CHUNK = 32 * 2**20
+"""Numbers in a chunk of Gemini's at least; an eighth of a smaller model."""
+
+Parts = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on a device at the moments of a step that may need most, and on the host.
+
+    Attributes:
+        moments: By name, the parts.
+        host: Parts that a process keeps in host memory, for its own device.
+    """
+
+    moments: Mapping[str, Parts]
+    host: Parts
+
+    @property
+    def peak_at(self) -> str:
+        """The moment that needs most."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def parts(self) -> Parts:
+        """Those of that moment."""
+        return self.moments[self.peak_at]
+
+    @property
+    def peak(self) -> float:
+        """Their sum."""
+        return sum(self.parts.values())
+
+
+def estimate(run: Run) -> Estimate:
+    """Memory of a run, from its second step on.
+
+    Raises:
+        FireflyError: If a strategy or a precision is not known, or the strategy cannot split the model so.
+    """
+    check(run)
+    moments, host = _FAMILIES[run.strategy.removesuffix("_offload")](run)
+    return Estimate({name: {part: parts.get(part, 0.0) for part in PARTS} for name, parts in moments.items()}, host)
+
+
+def adam_workspace(run: Run, numbers: float, largest: float) -> float:
+    """Bytes that PyTorch's unfused AdamW makes in a step: two more of each tensor, or on a GPU one of all at once.
+
+    Args:
+        run: Says which; PyTorch takes DTensors one by one on a GPU too.
+        numbers: All that the process updates.
+        largest: Of the largest tensor among them.
+    """
+    one_by_one = run.device == "cpu" or run.strategy in ("fsdp2", "native_tp")
+    return 8 * largest if one_by_one else 4 * numbers
+
+
+def _whole(run: Run) -> tuple[dict[str, Parts], Parts]:
+    """One device and DDP. Gradients of a step are freed only after the next forward pass, as Lightning has it."""
+    count = run.model.parameters
+    held = {"weights": 4.0 * count, "moments": 8.0 * count, "gradients": 4.0 * count}
+    # DDP copies gradients into buckets of the same size.
+    held["buffers"] = 4.0 * count if run.strategy == "ddp" else 0.0
+    step = 4.0 * count if run.precision == "16-mixed" else 0.0  # AdamW is fused but for scaled gradients
+    kept = activations(run) + autocast_copies(run)
+    moments = {
+        "forward": held | {"activations": kept, "logits": fused_logits(run)},
+        "backward": held | {"activations": working_set(run)},
+        "step": held | {"buffers": held["buffers"] + step},
+    }
+    return moments, {}
+
+
+def _zero12(run: Run) -> tuple[dict[str, Parts], Parts]:
+    """ZeRO 1 and 2: gradients go through buffers, are flattened once more to be reduced, and a share is kept."""
+    count, size, share = run.model.parameters, run.weight_bytes, run.model.parameters / run.devices
+    states = {"master copy": 4.0 * share, "moments": 8.0 * share}
+    largest = float(size * run.model.embedding)
+    host: Parts = {}
+    if "offload" in run.strategy:
+        summed = size * share if run.micro_batches > 1 else 0.0
+        host = states | {"gradients": 4.0 * share + summed, "buffers": size * share + largest}
+    held: Parts = {"weights": float(size * count)} | ({} if host else states)
+    own = 0.0 if host else float(size * share)
+    # Stage 1 accumulates whole gradients, stage 2 a share.
+    gathered = 0.0 if run.micro_batches == 1 else float(size * count) if "1" in run.strategy else own
+    way_out = largest if host else 0.0  # of a gradient, to the host
+    buffers = _written(run, 2 * BUCKET, count) * size + way_out
+    reduced = min(BUCKET, count) * size
+    step = adam_workspace(run, share, share)
+    moments = {
+        "forward": held
+        | {
+            "gradients": gathered,
+            "buffers": way_out,
+            "activations": activations(run),
+            "logits": fused_logits(run),
+        },
+        "first gradients": held
+        | {
+            "gradients": gathered,
+            "activations": activations(run) + working_set(run),
+            "buffers": _written(run, 2 * BUCKET, run.model.block) * size + way_out,
+        },
+        "reduction": held
+        | {
+            "gradients": max(gathered, own if count > BUCKET else 0.0),
+            "activations": _left(run),
+            "buffers": buffers + reduced,
+        },
+    }
+    if not host:
+        moments["step"] = held | {"gradients": 4.0 * share, "buffers": step}
+    return moments, host
+
+
+def _zero3(run: Run) -> tuple[dict[str, Parts], Parts]:
+    """ZeRO 3: layers are gathered as they are needed, and some stay until they are needed again."""
+    count, size, share = run.model.parameters, run.weight_bytes, run.model.parameters / run.devices
+    copied = run.mixed or run.device == "cpu"  # on a GPU float32 weights are their own master
+    states: Parts = {
+        "weights": float(size * share),
+        "master copy": 4.0 * share if copied or "offload" in run.strategy else 0.0,
+        "moments": 8.0 * share,
+        "gradients": float(size * share),
+    }
+    host = states | {"buffers": 4.0 * share} if "offload" in run.strategy else {}
+    held = {} if host else states
+    bucket = _written(run, BUCKET, count) * size
+    gathered = size * min(count, REUSED_WITHIN // 2 + PREFETCHED)
+    copies = 2 if run.device == "cpu" else 1
+    reduced = copies * min(BUCKET, count) * size + run.model.embedding * size
+    left = _fraction_left(run)
+    moments = {
+        "forward": held | {"buffers": bucket + gathered, "activations": activations(run), "logits": plain_logits(run)},
+        "first gradients": held
+        | {
+            "buffers": bucket + gathered + run.model.embedding * size,
+            "activations": activations(run) + working_set(run),
+        },
+        "reduction": held
+        | {"buffers": bucket + reduced + min(gathered, left * size * count), "activations": _left(run)},
+    }
+    if not host:
+        workspace = 4.0 * share + adam_workspace(run, share, share)
+        moments["step"] = held | {"buffers": bucket + workspace}
+    return moments, host
+
+
+def _gemini(run: Run) -> tuple[dict[str, Parts], Parts]:
+    """Gemini: gradients take the chunks of their weights; a few chunks are whole at a time."""
+    count, size, share = run.model.parameters, run.weight_bytes, run.model.parameters / run.devices
+    states: Parts = {"weights": float(size * share), "master copy": 4.0 * share, "moments": 8.0 * share}
+    chunk = max(min(CHUNK, count / 8), run.model.embedding)
+    offloaded = "offload" in run.strategy
+    # The chunk at work, the next one, and that whose gradients are reduced; embedding and head are one of them.
+    buffers = 3.0 * size * chunk
+    gradients = float(size * share) if run.micro_batches > 1 else 0.0
+    held = {"buffers": buffers} if offloaded else states | {"buffers": buffers, "gradients": gradients}
+    kept = activations(run)
+    moments = {
+        "forward": held | {"activations": kept, "logits": plain_logits(run)},
+        "first gradients": held | {"activations": kept + working_set(run)},
+        "step": held,
+    }
+    return moments, states | {"gradients": gradients} if offloaded else {}
+
+
+def _fsdp(run: Run) -> tuple[dict[str, Parts], Parts]:
+    """FSDP2: a share of all; two blocks at a time, and embedding, head and last norm all the time, are whole."""
+    model, share = run.model, run.model.parameters / run.devices
+    held = {"weights": 4.0 * share, "moments": 8.0 * share, "gradients": 4.0 * share}
+    root = 4.0 * model.embedding
+    gathered = root + 8.0 * model.block
+    # At the end the root's gradient is whole, beside its copy that is reduced, and gloo's of that.
+    reduced = (4 if run.device == "cpu" else 3) * root - root / run.devices
+    kept = activations(run) + autocast_copies(run)
+    moments = {
+        "forward": held | {"buffers": gathered, "activations": kept, "logits": plain_logits(run)},
+        "backward": held | {"buffers": reduced, "activations": working_set(run)},
+        "step": held | {"buffers": adam_workspace(run, share, model.embedding / run.devices)},
+    }
+    return moments, {}
+
+
+def _tensor(run: Run) -> tuple[dict[str, Parts], Parts]:
+    """Tensor parallelism, by ColossalAI or PyTorch: a share of every matrix; norms and their inputs are whole."""
+    model, size = run.model, run.weight_bytes
+    whole = model.n_layer * 6 * model.hidden_size + 4 * model.hidden_size  # norms, and biases after a sum
+    share = (model.parameters - whole) / run.devices + whole
+    held = {"weights": float(size * share), "moments": 8.0 * share, "gradients": float(size * share)}
+    held["master copy"] = 4.0 * share if size == 2 else 0.0
+    held["buffers"] = float(size * share) if run.engine else 0.0  # ColossalAI puts its model into DDP, with buckets
+    kept = activations(run) + autocast_copies(run)
+    workspace = adam_workspace(run, share, model.embedding / run.devices)
+    moments = {
+        "forward": held | {"activations": kept, "logits": plain_logits(run)},
+        "backward": held | {"activations": working_set(run)},
+        "step": held | {"buffers": held["buffers"] + workspace},
+    }
+    return moments, {}
+
+
+def _written(run: Run, reserved: float, written: float) -> float:
+    """Numbers of a buffer that count: all on a GPU, on a CPU the pages that are written."""
+    return min(reserved, written) if run.device == "cpu" else reserved
+
+
+def _fraction_left(run: Run) -> float:
+    """Share of the model whose gradients are still to come when the first full buffer is reduced."""
+    return 1 - min(1.0, BUCKET / run.model.parameters)
+
+
+def _left(run: Run) -> float:
+    """Activations at that time."""
+    left = _fraction_left(run)
+    return left * activations(run) + (working_set(run) if left else 0.0)
+
+
+_FAMILIES: dict[str, Callable[[Run], tuple[dict[str, Parts], Parts]]] = {
+    "auto": _whole,
+    "ddp": _whole,
+    "zero1": _zero12,
+    "zero2": _zero12,
+    "zero3": _zero3,
+    "gemini": _gemini,
+    "tensor_parallel": _tensor,
+    "fsdp2": _fsdp,
+    "native_tp": _tensor,
+}

@@ -1,0 +1,145 @@
+"""What a plan is about: the sizes of a model, what a device works on at a time, and how it is trained."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import BloomConfig
+
+from firefly_lightning.errors import FireflyError
+
+STRATEGIES = (
+    "auto", "ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "gemini", "gemini_offload",
+    "tensor_parallel", "fsdp2", "native_tp",
+)  # fmt: skip
+SHARING_ROWS = ("tensor_parallel", "native_tp")
+"""Strategies whose devices all work on the same rows."""
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Sizes of a Bloom, by the names of its configuration."""
+
+    vocab_size: int
+    hidden_size: int
+    n_layer: int
+    n_head: int
+    tied: bool = True
+
+    @classmethod
+    def of(cls, config: BloomConfig) -> "ModelSize":
+        """Those of a model's configuration."""
+        sizes = (config.vocab_size, config.hidden_size, config.n_layer, config.n_head)
+        return cls(*sizes, tied=bool(config.tie_word_embeddings))
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of the word embeddings, and of a head that is tied to them."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def matrices(self) -> int:
+        """Parameters of a block's four matrices: 3 + 1 + 4 + 4 times hidden_size squared."""
+        return 12 * self.hidden_size**2
+
+    @property
+    def block(self) -> int:
+        """Parameters of a block: its matrices, their 3 + 1 + 4 + 1 biases, and two norms of two vectors."""
+        return self.matrices + 13 * self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """Unique ones: a tied head counts once; two norms are outside the blocks."""
+        heads = 1 if self.tied else 2
+        return heads * self.embedding + self.n_layer * self.block + 4 * self.hidden_size
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a device works on at a time.
+
+    Attributes:
+        tokens: Of a micro-batch, without padding.
+        padded: With it, which attention on a GPU computes.
+        longest: Of its longest row.
+        targets: Its learned tokens.
+    """
+
+    tokens: int
+    padded: int
+    longest: int
+    targets: int
+
+    @classmethod
+    def full(cls, rows: int, length: int) -> "Load":
+        """The most that so many rows can be: each of full length, all of it learned."""
+        return cls(rows * length, rows * length, length, rows * length)
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a model is trained.
+
+    Attributes:
+        model: Sizes.
+        strategy: One of ``STRATEGIES``.
+        devices: Processes, each with a device.
+        load: Of a micro-batch.
+        micro_batches: That a device takes for an optimizer step.
+        precision: One of ``PRECISIONS``.
+        checkpointing: Whether activations are recomputed.
+        device: On a CPU attention is computed in float32, buffers take what is written to them, and gloo copies what
+            it reduces.
+    """
+
+    model: ModelSize
+    strategy: str
+    devices: int
+    load: Load
+    micro_batches: int = 1
+    precision: str = "32-true"
+    checkpointing: bool = False
+    device: Literal["cuda", "cpu"] = "cuda"
+
+    @property
+    def attended(self) -> int:
+        """Tokens of a micro-batch that attention computes: on a CPU row by row, on a GPU with padding."""
+        return self.load.tokens if self.device == "cpu" else self.load.padded
+
+    @property
+    def mixed(self) -> bool:
+        """Whether products are computed in 16 bits."""
+        return self.precision != "32-true"
+
+    @property
+    def engine(self) -> bool:
+        """Whether an engine keeps 16-bit weights and float32 masters, where PyTorch's autocast keeps float32 only."""
+        return self.strategy.startswith(("zero", "gemini")) or self.strategy == "tensor_parallel"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a number of the weights that are computed with, and of a gradient."""
+        return 2 if self.mixed and self.engine else 4
+
+    @property
+    def split_rows(self) -> bool:
+        """Whether devices share the rows; otherwise they share each layer."""
+        return self.strategy not in SHARING_ROWS
+
+
+def check(run: Run) -> None:
+    """Refuses what is not known or cannot be.
+
+    Raises:
+        FireflyError: If it is such.
+    """
+    for name, value, known in (("strategy", run.strategy, STRATEGIES), ("precision", run.precision, PRECISIONS)):
+        if value not in known:
+            raise FireflyError(f"{name} {value} is not one that can be planned; there are {', '.join(known)}")
+    if run.strategy == "auto" and run.devices > 1:
+        raise FireflyError(f"strategy auto is one device, not {run.devices}; take ddp")
+    if not run.split_rows and run.model.n_head % run.devices:
+        raise FireflyError(f"{run.strategy}: {run.devices} devices do not divide the model's {run.model.n_head} heads")
+    if run.precision == "16-mixed" and run.strategy in ("fsdp2", "native_tp"):
+        raise FireflyError(f"{run.strategy}: cannot do precision 16-mixed; take bf16-mixed")

@@ -1,0 +1,87 @@
+"""Lightning's rich progress bar over a whole run, with what tells whether it goes well."""
+
+import math
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import (
+    BatchesProcessedColumn,
+    CustomBarColumn,
+    RichProgressBarTheme,
+)
+from rich.progress import TextColumn, TimeElapsedColumn
+from typing_extensions import override
+
+SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
+    "train_loss": ("loss", "{:.3f}".format),
+    "val_loss": ("val", "{:.3f}".format),
+    "lr": ("lr", "{:.1e}".format),
+    "target_tokens_per_second": ("tokens/s", "{:,.0f}".format),
+    "data_wait": ("wait", "{:.0%}".format),
+    "memory_gb": ("memory", "{:.1f} GB".format),
+    "mfu": ("MFU", "{:.0%}".format),
+}
+"""Metrics by the name they are logged by: what the bar calls them, and how it writes them."""
+
+
+class RunProgressBar(RichProgressBar):
+    """Counts the optimizer steps of the run, not the micro-batches of an epoch, and says how long the rest takes."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=10, theme=RichProgressBarTheme(metrics_text_delimiter=" · "))
+        self._started, self._first_step = 0.0, 0
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._started, self._first_step = time.monotonic(), trainer.global_step
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.is_enabled and self.train_progress_bar_id is None:
+            self._initialize_train_progress_bar_id()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._update(self.train_progress_bar_id, trainer.global_step)
+            self._update_metrics(trainer, pl_module)
+
+    @override
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        logged = trainer.callback_metrics
+        shown = {name: form(float(logged[key])) for key, (name, form) in SHOWN.items() if key in logged}
+        left = self.seconds_left(trainer)
+        return shown if left is None else {**shown, "left": str(timedelta(seconds=round(left)))}
+
+    def seconds_left(self, trainer: L.Trainer) -> float | None:
+        """By the mean of the steps so far, validations and all; None before the first, or where there is no last."""
+        done, left = trainer.global_step - self._first_step, self._total_steps - trainer.global_step
+        known = done > 0 and left < float("inf")
+        return (time.monotonic() - self._started) / done * left if known else None
+
+    @override
+    def configure_columns(self, trainer: L.Trainer) -> list[Any]:
+        bar = CustomBarColumn(
+            bar_width=20,
+            complete_style=self.theme.progress_bar,
+            finished_style=self.theme.progress_bar_finished,
+            pulse_style=self.theme.progress_bar_pulse,
+        )
+        steps = BatchesProcessedColumn(style=self.theme.batch_progress)
+        return [TextColumn("{task.description}"), bar, steps, TimeElapsedColumn()]
+
+    @property
+    def _total_steps(self) -> float:
+        return float(self.trainer.estimated_stepping_batches)
+
+    def _initialize_train_progress_bar_id(self) -> None:
+        total = self._total_steps
+        self.train_progress_bar_id = self._add_task(total if math.isinf(total) else int(total), "Training")
+        self._update(self.train_progress_bar_id, self.trainer.global_step)

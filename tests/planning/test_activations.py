@@ -1,0 +1,90 @@
+"""What a forward pass keeps, counted by autograd, is what the formulas say."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM
+
+from firefly_lightning.bloom import FastBloom
+from firefly_lightning.data.batches import collate
+from firefly_lightning.data.tokenized import TokenizedRow
+from firefly_lightning.loss import target_cross_entropy
+from firefly_lightning.planning.activations import activations, autocast_copies, fused_logits, plain_logits
+from firefly_lightning.planning.runs import Load, ModelSize, Run
+
+SIZES = {"vocab_size": 500, "hidden_size": 64, "n_layer": 3, "n_head": 4}
+LENGTHS, TARGETS = (60, 50, 40), 10
+LOAD = Load(150, 180, 60, 30)
+
+
+class Kept:
+    """Storages that autograd saves, each once, without the parameters."""
+
+    def __init__(self, parameters) -> None:
+        self.skipped = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        self.tensors = {}
+
+    def __call__(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.skipped:
+            self.tensors[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    def bytes(self) -> int:
+        return sum(size for size, _ in self.tensors.values())
+
+
+def batch():
+    rows = [TokenizedRow(np.arange(n, dtype=np.int32) + 5, np.arange(n) >= n - TARGETS) for n in LENGTHS]
+    return collate(rows, pad_id=3)
+
+
+# An engine's bfloat16 model is what zero1 computes with; the other two are one device's.
+@pytest.mark.parametrize(
+    ("strategy", "precision"), [("auto", "32-true"), ("auto", "bf16-mixed"), ("zero1", "bf16-mixed")]
+)
+@pytest.mark.parametrize("recomputing", [False, True])
+def test_what_the_backward_pass_needs(strategy, precision, recomputing):
+    torch.manual_seed(0)
+    model = BloomForCausalLM(BloomConfig(**SIZES)).train()
+    autocast = strategy == "auto" and precision == "bf16-mixed"
+    model = model.bfloat16() if strategy == "zero1" else model
+    if recomputing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    kept = Kept(model.parameters())
+    with (
+        torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        FastBloom(model).target_loss(batch())
+    run = Run(ModelSize(**SIZES), strategy, 1, LOAD, 1, precision, recomputing, "cpu")
+    numbers = 8 * (150 + 30)  # of tokens and targets, for embeddings and for picking targets
+    gradient = 500 * 64 * (2 if strategy == "zero1" else 4)  # of the head, which the loss knows in its forward pass
+    # Recomputed blocks show autograd neither ALiBi's bias nor autocast's copies, though both are there.
+    beside = -4 * 60 * 60 * 4 if recomputing else autocast_copies(run)
+    # Norms keep mean and deviation in a type of their own choice.
+    assert kept.bytes() == pytest.approx(activations(run) + beside + numbers + gradient, rel=0.005)
+
+
+def test_all_logits_at_once_are_three_times_there():
+    """Their logarithms are kept; the backward pass makes two gradients of their size before they go."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(64, 5000, bias=False)
+    hidden = torch.randn(300, 64, requires_grad=True)
+    kept = Kept(head.parameters())
+    with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
+        target_cross_entropy(hidden, head, torch.zeros(300, dtype=torch.long))
+    run = Run(ModelSize(5000, 64, 1, 4), "zero3", 1, Load(300, 300, 300, 300))
+    assert 3 * kept.bytes() == pytest.approx(plain_logits(run), rel=0.05)
+
+
+def test_logits_in_chunks_stop_growing_with_the_targets():
+    model = ModelSize(46145, 2048, 24, 16)
+    few, many, most = (
+        fused_logits(Run(model, "auto", 1, Load(targets, targets, 512, targets))) for targets in (100, 3000, 6000)
+    )
+    # 2^28 / (4 · 46,145) = 1,454 targets a chunk, of logits and of their logarithms, and the gradient of the head.
+    chunk, head = 1454 * 46145 * 4, 46145 * 2048 * 4
+    assert few == 100 * 46145 * 4 + head + 2 * 100 * 2048 * 4
+    assert many == 2 * chunk + head + 2 * 3000 * 2048 * 4
+    assert most - many == 2 * 3000 * 2048 * 4
