@@ -64,7 +64,7 @@ ANSWERS = {
     "Couplet": {"下联：清风明月一窗诗", "清风明月一窗诗", "上联：绿水青山千载画"},
     "KeywordRecognition": {"小麦、抗寒性", "关键词：小麦、抗寒性", "小麦\n抗寒性"},
     "LyricGeneration": {"风吹过\n风吹过\n你走了", "风吹过\n你走了"},
-    "NLI": {"矛盾", "错误", "不能"},
+    "NLI": {"矛盾", "错误", "不是"},
     "Program": {"print(1 + 2)", "```Python\nprint(1 + 2)\n```"},
     "ProseGeneration": {"一盏一盏亮起来。", "雨停了，巷口的灯一盏一盏亮起来。"},
     "TextCorrection": {
@@ -137,7 +137,7 @@ def test_a_sentence_without_mistakes_is_called_so():
 
 @pytest.mark.parametrize(
     ("label", "answers"),
-    [("entailment", {"蕴含", "正确", "能"}), ("neutral", {"中立", "无法判断", "不确定"})],
+    [("entailment", {"蕴含", "正确", "是"}), ("neutral", {"中立", "无法判断", "不确定"})],
 )
 def test_relations_of_sentences(label, answers):
     rows = filled("NLI", {"premise": "他在跑步", "hypothesis": "他在动", "label": label})

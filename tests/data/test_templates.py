@@ -78,8 +78,8 @@ def test_ner_lists_each_entity_once_and_says_when_there_is_none():
     assert targets == {
         "不存在实体",
         "文中没有人名、地名或机构名。",
-        "文中没有提到人名。",
-        "文中没有提到地名。",
+        "文中没有出现人名。",
+        "文中没有出现地名。",
         "人名：无\n地名：无\n机构名：无",
     }
 
