@@ -38,8 +38,8 @@ def run(*command: object, check: bool = True, process: bool = False, cwd: Path =
 
 
 def run_process(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """One thread a process; the tests' own modules can be named on the command line."""
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    """One thread a process; the tests' own modules, and those in its folder, can be named on the command line."""
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{cwd}", "CUDA_VISIBLE_DEVICES": ""}
     environment = {**os.environ, **own, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     return subprocess.run(
         [str(BIN / name), *args], capture_output=True, text=True, cwd=cwd, env=environment, timeout=300

@@ -7,8 +7,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ from firefly_lightning.checkpoint import find_checkpoint
 from firefly_lightning.data.rows import read_rows
 from firefly_lightning.data.template_files import TEMPLATE_FOLDER
 from tests.conftest import write_rows
-from tests.helpers import ROOT, logged, run
+from tests.helpers import BIN, ROOT, logged, run
 
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 
@@ -138,6 +140,37 @@ def test_keys_that_the_readme_names_exist():
         assert name in fields, key
 
 
+ORIGINAL_KEYS = {
+    "output_dir", "model_name_or_path", "deepspeed", "train_file", "num_train_epochs", "per_device_train_batch_size",
+    "learning_rate", "max_seq_length", "logging_steps", "save_steps", "save_total_limit", "lr_scheduler_type",
+    "warmup_steps", "gradient_accumulation_steps", "disable_tqdm", "optim", "seed", "fp16", "report_to",
+    "dataloader_num_workers", "save_strategy", "weight_decay", "max_grad_norm", "remove_unused_columns",
+}  # fmt: skip
+"""Those of train_args/finetune.json in yangjianxin1/Firefly, at d61f0293."""
+
+
+def test_keys_beside_those_of_the_original_scripts_are_taken():
+    section = ENGLISH.read_text("utf-8").split("## Coming from the original scripts\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:4] for line in section.splitlines() if line.startswith("| `")][1:]
+    theirs, ours = ([code for row in rows for code in re.findall("`([^`]+)`", row[column])] for column in (0, 1))
+    assert {code.split(":")[0] for code in theirs} >= ORIGINAL_KEYS
+    given = [code.split(": ") for code in ours if ": " in code]
+    assert len(given) >= 20
+    others = {code for row in rows for code in re.findall(r"`((?:model|data|trainer)\.\w+)`", row[1] + row[2])}
+    assert len(others) >= 5
+    flags = [part for key, value in given for part in (f"--{key}", value)]
+    parsed = yaml.safe_load(run("firefly-fit", "fit", *flags, "--print_config").stdout)
+
+    def held(key: str):
+        group, _, name = key.partition(".")
+        fields = parsed[group]
+        return (fields.get("init_args", fields) if name else parsed)[name or group]
+
+    assert [str(held(key)) for key, _ in given] == [str(yaml.safe_load(value)) for _, value in given]
+    for key in others:
+        held(key)
+
+
 def test_commands_for_several_machines_are_understood(tmp_path):
     blocks = read_blocks(ENGLISH)
     write_file(tmp_path, next(block for block in blocks if block.path == "train.yaml"))
@@ -190,6 +223,8 @@ def box(tmp_path, model_folder, reviews, monkeypatch):
     write_rows(tmp_path / "raw" / "reviews.jsonl", [example, *rows])
     weather = [{"weather": name, "advice": f"{name}天要小心。"} for name in ("下雨", "下雪", "刮风", "炎热")]
     write_rows(tmp_path / "raw" / "weather.jsonl", weather)
+    said = [{"role": "user", "content": "在吗？"}, {"role": "assistant", "content": "在，请讲。"}]
+    write_rows(tmp_path / "raw" / "messages.jsonl", [{"messages": said}, {"kind": "Greeting", "messages": said * 2}])
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(reviews[:20]), "utf-8")
     run("firefly", "prune", "--model", model_folder, "--corpus", corpus, "--out", tmp_path / "smaller")
@@ -199,7 +234,8 @@ def box(tmp_path, model_folder, reviews, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
-    sys.modules.pop("my_project", None)
+    for name in ("my_project", "my_rows", "my_strategy"):
+        sys.modules.pop(name, None)
 
 
 def test_every_command_and_snippet_of_the_readme(box, monkeypatch):
@@ -240,6 +276,9 @@ def check_command(command: str, box: Path, monkeypatch) -> str:
     if re.search("firefly-fit fit .*[^p]$", command):  # no --help
         last = next(step for part, step in LAST_STEPS.items() if part in command)
         args += ["--trainer.max_steps", last, "--trainer.val_check_interval", "2"]
+    if "--web" in args:
+        check_page([name, *args], box)
+        return names[0]
     monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n/exit\n"))
     result = run(name, *args, process="--trainer.devices" in args, cwd=box)
     CHECKS[names[0]](box, result.stdout)
@@ -253,6 +292,13 @@ LAST_STEPS = {"runs/back": "9", "runs/moved": "7", "--ckpt_path last": "5", "": 
 def check_snippet(code: str, box: Path, out: str) -> None:
     if "chat-model" in code:
         assert out.strip()
+    elif "build(" in code:
+        asked = [row.turns[0][0] for row in read_rows(str(box / "weather-all.jsonl"))]
+        assert len(set(asked)) == len(asked) == 8, "two templates, four rows"
+    elif "cross_entropy" in code:
+        losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)$", out, re.MULTILINE)]
+        assert len(losses) == len(out.splitlines()) == 8, "61 rows, eight a step"
+        assert losses[-1] < losses[0]
     else:
         assert list((box / "runs" / "python").rglob("*step=4.ckpt"))
 
@@ -309,6 +355,39 @@ def check_run(name: str, steps: range, version: int = 0, **columns: int):
 def check_watched(box: Path, out: str) -> None:
     check_run("watched", range(3))(box, out)
     assert out.count("  今天下雨，出门要注意什么？\n    ") == 1
+
+
+def check_messages(box: Path, out: str) -> None:
+    check_run("messages", range(3))(box, out)
+    assert re.search(r"Chat +[│|]? *1 ", out), out
+    assert re.search(r"Greeting +[│|]? *1 ", out), out
+
+
+def check_half(box: Path, out: str) -> None:
+    """The same rows and losses as plain DDP; gradients that were rounded on their way."""
+    check_run("half", range(3))(box, out)
+    roots = box / "runs" / "half", box / "runs" / "two"
+    assert float(logged(roots[0])[0]) == pytest.approx(float(logged(roots[1])[0]), rel=1e-5)
+    half, whole = (float(logged(root, "grad_norm")[0]) for root in roots)
+    assert half == pytest.approx(whole, rel=1e-3)
+    assert half != whole
+
+
+def check_page(command: list[str], box: Path) -> None:
+    """Serves the page in a process of its own on a free port, asks it for what a browser would, and ends it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [str(BIN / command[0]), *command[1:], "--port", "0"]
+    with subprocess.Popen(command, cwd=box, env=environment, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            lines = (re.match(r"(http://127\.0\.0\.1:\d+) is the chat page", line) for line in server.stderr)
+            address = next(filter(None, lines))[1]
+            with urllib.request.urlopen(f"{address}/", timeout=20) as page:
+                assert "Firefly" in page.read().decode()
+            with urllib.request.urlopen(f"{address}/settings", timeout=20) as settings:
+                assert json.load(settings)["model"] == "chat-model"
+        finally:
+            server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=30) == 0
 
 
 def check_moved(name: str, steps: range):
@@ -414,7 +493,10 @@ CHECKS = {
     "firefly export": check_exported,
     "firefly chat .*--prompt": check_answer,
     "firefly chat --model chat-model$": check_conversation,
-    "PYTHONPATH=. firefly-fit fit": check_run("mine", range(3), penalty=3),
+    "firefly chat .*--web$": check_page,
+    "PYTHONPATH=. firefly-fit fit .*my_project": check_run("mine", range(3), penalty=3),
+    "PYTHONPATH=. firefly-fit fit .*my_rows": check_messages,
+    "PYTHONPATH=. firefly-fit fit .*my_strategy": check_half,
 }
 """By a pattern that one command matches from its start: what it must have made."""
 

@@ -17,6 +17,7 @@ from firefly_lightning.data.plan import Rows, StepPlan, WeightedRows, check_shar
 from firefly_lightning.data.prompt import PromptEncoder, PromptFormat, prompt_format
 from firefly_lightning.data.records import find_sources
 from firefly_lightning.data.row_arrays import TooLong
+from firefly_lightning.data.rows import RowFormat
 from firefly_lightning.data.tables import counts_table
 from firefly_lightning.data.tokenized import WHOLE, TokenizedRows, default_cache_dir, tokenize
 from firefly_lightning.errors import FireflyError
@@ -64,6 +65,8 @@ class FireflyDataModule(L.LightningDataModule):
         pin_memory: Whether batches are put into page-locked memory, from which a GPU copies faster.
         cache_dir: Where token ids are kept; a folder of the user's cache by default.
         kinds: ``{KIND: {weight, cap, epochs}}`` for kinds of training rows, over all files; weights multiply.
+        row_format: Function that reads rows in a form of your own, such as ``my_rows.messages``: gives the kind and the
+            (input, target) turns of a row's fields, or None where the row is in one of the three known forms.
 
     Raises:
         FireflyError: If an argument is out of its range.
@@ -87,6 +90,7 @@ class FireflyDataModule(L.LightningDataModule):
         pin_memory: bool = False,
         cache_dir: str | None = None,
         kinds: dict[str, Share] | None = None,
+        row_format: RowFormat | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer_path = tokenizer
@@ -101,6 +105,7 @@ class FireflyDataModule(L.LightningDataModule):
         self.too_long: TooLong = too_long
         self.prompt = prompt_format(prompt)
         self.seed = seed
+        self.row_format = row_format
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
@@ -224,7 +229,8 @@ class FireflyDataModule(L.LightningDataModule):
 
     def _tokenized(self, files: Sequence[str], encoder: PromptEncoder, max_length: int) -> TokenizedRows:
         sources = find_sources(files)
-        folders = [tokenize(source, encoder, max_length, self.too_long, self.cache_dir) for source in sources]
+        settings = max_length, self.too_long, self.cache_dir, self.row_format
+        folders = [tokenize(source, encoder, *settings) for source in sources]
         rows = TokenizedRows(folders, sources)
         if not len(rows):
             raise FireflyError(

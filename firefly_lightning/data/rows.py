@@ -1,7 +1,7 @@
 """Instruction rows from files and Hugging Face datasets, whatever of three forms they are in."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import xxhash
@@ -12,6 +12,10 @@ from firefly_lightning.errors import FireflyError
 
 TURN_SEPARATOR = "</s>"
 """What parts the later turns inside the ``target`` of a published Firefly row."""
+
+
+RowFormat = Callable[[Mapping[str, Any]], tuple[str, Sequence[Turn]] | None]
+"""A form of one's own: gives the kind and the turns of a row's fields, or None where the row is in another form."""
 
 
 class Row(NamedTuple):
@@ -36,22 +40,46 @@ class Row(NamedTuple):
         return xxhash.xxh3_64_intdigest(text.encode())
 
 
-def read_rows(source: str) -> Iterator[Row]:
+def read_rows(source: str, row_format: RowFormat | None = None) -> Iterator[Row]:
     """Streams the rows of one file (``.jsonl``, ``.json``, ``.parquet``) or dataset.
 
     The form is recognised from the fields of the first row: Firefly ``{"kind","input","target"}``, Belle
     ``{"instruction","input","output"}``, or ``{"conversation":[{"human","assistant"},…]}``.
 
+    Args:
+        source: As :func:`firefly_lightning.data.records.find_sources` gives it.
+        row_format: Is asked first, for every row.
+
     Raises:
         FireflyError: If the source is empty, is in none of the forms, or a row is malformed; with file and line.
     """
     parse: Callable[[Mapping[str, Any], str, int], Row] | None = None
+    number = 0
     for number, fields in read_records(source):
         where = f"{source}:{number}"
-        parse = parse or _recognise(fields, where)
-        yield parse(fields, where, number)
-    if parse is None:
+        row = row_format and _parse_own(row_format, fields, where, number)
+        if not row:
+            parse = parse or _recognise(fields, where)
+            row = parse(fields, where, number)
+        yield row
+    if not number:
         raise FireflyError(f"{source}: has no rows; remove it from the list or fill it")
+
+
+def _parse_own(row_format: RowFormat, fields: Mapping[str, Any], where: str, number: int) -> Row | None:
+    try:
+        found = row_format(fields)
+        if found is None:
+            return None
+        kind, turns = found[0], [{"input": question, "target": answer} for question, answer in found[1]]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise FireflyError(
+            f"{where}: the function of data.row_format failed, {type(error).__name__}: {error}; mend it or the row"
+        ) from error
+    if not turns:
+        raise FireflyError(f"{where}: the function of data.row_format gave no turn; remove the row")
+    texts = tuple((_text(turn, "input", where), _text(turn, "target", where)) for turn in turns)
+    return _row(_text({"kind": kind}, "kind", where), texts, where, number)
 
 
 def _recognise(fields: Mapping[str, Any], where: str) -> Callable[[Mapping[str, Any], str, int], Row]:

@@ -5,6 +5,7 @@ them and of the code that makes it. It appears by a rename when it is complete, 
 """
 
 import gc
+import inspect
 import itertools
 import json
 import os
@@ -12,7 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ from firefly_lightning.data import rows as rows_module
 from firefly_lightning.data.prompt import PromptEncoder
 from firefly_lightning.data.records import is_file, load_hub_dataset
 from firefly_lightning.data.row_arrays import RowArrays, TooLong, cut_rows, join_rows
-from firefly_lightning.data.rows import Row, read_rows
+from firefly_lightning.data.rows import Row, RowFormat, read_rows
 from firefly_lightning.errors import FireflyError, describe_os_error
 
 # Tokenising in parallel and then forking loader workers is safe here, since workers never tokenise; unset, it warns.
@@ -136,7 +137,14 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "firefly_lightning"
 
 
-def tokenize(source: str, encoder: PromptEncoder, max_length: int, too_long: TooLong, cache_dir: Path) -> Path:
+def tokenize(
+    source: str,
+    encoder: PromptEncoder,
+    max_length: int,
+    too_long: TooLong,
+    cache_dir: Path,
+    row_format: RowFormat | None = None,
+) -> Path:
     """The cache folder of a source, made if it is not there.
 
     Two processes that need the same folder wait for each other; one of them makes it.
@@ -144,21 +152,36 @@ def tokenize(source: str, encoder: PromptEncoder, max_length: int, too_long: Too
     Raises:
         FireflyError: If the source is malformed, or the disk does not take the result.
     """
-    folder = cache_dir / _key(source, encoder, max_length, too_long)
+    folder = cache_dir / _key(source, encoder, max_length, too_long, row_format)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(cache_dir / f"{folder.name}.lock"):
             if not folder.is_dir():
-                _make(folder, source, encoder, max_length, too_long)
+                _make(folder, lambda path: _write(path, source, encoder, max_length, too_long, row_format))
     except OSError as error:
         raise FireflyError(describe_os_error(error, cache_dir)) from error
     return folder
 
 
-def _key(source: str, encoder: PromptEncoder, max_length: int, too_long: TooLong) -> str:
+def _key(
+    source: str, encoder: PromptEncoder, max_length: int, too_long: TooLong, row_format: RowFormat | None = None
+) -> str:
     settings = json.dumps([vars(encoder.prompt), max_length, too_long], sort_keys=True)
     parts = [settings, encoder.backend.to_str(), _hash_content(source), _hash_files(_CODE)]
+    if row_format:
+        parts += [getattr(row_format, "__qualname__", ""), _hash_files([_file_of(row_format)])]
     return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
+
+
+def _file_of(row_format: RowFormat) -> str:
+    """The file whose change makes token ids anew."""
+    file = inspect.getsourcefile(row_format) if inspect.isfunction(row_format) else None
+    if file is None or not Path(file).is_file():
+        raise FireflyError(
+            "data.row_format: only a function of a file is taken, since token ids are made anew when the file changes; "
+            "define it in one"
+        )
+    return file
 
 
 _READERS = (prompt_module, rows_module, records_module, json_arrays_module, row_arrays_module)
@@ -185,22 +208,29 @@ def _hash_files(paths: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _make(folder: Path, source: str, encoder: PromptEncoder, max_length: int, too_long: TooLong) -> None:
+def _make(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
     """Fills a temporary folder beside the final one and renames it."""
     for left_over in folder.parent.glob(f"{folder.name}.tmp*"):
         shutil.rmtree(left_over)  # of a process that was killed; a living one would hold the lock
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
     try:
-        report = _write(temporary / "rows.arrow", source, encoder, max_length, too_long)
+        report = write(temporary / "rows.arrow")
         (temporary / "report.json").write_text(json.dumps(report, ensure_ascii=False), "utf-8")
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(path: Path, source: str, encoder: PromptEncoder, max_length: int, too_long: TooLong) -> dict[str, Any]:
+def _write(
+    path: Path,
+    source: str,
+    encoder: PromptEncoder,
+    max_length: int,
+    too_long: TooLong,
+    row_format: RowFormat | None = None,
+) -> dict[str, Any]:
     counts: defaultdict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(COUNTED, 0))
-    progress = tqdm(read_rows(source), desc=f"tokenising {Path(source).name}", unit=" rows", delay=2)
+    progress = tqdm(read_rows(source, row_format), desc=f"tokenising {Path(source).name}", unit=" rows", delay=2)
     with _no_garbage_collection(), pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
         for rows, texts in _encode_ahead(_chunks(progress, ROWS_PER_BATCH), encoder):
             whole = join_rows(texts, [len(row.turns) for row in rows], encoder.controls)

@@ -224,3 +224,36 @@ def test_a_folder_is_read_as_a_dataset(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FireflyError, match="empty: neither a file nor a dataset that could be loaded"):
         list(read_records(str(tmp_path / "empty")))
+
+
+def messages(fields):
+    said = fields.get("messages")
+    return said and (fields.get("kind", "Chat"), list(zip(said[::2], said[1::2], strict=True)))
+
+
+def test_a_form_of_ones_own_beside_the_others(tmp_path):
+    file = file_of(
+        tmp_path, [{"messages": ["在吗", "在", "好", "嗯"]}, FIREFLY, {"kind": "K", "messages": ["一", "二"]}]
+    )
+    assert list(read_rows(file, messages)) == [
+        Row("Chat", (("在吗", "在"), ("好", "嗯")), 1),
+        Row("Couplet", (("上联：春风", "秋月"),), 2),
+        Row("K", (("一", "二"),), 3),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        (["在吗"], "rows.jsonl:2: the function of data.row_format failed, ValueError: zip.*mend it or the row"),
+        (7, "rows.jsonl:2: the function of data.row_format failed, TypeError"),
+        (["在吗", None], "rows.jsonl:2: field 'target' must be a string, this is NoneType"),
+        (["在吗", " "], "rows.jsonl:2: the target is empty"),
+    ],
+)
+def test_what_a_form_of_ones_own_gives_is_checked(tmp_path, said, says):
+    file = file_of(tmp_path, [{"messages": ["在吗", "在"]}, {"messages": said}])
+    with pytest.raises(FireflyError, match=says):
+        list(read_rows(file, messages))
+    with pytest.raises(FireflyError, match=r"rows\.jsonl:1: the function of data.row_format gave no turn"):
+        list(read_rows(file, lambda fields: ("Chat", [])))

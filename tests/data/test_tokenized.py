@@ -1,6 +1,8 @@
 """The token cache: right ids, never stale, never half-made."""
 
+import importlib
 import json
+import linecache
 import os
 import pickle
 import subprocess
@@ -200,3 +202,24 @@ def test_several_sources_are_one_after_another(encoder, rows_file, tmp_path):
     assert rows.of_source(1).tolist() == [60]
     assert rows.describe(60) == "b:1 (Belle)"
     assert rows.describe(0).startswith("a:1 ")
+
+
+def test_a_form_of_ones_own_is_read_anew_when_its_file_changes(encoder, tmp_path, monkeypatch):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"q": "在吗", "a": "在"}])
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def made(code: str) -> TokenizedRows:
+        (tmp_path / "own_rows.py").write_text(f"def read(fields):\n    return {code}\n", "utf-8")
+        monkeypatch.delitem(sys.modules, "own_rows", raising=False)
+        importlib.invalidate_caches()
+        linecache.checkcache()
+        row_format = importlib.import_module("own_rows").read
+        return TokenizedRows([tokenize(str(rows), encoder, 512, "truncate", tmp_path, row_format)], ["rows"])
+
+    first, again = (made("'Chat', [(fields['q'], fields['a'])]") for _ in range(2))
+    changed = made("'Longer kind', [(fields['q'], fields['a'])]")
+    assert first.folders == again.folders != changed.folders
+    assert (first.kinds, changed.kinds) == (["Chat"], ["Longer kind"])
+    assert first[0].input_ids.tolist() == encoder.encode([[("在吗", "在")]])[0].input_ids
+    with pytest.raises(FireflyError, match=r"data\.row_format: only a function of a file is taken"):
+        tokenize(str(rows), encoder, 512, "truncate", tmp_path, eval("lambda fields: None"))
