@@ -9,7 +9,7 @@ fi
 
 unshare --net sleep infinity &
 other=$!
-trap 'kill "$other"' EXIT
+trap 'kill "$other"; wait "$other" || true' EXIT
 until [ "$(readlink /proc/$other/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.05; done
 node1() { nsenter --net --target "$other" "$@"; }
 
