@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="PNG of the figures")
     parser.add_argument("--run", choices=SYSTEMS, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
+    parser.add_argument("--profile_to", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
@@ -73,7 +74,7 @@ def main() -> None:
             print(json.dumps(lines[-1]), flush=True)
         for dtype in options.dtypes if options.profile else ():
             own = ["--run", "firefly", "--dtype", dtype, "--folder", folder, "--steps", "2", "--warmup", "1"]
-            measured(*own, "--profile", str(options.profile / f"profile-{dtype}.txt"))
+            measured(*own, "--profile_to", str(options.profile / f"profile-{dtype}.txt"))
     if options.out:
         draw(options.out, lines)
 
@@ -189,11 +190,11 @@ def run_firefly(options: argparse.Namespace, data: FireflyDataModule, batches: S
         precision="bf16-mixed" if options.dtype == "bf16" else "32-true",
     )  # fmt: skip
     module = FireflyModule(options.folder, warmup_steps=0, attention=options.attention)
-    if options.profile:
+    if options.profile_to:
         with torch.profiler.profile() as profiler:
             trainer.fit(module, data)
         table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40)
-        options.profile.write_text(table, "utf-8")
+        options.profile_to.write_text(table, "utf-8")
     else:
         trainer.fit(module, data)
     return float(trainer.callback_metrics["train_loss"])

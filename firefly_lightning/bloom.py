@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import BloomForCausalLM
 
@@ -194,9 +195,24 @@ def _packed_forward(block: Any, hidden: Tensor, attend: Any, only: Tensor | None
     hidden = residual + dropout(attention.dense(context))
     normed = block.post_attention_layernorm(hidden)
     residual = normed if block.apply_residual_connection_post_layernorm else hidden
-    wide = F.gelu(mlp.dense_h_to_4h(normed), approximate="tanh")
-    output: Tensor = residual + dropout(mlp.dense_4h_to_h(wide))
+    output: Tensor = residual + dropout(_after_gelu(mlp.dense_4h_to_h, mlp.dense_h_to_4h(normed)))
     return output
+
+
+def _after_gelu(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """A layer behind GELU, whose output is computed again in the backward pass: it is a fifth of what a block keeps."""
+    wide = _gelu(inputs)
+    number = id(wide)  # a hook that knew the tensor itself would keep it
+    with saved_tensors_hooks(
+        lambda saved: None if id(saved) == number else saved,
+        lambda saved: _gelu(inputs.detach()) if saved is None else saved,
+    ):
+        output: Tensor = layer(wide)
+    return output
+
+
+def _gelu(inputs: Tensor) -> Tensor:
+    return F.gelu(inputs, approximate="tanh")
 
 
 def _attention_forward(

@@ -7,8 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-LOGIT_BYTES = 256 * 2**20
-"""A chunk's logits take so much in float32, and the fused loss a few times that, whatever the vocabulary."""
+LOGIT_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+"""A chunk's logits take so much in float32, and the fused loss a few times that.
+
+Few are faster on a processor, in whose cache they stay; on a GPU adding up the head's gradient would take longer than
+the products.
+"""
+
+FEWEST_TARGETS = 128
+"""Of a chunk, however large the vocabulary."""
 
 
 class TargetScores(NamedTuple):
@@ -75,7 +82,7 @@ def fused_target_cross_entropy(hidden: Tensor, weight: Tensor, target_ids: Tenso
 def chunked_target_scores(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> TargetScores:
     """:func:`target_scores` with a head that is a weight alone, without gradients and in as little memory."""
     dtype = _dtype(hidden)
-    head, chunk = weight.to(dtype), _chunk(weight)
+    head, chunk = weight.to(dtype), chunk_size(len(weight), weight.device.type)
     nlls, hits = [], []
     for part, ids in zip(torch.split(hidden.to(dtype), chunk), torch.split(target_ids, chunk), strict=True):
         scores = _scores(part, head)
@@ -92,8 +99,9 @@ def _dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if casts else hidden.dtype
 
 
-def _chunk(weight: Tensor) -> int:
-    return max(1, LOGIT_BYTES // (4 * len(weight)))
+def chunk_size(vocabulary: int, device: str) -> int:
+    """Targets whose logits exist at a time on a type of device."""
+    return max(FEWEST_TARGETS, LOGIT_BYTES["cpu" if device == "cpu" else "cuda"] // (4 * vocabulary))
 
 
 def _scores(hidden: Tensor, head: Tensor) -> Tensor:
@@ -128,7 +136,7 @@ class _FusedTargetCrossEntropy(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=torch.float32)
         d_hidden = torch.empty_like(inputs) if learns else None
         d_weight: Tensor | None = None
-        chunk = _chunk(weight)
+        chunk = chunk_size(len(weight), weight.device.type)
         for start in range(0, len(inputs), chunk):
             part, ids = inputs[start : start + chunk], target_ids[start : start + chunk, None]
             scores = _scores(part, head)

@@ -1,6 +1,6 @@
 """What the forward pass of a micro-batch leaves for the backward pass, in bytes; dropout is off, as in Bloom's own."""
 
-from firefly_lightning.loss import LOGIT_BYTES
+from firefly_lightning.loss import chunk_size
 from firefly_lightning.planning.runs import Run
 
 
@@ -8,9 +8,9 @@ def block_activations(run: Run, tokens: int, attended: int) -> float:
     """Bytes that the gradient of one block needs of its forward pass, without weights.
 
     Input of both norms, in the type of the residual stream; the normed inputs of two products, queries, keys and
-    values, attention's output, the same in packed rows, and what goes into and comes out of GELU: in numbers a token
-    2 h of the one and (2 + 3 + 1 + 1 + 4 + 4) h of the other type. In float32 that is 68 h bytes. On the side, mean and
-    deviation of two norms and a normaliser of each head.
+    values, attention's output, the same in packed rows, and what goes into GELU: in numbers a token 2 h of the one and
+    (2 + 3 + 1 + 1 + 4) h of the other type. In float32 that is 52 h bytes. On the side, mean and deviation of two norms
+    and a normaliser of each head.
 
     Args:
         run: Gives sizes and types.
@@ -24,7 +24,7 @@ def block_activations(run: Run, tokens: int, attended: int) -> float:
     shared = 1 if run.split_rows else run.devices
     hidden = model.hidden_size
     norms = 2 * hidden * (residual + computed) + 4 * residual
-    wide = (1 + 4 + 4) * hidden * computed / shared
+    wide = (1 + 4) * hidden * computed / shared
     attention = (3 + 1) * hidden * scored / shared + 4 * model.n_head / shared
     return tokens * (norms + wide) + attended * attention
 
@@ -64,7 +64,7 @@ def fused_logits(run: Run) -> float:
     the weight's type; autocast has a copy of the head too.
     """
     model, targets = run.model, run.load.targets
-    chunk = min(max(1, LOGIT_BYTES // (4 * model.vocab_size)), targets)
+    chunk = min(chunk_size(model.vocab_size, run.device), targets)
     logits, several = model.vocab_size * chunk, targets > chunk
     hidden = 2.0 * targets * model.hidden_size * (2 if run.mixed else 4)
     if not run.mixed:

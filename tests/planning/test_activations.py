@@ -62,6 +62,8 @@ def test_what_the_backward_pass_needs(strategy, precision, recomputing):
     gradient = 500 * 64 * (2 if strategy == "zero1" else 4)  # of the head, which the loss knows in its forward pass
     # Recomputed blocks show autograd neither ALiBi's bias nor autocast's copies, though both are there.
     beside = -4 * 60 * 60 * 4 if recomputing else autocast_copies(run)
+    if autocast and not recomputing:  # nor does a block's hook show the copy for the layer behind GELU
+        beside -= 3 * 4 * 64 * 64 * 2
     # Norms keep mean and deviation in a type of their own choice.
     assert kept.bytes() == pytest.approx(activations(run) + beside + numbers + gradient, rel=0.005)
 
