@@ -2,15 +2,19 @@
 
 import contextlib
 import csv
+import ctypes
 import io
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from unittest import mock
@@ -212,3 +216,36 @@ class NotingRows(FireflyModule):
 
 class RenamedData(FireflyDataModule):
     """The same, under a name that no checkpoint knows."""
+
+
+@contextlib.contextmanager
+def memory_taken(seconds: float = 0.005) -> Iterator[list[int]]:
+    """Looks every so often; the one number given is how many bytes more than before there were at the peak."""
+    give_memory_back()
+    before, taken, done = anonymous_memory(), [0], threading.Event()
+
+    def watch():
+        while not done.wait(seconds):
+            give_memory_back()  # what has been freed is no copy
+            taken[0] = max(taken[0], anonymous_memory() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield taken
+    finally:
+        done.set()
+        watcher.join()
+
+
+def give_memory_back() -> None:
+    """Makes what is freed, before and from here on, no longer count."""
+    libc, m_mmap_threshold = ctypes.CDLL(None), -3
+    libc.mallopt(m_mmap_threshold, 65536)
+    libc.malloc_trim(0)
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that no file backs; weights that are only mapped do not count."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024

@@ -17,6 +17,7 @@ from firefly_lightning import bloom as fast
 from firefly_lightning.bloom import AlibiBias, FastBloom, alibi_slopes
 from firefly_lightning.data.batches import collate
 from firefly_lightning.data.tokenized import TokenizedRow
+from tests.helpers import FORKS, anonymous_memory, give_memory_back
 from tests.reference import backward, labelled
 
 
@@ -205,8 +206,13 @@ def test_dropout_is_applied(stock, batches):
 
 def test_little_memory_whatever_the_vocabulary():
     """A chunk of logits at a time: 4,000 targets of 50,000 tokens would be 800 MB of logits, and thrice that."""
-    from tests.strategies.test_deepspeed import anonymous_memory, give_memory_back
+    with FORKS.Pool(1) as pool:  # what other tests have left in this process would count
+        taken, weight = pool.apply(memory_of_loss)
+    assert taken <= 2.1 * loss.LOGIT_BYTES["cpu"] + 3 * weight
 
+
+def memory_of_loss() -> tuple[int, int]:
+    """Bytes that loss and gradients take where logits have just become scores, and bytes of the head."""
     hidden, weight = torch.randn(4000, 16, requires_grad=True), torch.randn(50_000, 16, requires_grad=True)
     ids = torch.arange(4000)
     give_memory_back()
@@ -222,7 +228,7 @@ def test_little_memory_whatever_the_vocabulary():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss.F, "log_softmax", measured)
         loss.fused_target_cross_entropy(hidden, weight, ids).backward()
-    assert most <= 2.1 * loss.LOGIT_BYTES["cpu"] + 3 * weight.nbytes
+    return most, weight.nbytes
 
 
 class Recorded(TorchDispatchMode):

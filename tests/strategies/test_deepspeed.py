@@ -1,12 +1,9 @@
 """ZeRO by DeepSpeed: resuming, random weights, precisions, configurations, optimizers, and what is refused."""
 
-import ctypes
 import json
 import math
 import pickle
-import re
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from firefly_lightning import FireflyModule
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.strategies import ZeroStrategy
-from tests.helpers import logged, one_line, run, run_ranks
+from tests.helpers import logged, memory_taken, one_line, run, run_ranks
 
 PRECISIONS = {
     "zero1": "32-true",
@@ -81,32 +78,9 @@ class Measured(FireflyModule):
     """Tells how much memory loading took at its peak, and ends."""
 
     def configure_model(self):
-        give_memory_back()
-        before, top, done = anonymous_memory(), [0], threading.Event()
-
-        def watch():
-            while not done.wait(0.002):
-                top[0] = max(top[0], anonymous_memory())
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        super().configure_model()
-        done.set()
-        watcher.join()
-        raise FireflyError(f"rank {self.global_rank} took {top[0] - before} bytes")
-
-
-def give_memory_back() -> None:
-    """Makes what is freed, before and from here on, no longer count."""
-    libc, m_mmap_threshold = ctypes.CDLL(None), -3
-    libc.mallopt(m_mmap_threshold, 65536)
-    libc.malloc_trim(0)
-
-
-def anonymous_memory() -> int:
-    """Bytes of this process that no file backs; weights that are only mapped do not count."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
+        with memory_taken(0.002) as taken:
+            super().configure_model()
+        raise FireflyError(f"rank {self.global_rank} took {taken[0]} bytes")
 
 
 class Inspected(FireflyModule):

@@ -1,7 +1,6 @@
 """No process holds a second copy of what is saved, under any strategy."""
 
 import json
-import threading
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,7 @@ from transformers import BloomConfig
 
 from firefly_lightning import FireflyModule, portable
 from firefly_lightning.huggingface import load_tokenizer
-from tests.helpers import run_ranks
-from tests.strategies.test_deepspeed import anonymous_memory, give_memory_back
+from tests.helpers import memory_taken, run_ranks
 from tests.strategies.test_moving import command
 from tests.strategies.test_parity import REFUSED, STRATEGIES
 
@@ -29,21 +27,10 @@ class Saving(FireflyModule):
 
     def on_train_end(self):
         portable.FLUSH_BYTES = 2**20
-        give_memory_back()
-        before, top, done = anonymous_memory(), [0], threading.Event()
-
-        def watch():
-            while not done.wait(0.005):
-                give_memory_back()  # what engines have freed is no copy
-                top[0] = max(top[0], anonymous_memory())
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
         root = Path(self.trainer.default_root_dir)
-        self.trainer.save_checkpoint(root / "again.ckpt")
-        done.set()
-        watcher.join()
-        (root / f"taken-{self.global_rank}.json").write_text(json.dumps(top[0] - before))
+        with memory_taken() as taken:
+            self.trainer.save_checkpoint(root / "again.ckpt")
+        (root / f"taken-{self.global_rank}.json").write_text(json.dumps(taken[0]))
 
 
 @pytest.fixture(scope="module")
