@@ -17,6 +17,9 @@ from rich.console import Console
 
 Lines = Sequence[dict[str, Any]]
 
+GOALS = {"trainer": 4, "grouped": 4, "trl": 6}
+"""How many times as fast as each other system firefly is to be."""
+
 
 class Part(NamedTuple):
     """One script and how its lines are shown.
@@ -37,16 +40,26 @@ class Part(NamedTuple):
 
 
 def compared(lines: Lines) -> list[str]:
-    """Speed and memory as shares of the others', in each type of numbers."""
+    """Speed and memory as shares of the others', in each type of numbers, beside what was wanted."""
     remarks = []
     for ours in (line for line in lines if line.get("system") == "firefly"):
         others = [line for line in lines if line.get("dtype") == ours["dtype"] and line is not ours]
         for other in others:
+            name = other["system"]
             speed = ours["tokens_per_second"] / other["tokens_per_second"]
             memory = ours["peak_rss_gb"] / other["peak_rss_gb"]
             remarks.append(
-                f"{ours['dtype']}: {speed:.1f} times the tokens/s of {other['system']}, {memory:.2f} of its memory."
+                f"{ours['dtype']}: {speed:.1f} times the tokens/s of {name} (goal {GOALS[name]}), "
+                f"{memory:.2f} of its memory (goal 0.3)."
             )
+        fixed = ours["libraries_gb"] + ours["state_gb"]
+        remarks.append(
+            f"{ours['dtype']}: of firefly's memory, {fixed:.2f} GB are libraries, rows, weights, gradients and "
+            "moments, which no system has less of."
+        )
+    for line in (line for line in lines if "profiled" in line):
+        shares = [f"{name} {share:.0%}" for name, share in line.items() if name != "profiled"]
+        remarks.append(f"{line['profiled']}: where the time of firefly's operations goes: {', '.join(shares)}.")
     return remarks
 
 
@@ -85,7 +98,8 @@ PARTS = {
         "Training", "Real tokens a second, without padding, on the same rows. The share of the floor is the time "
         "of the bare matrix products of the same steps, measured in the same process, in the time that the steps took.",
         ["--dtypes", "fp32", "bf16"],
-        ["system", "dtype", "tokens_per_second", "target_tokens_per_second", "peak_rss_gb", "share_of_floor", "loss"],
+        ["system", "dtype", "tokens_per_second", "target_tokens_per_second", "peak_rss_gb", "libraries_gb", "state_gb",
+         "share_of_floor", "loss"],
         compared,
     ),
     "ladder": Part(

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,15 @@ from firefly_lightning import FireflyDataModule, FireflyModule
 from firefly_lightning.huggingface import load_tokenizer
 
 SYSTEMS = ("firefly", "trainer", "grouped", "trl")
+PURPOSES = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn"),
+    "attention": ("scaled_dot_product", "flash_attention"),
+    "optimizer": ("adamw", "Optimizer."),
+    "loss but for its products": ("log_softmax", "exp_", "gather", "scatter"),
+    "gelu": ("gelu",),
+    "layer norm": ("layer_norm",),
+}
+"""Of operations, by a part of their names."""
 BLUE, GREY = "#4C78A8", "#BAB0AC"
 
 
@@ -74,7 +84,8 @@ def main() -> None:
             print(json.dumps(lines[-1]), flush=True)
         for dtype in options.dtypes if options.profile else ():
             own = ["--run", "firefly", "--dtype", dtype, "--folder", folder, "--steps", "2", "--warmup", "1"]
-            measured(*own, "--profile_to", str(options.profile / f"profile-{dtype}.txt"))
+            line = measured(*own, "--profile_to", str(options.profile / f"profile-{dtype}.txt"))
+            print(json.dumps({"profiled": dtype} | line["shares_of_time"]), flush=True)
     if options.out:
         draw(options.out, lines)
 
@@ -130,12 +141,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     data.setup("fit")
     steps = options.warmup + options.steps
     batches = [data.train[step] for step in range(steps)]
-    clock = Clock(options.warmup)
-    loss = {"firefly": run_firefly, "trl": run_trl}.get(options.run, run_trainer)(options, data, batches, clock)
+    clock, before = Clock(options.warmup), peak_gb()
+    run = {"firefly": run_firefly, "trl": run_trl}.get(options.run, run_trainer)
+    with torch.profiler.profile() if options.profile_to else nullcontext() as profiler:
+        loss = run(options, data, batches, clock)
     peak, seconds = peak_gb(), clock.seconds
     counted = clock.counts[options.warmup :]
     tokens, targets = (sum(counts) for counts in zip(*counted, strict=True))
-    vocabulary = BloomConfig.from_pretrained(options.folder).vocab_size
+    config = BloomConfig.from_pretrained(options.folder)
+    with torch.device("meta"):
+        parameters = BloomForCausalLM(config).num_parameters()
+    vocabulary = config.vocab_size
     sizes = options.hidden, options.layers, vocabulary, options.dtype
     floor = sum(matrix_products(*counts, *sizes) for counts in counted)
     return {
@@ -143,8 +159,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "vocabulary": vocabulary, "batch_size": options.batch_size, "max_length": options.max_length,
         "steps": options.steps, "tokens": tokens, "tokens_per_second": round(tokens / seconds, 1),
         "target_tokens_per_second": round(targets / seconds, 1), "peak_rss_gb": peak,
+        "libraries_gb": before, "state_gb": round(16 * parameters / 1e9, 2),
         "share_of_floor": round(floor / seconds, 3), "loss": round(loss, 4),
+        **({"shares_of_time": profiled(profiler, options.profile_to)} if profiler else {}),
     }  # fmt: skip
+
+
+def profiled(profiler: torch.profiler.profile, path: Path) -> dict[str, float]:
+    """Writes the table of operations; gives the shares of their time by what they are for."""
+    operations = profiler.key_averages()
+    table = operations.table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40)
+    path.write_text(table, "utf-8")
+    total = sum(operation.self_cpu_time_total for operation in operations)
+    shares = dict.fromkeys((*PURPOSES, "all else"), 0.0)
+    for operation in operations:
+        purpose = next((name for name, words in PURPOSES.items() if any(w in operation.key for w in words)), "all else")
+        shares[purpose] += operation.self_cpu_time_total / total
+    return {purpose: round(share, 3) for purpose, share in shares.items()}
 
 
 class Clock:
@@ -190,13 +221,7 @@ def run_firefly(options: argparse.Namespace, data: FireflyDataModule, batches: S
         precision="bf16-mixed" if options.dtype == "bf16" else "32-true",
     )  # fmt: skip
     module = FireflyModule(options.folder, warmup_steps=0, attention=options.attention)
-    if options.profile_to:
-        with torch.profiler.profile() as profiler:
-            trainer.fit(module, data)
-        table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40)
-        options.profile_to.write_text(table, "utf-8")
-    else:
-        trainer.fit(module, data)
+    trainer.fit(module, data)
     return float(trainer.callback_metrics["train_loss"])
 
 
