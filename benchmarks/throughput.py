@@ -78,6 +78,8 @@ def main() -> None:
     print(json.dumps(machine() | {"threads": options.threads}), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), options)
+        options.folder = folder
+        data_module(options).prepare_data()  # else the first process would tokenise, and hold memory of it
         lines = []
         for dtype, system in product(options.dtypes, options.systems):
             lines.append(measured("--run", system, "--dtype", dtype, "--folder", folder))
@@ -131,12 +133,17 @@ def make_model(folder: Path, options: argparse.Namespace) -> None:
     BloomForCausalLM(config).save_pretrained(folder)
 
 
+def data_module(options: argparse.Namespace) -> FireflyDataModule:
+    """The rows, the same for all."""
+    return FireflyDataModule(
+        options.folder, train_files=options.rows, batch_size=options.batch_size, max_length=options.max_length
+    )
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """One system's figures."""
     torch.set_num_threads(options.threads)
-    data = FireflyDataModule(
-        options.folder, train_files=options.rows, batch_size=options.batch_size, max_length=options.max_length
-    )
+    data = data_module(options)
     data.prepare_data()
     data.setup("fit")
     steps = options.warmup + options.steps
