@@ -53,7 +53,7 @@ def compared(lines: Lines) -> list[str]:
                 f"memory (goal 0.3), {activations(ours) / activations(other):.2f} of what is not fixed."
             )
     for line in (line for line in lines if "profiled" in line):
-        shares = [f"{name} {share:.0%}" for name, share in line.items() if name != "profiled"]
+        shares = [f"{name} {share:.1%}" for name, share in line.items() if name != "profiled"]
         remarks.append(f"{line['profiled']}: where the time of firefly's operations goes: {', '.join(shares)}.")
     return remarks
 

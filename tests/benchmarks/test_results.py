@@ -41,7 +41,7 @@ def test_tables_and_ratios(tmp_path, monkeypatch):
         "- fp32: 4.0 times the tokens/s of trainer (goal 4), 0.25 of its memory (goal 0.3), 0.15 of what is not fixed."
         in text
     )
-    assert "- fp32: where the time of firefly's operations goes: products 80%, all else 20%." in text
+    assert "- fp32: where the time of firefly's operations goes: products 80.0%, all else 20.0%." in text
     assert "![Training](results/throughput.png)" in text
     assert "[profile-fp32.txt](results/profile-fp32.txt)" in text
     assert "Pruning" not in text
