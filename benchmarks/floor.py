@@ -1,6 +1,10 @@
-"""The time of the bare matrix products of a step, which no way to compute the same step exactly can be faster than."""
+"""The time of the bare matrix products of a step, which no way to compute the same step exactly can be faster than.
+
+Beside it the rates of bare products and copies.
+"""
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -33,3 +37,23 @@ def matrix_products(tokens: int, targets: int, hidden: int, layers: int, vocabul
             _ = inputs @ weight.t(), gradient @ weight, gradient.t() @ inputs
         seconds += time.perf_counter() - began
     return seconds
+
+
+def product_rate(dtype: str) -> float:
+    """Floating-point operations a second of a bare product with the shape of a linear layer."""
+    left, right = torch.randn(2048, 512, dtype=DTYPES[dtype]), torch.randn(512, 2048, dtype=DTYPES[dtype])
+    return 20 * 2 * left.numel() * 2048 / _seconds(lambda: left @ right, 20)
+
+
+def copy_rate() -> float:
+    """Bytes a second that a copy reads and writes."""
+    source, target = torch.ones(2**25), torch.ones(2**25)
+    return 5 * 2 * source.nbytes / _seconds(lambda: target.copy_(source), 5)
+
+
+def _seconds(run: Callable[[], object], times: int) -> float:
+    run()
+    began = time.perf_counter()
+    for _ in range(times):
+        run()
+    return time.perf_counter() - began

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import BloomForCausalLM
 
-from benchmarks.floor import DTYPES, matrix_products
+from benchmarks.floor import copy_rate, matrix_products, product_rate
 from benchmarks.machine import machine, peak_gb
 from benchmarks.throughput import BLUE, GREY, make_model
 from firefly_lightning import FireflyDataModule
@@ -195,26 +195,6 @@ class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tensors = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, Tensor)]
             self.bytes += sum(tensor.nbytes for tensor in tensors)
         return result
-
-
-def product_rate(dtype: str) -> float:
-    """Floating-point operations a second of a bare product with the shape of a linear layer."""
-    left, right = torch.randn(2048, 512, dtype=DTYPES[dtype]), torch.randn(512, 2048, dtype=DTYPES[dtype])
-    return 20 * 2 * left.numel() * 2048 / _seconds(lambda: left @ right, 20)
-
-
-def copy_rate() -> float:
-    """Bytes a second that a copy reads and writes."""
-    source, target = torch.ones(2**25), torch.ones(2**25)
-    return 5 * 2 * source.nbytes / _seconds(lambda: target.copy_(source), 5)
-
-
-def _seconds(run: Any, times: int) -> float:
-    run()
-    began = time.perf_counter()
-    for _ in range(times):
-        run()
-    return time.perf_counter() - began
 
 
 def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:

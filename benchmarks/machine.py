@@ -3,15 +3,14 @@
 import datetime
 import os
 import platform
-import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import torch
 
 
 def machine() -> dict[str, str | int]:
     """Processor, its pace, cores, releases and date, for the record beside a figure."""
+    from benchmarks.floor import product_rate  # not above: torch counts as an import of what is measured
+
     cpu = next(
         (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
@@ -22,19 +21,9 @@ def machine() -> dict[str, str | int]:
         "cores": os.cpu_count() or 1,
         **{name: release for name in packages if (release := _version(name))},
         "python": platform.python_version(),
-        "gflop/s": product_rate(),
+        "gflop/s": round(product_rate("fp32") / 1e9),
         "date": datetime.date.today().isoformat(),
     }
-
-
-def product_rate(size: int = 2048, times: int = 5) -> int:
-    """10⁹ operations a second of bare products in float32, the fastest of a few: shows what else a machine is doing."""
-    left, seconds = torch.randn(size, size), []
-    for _ in range(times):
-        began = time.perf_counter()
-        left @ left
-        seconds.append(time.perf_counter() - began)
-    return round(2 * size**3 / min(seconds) / 1e9)
 
 
 def peak_gb() -> float:

@@ -219,14 +219,18 @@ class RenamedData(FireflyDataModule):
 
 
 @contextlib.contextmanager
-def memory_taken(seconds: float = 0.005) -> Iterator[list[int]]:
-    """Looks every so often; the one number given is how many bytes more than before there were at the peak."""
+def memory_taken(seconds: float, trims: bool = False) -> Iterator[list[int]]:
+    """Looks every so often; the one number given is how many bytes more than before there were at the peak.
+
+    Where it trims, what has been freed meanwhile does not count, however small it was.
+    """
     give_memory_back()
     before, taken, done = anonymous_memory(), [0], threading.Event()
 
     def watch():
         while not done.wait(seconds):
-            give_memory_back()  # what has been freed is no copy
+            if trims:
+                give_memory_back()
             taken[0] = max(taken[0], anonymous_memory() - before)
 
     watcher = threading.Thread(target=watch)
