@@ -11,19 +11,19 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from benchmarks.machine import machine
+from benchmarks.processes import start_fit
 from firefly_lightning.checkpoint import TRAINER_FILE, find_checkpoint, load_file, partial_path
-from firefly_lightning.cli import main as firefly_fit
 
 PATIENCE = 300
 """Seconds until a run must have begun."""
@@ -40,12 +40,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", help="PNG to draw")
     parser.add_argument("--fit", nargs=argparse.REMAINDER, help="more arguments of firefly-fit, such as a strategy")
-    parser.add_argument("--run", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.run:
-        sys.argv = ["firefly-fit", *options.run]
-        firefly_fit()
-        return
     print(json.dumps(machine()), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         whole, killed = Run(Path(scratch) / "whole", options), Run(Path(scratch) / "killed", options)
@@ -79,26 +74,24 @@ class Run:
             "--trainer.default_root_dir", str(root), *(options.fit or []),
         ]  # fmt: skip
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> BaseProcess:
         """Begins, or goes on where there is a checkpoint; in a group of its own, so that all of it can be killed."""
         known = self.root / "checkpoints"
         resume = ["--ckpt_path", "last"] if known.is_dir() and any(known.iterdir()) else []
-        with self._log.open("w") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.kill_and_resume", "--run", *self._arguments, *resume],
-                stdout=log, stderr=log, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
+        return start_fit([*self._arguments, *resume], self._log, {"OMP_NUM_THREADS": "1"})
 
     def finish(self) -> None:
         """Runs to the end."""
-        if self.start().wait():
+        process = self.start()
+        process.join()
+        if process.exitcode:
             sys.exit(f"a run failed:\n{self._log.read_text('utf-8')[-3000:]}")
 
-    def wait_for_steps(self, process: subprocess.Popen[bytes], version: int) -> None:
+    def wait_for_steps(self, process: BaseProcess, version: int) -> None:
         """Until this part of the run has logged a step."""
         end = time.monotonic() + PATIENCE
         while not self.losses(version):
-            if process.poll() is not None or time.monotonic() > end:
+            if not process.is_alive() or time.monotonic() > end:
                 sys.exit(f"a run did not begin:\n{self._log.read_text('utf-8')[-3000:]}")
             time.sleep(0.01)
 
@@ -122,8 +115,9 @@ def kill_often(run: Run, kills: int, longest: float, chance: random.Random) -> l
         if number % 2:
             wait_for_a_save(run.last)
             time.sleep(chance.uniform(0, 0.01))
+        assert process.pid is not None  # it was started
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.join()
         kill = {
             "kill": number + 1,
             "last_step_logged": max(run.losses(number)),

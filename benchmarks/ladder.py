@@ -11,8 +11,6 @@ cost beyond their bytes, such as exponentials. Seconds, operations and bytes are
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -30,6 +28,7 @@ from transformers import BloomForCausalLM
 
 from benchmarks.floor import copy_rate, matrix_products, product_rate
 from benchmarks.machine import machine, peak_gb
+from benchmarks.processes import alone
 from benchmarks.throughput import BLUE, GREY, make_model
 from firefly_lightning import FireflyDataModule
 from firefly_lightning.bloom import FastBloom
@@ -75,36 +74,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3, help="that are counted, after one that is not")
     parser.add_argument("--out", type=Path, help="PNG of the figures")
-    parser.add_argument("--run", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.run is not None:
-        print(json.dumps(measure(options)))
-        return
     print(json.dumps(machine() | {"threads": options.threads}), flush=True)
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), options)
         for rung in range(len(NAMES)):
-            own = ["-m", "benchmarks.ladder", *sys.argv[1:], "--run", str(rung), "--folder", folder]
-            done = subprocess.run([sys.executable, *own], capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"rung {rung}: {done.stderr[-3000:]}")
-            lines.append(json.loads(done.stdout.splitlines()[-1]))
+            lines.append(alone(measure, options, folder, rung))
             print(json.dumps(lines[-1]), flush=True)
     if options.out:
         draw(options.out, lines)
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace, folder: str, rung: int) -> dict[str, Any]:
     """One rung's figures."""
     torch.set_num_threads(options.threads)
-    levers = Levers(*(index < options.run for index in range(len(Levers._fields))))
-    data = FireflyDataModule(options.folder, train_files=options.rows, batch_size=options.batch_size)
+    levers = Levers(*(index < rung for index in range(len(Levers._fields))))
+    data = FireflyDataModule(folder, train_files=options.rows, batch_size=options.batch_size)
     data.prepare_data()
     data.setup("fit")
     batches = make_batches(data, options.steps + 1, levers)
-    model = BloomForCausalLM.from_pretrained(options.folder).train()
+    model = BloomForCausalLM.from_pretrained(folder).train()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-5, weight_decay=0.0, fused=levers.optimizer or None)
     step = make_step(model, optimizer, levers)
     loss = step(batches[0])
@@ -121,7 +111,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     sizes = options.hidden, options.layers, model.config.vocab_size, dtype
     floor = sum(matrix_products(sum(batch["row_lengths"]), len(batch["target_ids"]), *sizes) for batch in batches[1:])
     return {
-        "rung": list(NAMES.values())[options.run], "tokens_per_second": round(tokens / seconds, 1),
+        "rung": list(NAMES.values())[rung], "tokens_per_second": round(tokens / seconds, 1),
         "measured": round(1000 * seconds / tokens, 3), "predicted": round(1000 * predicted / tokens, 3),
         "tflop": round(1000 * counted.flops / tokens / 1e12, 3), "gb_moved": round(counted.bytes / tokens / 1e6, 2),
         "peak_rss_gb": peak, "share_of_floor": round(floor / seconds, 3), "loss": round(loss, 4),

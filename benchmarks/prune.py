@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from safetensors.torch import save_file
 from transformers import BloomConfig, BloomModel
 
 from benchmarks.machine import machine, peak_gb
+from benchmarks.processes import alone
 
 SYSTEMS = ("firefly", "llmpruner", "copy")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -54,11 +54,7 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="drop the checkpoint from the page cache before every run")
     parser.add_argument("--folder", help="disk to work on, where the system's temporary folder is too small")
     parser.add_argument("--out", help="PNG to draw")
-    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.run:
-        print(json.dumps(measure(options.run[0], Path(options.run[1]), options.small, Path(options.run[2]))))
-        return
     print(json.dumps(machine()), flush=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         large = Path(scratch) / "large"
@@ -125,11 +121,7 @@ def run(system: str, large: Path, options: argparse.Namespace) -> dict[str, Any]
     if options.cold:
         for file in large.iterdir():
             drop_from_cache(file)
-    own = ["--small", options.small, "--run", system, str(large), str(out)]
-    done = subprocess.run([sys.executable, "-m", "benchmarks.prune", *own], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{system}: {done.stderr[-3000:]}")
-    line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    line = alone(measure, system, large, options.small, out)
     began = time.perf_counter()
     for file in out.iterdir():
         flush(file)

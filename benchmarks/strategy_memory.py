@@ -12,10 +12,7 @@ before the first step, so that they count as weights here.
 import argparse
 import gc
 import json
-import os
-import resource
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -29,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import BloomConfig, BloomForCausalLM
 
-from benchmarks.machine import machine
-from firefly_lightning.cli import main as firefly_fit
+from benchmarks.machine import machine, peak_gb
+from benchmarks.processes import start_fit
 from firefly_lightning.huggingface import load_tokenizer
 
 # In bytes a parameter over two processes in fp32: weights, gradients, optimizer states. Sources: Rajbhandari et al.
@@ -82,7 +79,7 @@ class HeldTensors(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes."""
-        self.held["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.held["peak_rss"] = int(peak_gb() * 1e9)
         Path(f"{self.out}.{trainer.global_rank}").write_text(json.dumps(self.held), "utf-8")
 
     def _measure(self, trainer: L.Trainer, name: str) -> None:
@@ -118,12 +115,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--max_length", type=int, default=32, help="tokens of a row that are kept")
-    parser.add_argument("--fit", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.fit:
-        sys.argv = ["firefly-fit", *options.fit]
-        firefly_fit()
-        return
     print(json.dumps(machine()))
     with tempfile.TemporaryDirectory() as scratch:
         parameters = make_model(Path(scratch) / "model", options)
@@ -161,18 +153,16 @@ def measure(strategy: str, scratch: Path, options: argparse.Namespace, processes
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
-    with (scratch / "log").open("w") as log:
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.strategy_memory", "--fit", *map(str, fit)],
-                env={**os.environ, **address, "NODE_RANK": "0", "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=log, stderr=log,
-            )
-            for rank in range(processes)
-        ]  # fmt: skip
-        codes = [rank.wait() for rank in ranks]
+    log = scratch / f"{strategy}.log"
+    ranks = [
+        start_fit([*map(str, fit)], log, address | {"NODE_RANK": "0", "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(processes)
+    ]
+    for rank in ranks:
+        rank.join()
+    codes = [rank.exitcode for rank in ranks]
     if any(codes):
-        sys.exit(f"{strategy}: ended with {codes}\n{(scratch / 'log').read_text('utf-8')[-3000:]}")
+        sys.exit(f"{strategy}: ended with {codes}\n{log.read_text('utf-8')[-3000:]}")
     held = [json.loads(Path(f"{out}.{rank}").read_text("utf-8")) for rank in range(processes)]
     return [
         {

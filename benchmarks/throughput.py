@@ -14,8 +14,6 @@ counted.
 import argparse
 import inspect
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +30,7 @@ from transformers import BloomConfig, BloomForCausalLM, Trainer, TrainerCallback
 
 from benchmarks.floor import DTYPES, matrix_products
 from benchmarks.machine import machine, peak_gb
+from benchmarks.processes import alone
 from firefly_lightning import FireflyDataModule, FireflyModule
 from firefly_lightning.huggingface import load_tokenizer
 
@@ -67,14 +66,7 @@ def main() -> None:
     parser.add_argument("--attention", default="auto", help="of firefly")
     parser.add_argument("--profile", type=Path, help="folder for where the time of firefly's operations goes")
     parser.add_argument("--out", type=Path, help="PNG of the figures")
-    parser.add_argument("--run", choices=SYSTEMS, help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", help=argparse.SUPPRESS)
-    parser.add_argument("--profile_to", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.run:
-        print(json.dumps(measure(options)))
-        return
     print(json.dumps(machine() | {"threads": options.threads}), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), options)
@@ -82,25 +74,14 @@ def main() -> None:
         data_module(options).prepare_data()  # else the first process would tokenise, and hold memory of it
         lines = []
         for dtype, system in product(options.dtypes, options.systems):
-            lines.append(measured("--run", system, "--dtype", dtype, "--folder", folder))
+            lines.append(alone(measure, options, system, dtype))
             print(json.dumps(lines[-1]), flush=True)
+        options.steps, options.warmup = 2, 1
         for dtype in options.dtypes if options.profile else ():
-            own = ["--run", "firefly", "--dtype", dtype, "--folder", folder, "--steps", "2", "--warmup", "1"]
-            line = measured(*own, "--profile_to", str(options.profile / f"profile-{dtype}.txt"))
+            line = alone(measure, options, "firefly", dtype, options.profile / f"profile-{dtype}.txt")
             print(json.dumps({"profiled": dtype} | line["shares_of_time"]), flush=True)
     if options.out:
         draw(options.out, lines)
-
-
-def measured(*own: str) -> dict[str, Any]:
-    """A line from a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.throughput", *sys.argv[1:], *own], capture_output=True, text=True
-    )
-    if done.returncode:
-        sys.exit(f"{' '.join(own)}: {done.stderr[-3000:]}")
-    line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return line
 
 
 def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
@@ -140,8 +121,9 @@ def data_module(options: argparse.Namespace) -> FireflyDataModule:
     )
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace, system: str, dtype: str, profile_to: Path | None = None) -> dict[str, Any]:
     """One system's figures."""
+    options.system, options.dtype = system, dtype
     torch.set_num_threads(options.threads)
     data = data_module(options)
     data.prepare_data()
@@ -149,8 +131,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     steps = options.warmup + options.steps
     batches = [data.train[step] for step in range(steps)]
     clock, before = Clock(options.warmup), peak_gb()
-    run = {"firefly": run_firefly, "trl": run_trl}.get(options.run, run_trainer)
-    with torch.profiler.profile() if options.profile_to else nullcontext() as profiler:
+    run = {"firefly": run_firefly, "trl": run_trl}.get(options.system, run_trainer)
+    with torch.profiler.profile() if profile_to else nullcontext() as profiler:
         loss = run(options, data, batches, clock)
     peak, seconds = peak_gb(), clock.seconds
     counted = clock.counts[options.warmup :]
@@ -162,13 +144,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     sizes = options.hidden, options.layers, vocabulary, options.dtype
     floor = sum(matrix_products(*counts, *sizes) for counts in counted)
     return {
-        "system": options.run, "dtype": options.dtype, "hidden": options.hidden, "layers": options.layers,
+        "system": options.system, "dtype": options.dtype, "hidden": options.hidden, "layers": options.layers,
         "vocabulary": vocabulary, "batch_size": options.batch_size, "max_length": options.max_length,
         "steps": options.steps, "tokens": tokens, "tokens_per_second": round(tokens / seconds, 1),
         "target_tokens_per_second": round(targets / seconds, 1), "peak_rss_gb": peak,
         "libraries_gb": before, "state_gb": round(16 * parameters / 1e9, 2),
         "share_of_floor": round(floor / seconds, 3), "loss": round(loss, 4),
-        **({"shares_of_time": profiled(profiler, options.profile_to)} if profiler else {}),
+        **({"shares_of_time": profiled(profiler, profile_to)} if profiler and profile_to else {}),
     }  # fmt: skip
 
 
@@ -265,7 +247,7 @@ def run_trl(options: argparse.Namespace, data: FireflyDataModule, batches: Seque
 
 def hugging_face_arguments(options: argparse.Namespace, steps: int) -> dict[str, Any]:
     """Of both trainers."""
-    grouped = options.run in ("grouped", "trl")
+    grouped = options.system in ("grouped", "trl")
     order: dict[str, Any] = {"train_sampling_strategy": "group_by_length" if grouped else "sequential"}
     if "train_sampling_strategy" not in inspect.signature(TrainingArguments).parameters:  # transformers 4
         order = {"group_by_length": grouped}

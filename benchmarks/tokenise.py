@@ -14,7 +14,6 @@ import glob
 import json
 import random
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ import pyarrow as pa
 from matplotlib.figure import Figure
 
 from benchmarks.machine import machine, peak_gb
+from benchmarks.processes import alone
 
 ORDER = ("row_by_row", "firefly", "cached_start", "row_by_row")  # cached_start needs firefly before it
 
@@ -42,16 +42,11 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--folder", help="disk to work on, where the system's temporary folder is too small")
     parser.add_argument("--out", help="PNG to draw")
-    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.run:
-        system, scratch = options.run
-        print(json.dumps({"system": system, **RUNS[system](options, Path(scratch))}))
-        return
     print(json.dumps(machine()), flush=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         write_rows(Path(scratch), options)
-        lines = [run(system, scratch) for system in options.systems]
+        lines = [run(system, options, Path(scratch)) for system in options.systems]
     result = summary(lines)
     print(json.dumps(result))
     if options.out:
@@ -85,13 +80,9 @@ def changed(real: Sequence[dict[str, str]], count: int) -> Iterator[dict[str, st
         yield {**row, "input": f"{text[:middle]}{number}{text[middle:]}"}
 
 
-def run(system: str, scratch: str) -> dict[str, Any]:
+def run(system: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """One system in a process of its own; prints and returns its line."""
-    own = [sys.executable, "-m", "benchmarks.tokenise", *sys.argv[1:], "--run", system, scratch]
-    done = subprocess.run(own, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{system}: {done.stderr[-3000:]}")
-    line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    line = {"system": system, **alone(RUNS[system], options, scratch)}
     print(json.dumps(line), flush=True)
     return line
 

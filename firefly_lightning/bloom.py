@@ -6,6 +6,8 @@ model, whose own path stays what it is for everything else.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ from firefly_lightning.data.batches import MicroBatch
 from firefly_lightning.loss import (
     TargetScores,
     chunked_target_scores,
+    computing_dtype,
     embed_tied,
     fused_target_cross_entropy,
     target_cross_entropy,
@@ -39,6 +42,23 @@ class PackedRows(NamedTuple):
     lengths: list[int]
     positions: Tensor
     targets: Tensor
+
+
+class Keeping(NamedTuple):
+    """What the forward pass of a block leaves out of what autograd would keep, because it is computed again quickly.
+
+    Nothing is left out of a block that is recomputed as a whole: what stands in for it would be kept beside its input.
+
+    Attributes:
+        spares: GELU's output, joined contexts, and what 16-bit attention has widened.
+        spares_norms: The output of layer norms, whose weights the backward pass must then find as they were.
+    """
+
+    spares: bool = False
+    spares_norms: bool = False
+
+
+KEEPING_ALL = Keeping()
 
 
 class FastBloom:
@@ -91,18 +111,14 @@ class FastBloom:
         """Last hidden states, (targets, hidden_size), of (tokens, hidden_size) word embeddings."""
         transformer = self._model.transformer
         hidden = transformer.word_embeddings_layernorm(embedded)
-        attend = partial(_attend, rows=rows, bias=self._bias)
+        recomputed = bool(getattr(transformer, "gradient_checkpointing", False)) and transformer.training
+        keeping = Keeping(spares=not recomputed, spares_norms=not recomputed and self._whole_weights)
+        attend = partial(_attend, rows=rows, bias=self._bias, spares=keeping.spares)
         *blocks, last = transformer.h
-        for block in blocks:
-            hidden = self._run(block, hidden, attend, None)
-        output: Tensor = transformer.ln_f(self._run(last, hidden, attend, rows.targets))
-        return output
-
-    def _run(self, block: nn.Module, hidden: Tensor, attend: Any, only: Tensor | None) -> Tensor:
-        transformer = self._model.transformer
-        recompute = getattr(transformer, "gradient_checkpointing", False) and transformer.training
-        recompute = recompute and not _recomputes(block)
-        output: Tensor = block(hidden, attend=attend, only=only, recompute=recompute)
+        for block, only in (*((block, None) for block in blocks), (last, rows.targets)):
+            recompute = recomputed and not _recomputes(block)
+            hidden = block(hidden, attend=attend, only=only, keeping=keeping, recompute=recompute)
+        output: Tensor = transformer.ln_f(hidden)
         return output
 
 
@@ -163,6 +179,7 @@ def _block_forward(
     *args: Any,
     attend: Any = None,
     only: Tensor | None = None,
+    keeping: Keeping = KEEPING_ALL,
     recompute: bool = False,
     **kwargs: Any,
 ) -> Any:
@@ -173,42 +190,58 @@ def _block_forward(
         stock: Its own forward pass.
         hidden: (tokens, hidden_size) of packed rows.
         args: Of the stock pass.
-        attend: Contexts of the attention module and its fused queries, keys and values.
+        attend: Contexts of the attention module and its fused queries, keys and values, and what joins them.
         only: (targets,) tokens that go on after attention; all by default.
+        keeping: What is left out of what the backward pass needs.
         recompute: Whether the backward pass makes activations anew; hooks of the block stay outside and run once.
         kwargs: Of the stock pass.
     """
     if attend is None:
         return stock(hidden, *args, **kwargs)
     if recompute:
-        return checkpoint(_packed_forward, block, hidden, attend, only, use_reentrant=False)
-    return _packed_forward(block, hidden, attend, only)
+        return checkpoint(_packed_forward, block, hidden, attend, only, keeping, use_reentrant=False)
+    return _packed_forward(block, hidden, attend, only, keeping)
 
 
-def _packed_forward(block: Any, hidden: Tensor, attend: Any, only: Tensor | None) -> Tensor:
+def _packed_forward(block: Any, hidden: Tensor, attend: Any, only: Tensor | None, keeping: Keeping) -> Tensor:
     attention, mlp, dropout = block.self_attention, block.mlp, partial(_dropout, block)
-    normed = block.input_layernorm(hidden)
-    residual = normed if block.apply_residual_connection_post_layernorm else hidden
-    context = attend(attention, attention.query_key_value(normed))
-    if only is not None:
-        context, residual = context.index_select(0, only), residual.index_select(0, only)
-    hidden = residual + dropout(attention.dense(context))
-    normed = block.post_attention_layernorm(hidden)
-    residual = normed if block.apply_residual_connection_post_layernorm else hidden
-    output: Tensor = residual + dropout(_after_gelu(mlp.dense_4h_to_h, mlp.dense_h_to_4h(normed)))
+
+    def normed_into(layer: nn.Module, norm: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        normed = norm(hidden)
+        given = normed.to(computing_dtype(normed))  # as autocast would, but known here
+        again = partial(_norm_again, norm, hidden, given.dtype) if keeping.spares_norms else None
+        return _fed(layer, given, again), normed if block.apply_residual_connection_post_layernorm else hidden
+
+    fused, residual = normed_into(attention.query_key_value, block.input_layernorm, hidden)
+    contexts, join = attend(attention, fused)
+    if only is None:
+        context = _fed(attention.dense, join(contexts), partial(join, contexts) if keeping.spares else None)
+    else:
+        context, residual = attention.dense(join(contexts).index_select(0, only)), residual.index_select(0, only)
+    hidden = residual + dropout(context)
+    wide, residual = normed_into(mlp.dense_h_to_4h, block.post_attention_layernorm, hidden)
+    output: Tensor = residual + dropout(
+        _fed(mlp.dense_4h_to_h, _gelu(wide), partial(_gelu, wide) if keeping.spares else None)
+    )
     return output
 
 
-def _after_gelu(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """A layer behind GELU, whose output is computed again in the backward pass: it is a fifth of what a block keeps."""
-    wide = _gelu(inputs)
-    number = id(wide)  # a hook that knew the tensor itself would keep it
+def _fed(layer: nn.Module, given: Tensor, again: Callable[[], Tensor] | None) -> Tensor:
+    """A layer's output; its input is not kept for the backward pass if that is told how to make it again."""
+    if again is None:
+        output: Tensor = layer(given)
+        return output
+    number = id(given)  # a hook that knew the tensor itself would keep it
     with saved_tensors_hooks(
         lambda saved: None if id(saved) == number else saved,
-        lambda saved: _gelu(inputs.detach()) if saved is None else saved,
+        lambda saved: again() if saved is None else saved,
     ):
-        output: Tensor = layer(wide)
+        output = layer(given)
     return output
+
+
+def _norm_again(norm: Any, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    return F.layer_norm(hidden, norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(dtype)
 
 
 def _gelu(inputs: Tensor) -> Tensor:
@@ -246,32 +279,56 @@ def _dropout(block: Any, hidden: Tensor) -> Tensor:
     return F.dropout(hidden, rate) if block.training and rate else hidden
 
 
-def _attend(attention: Any, fused: Tensor, rows: PackedRows, bias: AlibiBias) -> Tensor:
-    """Contexts, (tokens, heads · head_dim), of queries, keys and values, (tokens, heads · 3 · head_dim)."""
+def _attend(
+    attention: Any, fused: Tensor, rows: PackedRows, bias: AlibiBias, spares: bool
+) -> tuple[Sequence[Tensor], Callable[[Sequence[Tensor]], Tensor]]:
+    """Contexts, as the kernel keeps them, of queries, keys and values, (tokens, heads · 3 · head_dim).
+
+    What joins them to (tokens, heads · head_dim) comes with them.
+    """
     split = fused.view(len(fused), -1, 3, attention.head_dim)
     dropout = attention.attention_dropout.p if attention.training else 0.0
     scores = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=attention.inv_norm_factor)
     if fused.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
             # The gradient of the fused kernel is slower in bfloat16 than in float32 on processors.
-            return _attend_row_by_row(split.float(), rows.lengths, bias, scores).to(fused.dtype)
-    return _attend_padded(split, rows, bias, scores)
+            contexts = _attend_row_by_row(split.float(), rows.lengths, bias, scores, fused.dtype if spares else None)
+        return contexts, partial(_join_rows, dtype=fused.dtype)
+    return _attend_padded(split, rows, bias, scores), partial(_join_padded, positions=rows.positions)
 
 
-def _attend_row_by_row(split: Tensor, lengths: list[int], bias: AlibiBias, scores: Any) -> Tensor:
+def _attend_row_by_row(
+    split: Tensor, lengths: list[int], bias: AlibiBias, scores: Any, kept: torch.dtype | None
+) -> list[Tensor]:
     """On a processor a call costs little, and padding much; `split` and `unbind` have one copy as their gradient."""
     contexts = []
     for row, length in zip(torch.split(split, lengths), lengths, strict=True):
         query, key, value = row.permute(2, 1, 0, 3).unsqueeze(1).unbind()  # each (1, heads, length, head_dim)
-        context = scores(query, key, value, attn_mask=bias(length, query))
-        contexts.append(context[0].transpose(0, 1).flatten(1))
-    return torch.cat(contexts)
+        with _kept_as(kept, query, key, value):
+            contexts.append(scores(query, key, value, attn_mask=bias(length, query)))
+    return contexts
 
 
-def _attend_padded(split: Tensor, rows: PackedRows, bias: AlibiBias, scores: Any) -> Tensor:
+def _kept_as(dtype: torch.dtype | None, *tensors: Tensor) -> AbstractContextManager[Any]:
+    """Has float32 tensors whose values come from a narrower type kept in that."""
+    if dtype in (None, torch.float32):
+        return nullcontext()
+    numbers = {id(tensor) for tensor in tensors}
+    return saved_tensors_hooks(lambda saved: saved.to(dtype) if id(saved) in numbers else saved, torch.Tensor.float)
+
+
+def _join_rows(contexts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat([context[0].transpose(0, 1).flatten(1) for context in contexts]).to(dtype)
+
+
+def _attend_padded(split: Tensor, rows: PackedRows, bias: AlibiBias, scores: Any) -> list[Tensor]:
     """On a GPU one call for all rows. Padding follows a row's last token, so that none of its queries sees it."""
     count, longest = len(rows.lengths), max(rows.lengths)
     padded = split.new_zeros(count * longest, *split.shape[1:]).index_copy(0, rows.positions, split)
     query, key, value = padded.view(count, longest, *split.shape[1:]).permute(3, 0, 2, 1, 4).unbind()
-    context: Tensor = scores(query, key, value, attn_mask=bias(longest, query))
-    return context.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, rows.positions)
+    return [scores(query, key, value, attn_mask=bias(longest, query))]
+
+
+def _join_padded(contexts: Sequence[Tensor], positions: Tensor) -> Tensor:
+    (context,) = contexts
+    return context.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, positions)

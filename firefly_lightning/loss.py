@@ -75,13 +75,14 @@ def fused_target_cross_entropy(hidden: Tensor, weight: Tensor, target_ids: Tenso
         weight: (vocabulary, hidden_size), on this process as a whole.
         target_ids: (targets,).
     """
-    loss: Tensor = _FusedTargetCrossEntropy.apply(hidden, weight, target_ids, _dtype(hidden))  # type: ignore[no-untyped-call]
+    dtype = computing_dtype(hidden)
+    loss: Tensor = _FusedTargetCrossEntropy.apply(hidden, weight, target_ids, dtype)  # type: ignore[no-untyped-call]
     return loss
 
 
 def chunked_target_scores(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> TargetScores:
     """:func:`target_scores` with a head that is a weight alone, without gradients and in as little memory."""
-    dtype = _dtype(hidden)
+    dtype = computing_dtype(hidden)
     head, chunk = weight.to(dtype), chunk_size(len(weight), weight.device.type)
     nlls, hits = [], []
     for part, ids in zip(torch.split(hidden.to(dtype), chunk), torch.split(target_ids, chunk), strict=True):
@@ -92,8 +93,8 @@ def chunked_target_scores(hidden: Tensor, weight: Tensor, target_ids: Tensor) ->
     return TargetScores(torch.cat(nlls), torch.cat(hits))
 
 
-def _dtype(hidden: Tensor) -> torch.dtype:
-    """In which products are computed."""
+def computing_dtype(hidden: Tensor) -> torch.dtype:
+    """In which products with a tensor are computed: autocast's type, or its own."""
     device = hidden.device.type
     casts = torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if casts else hidden.dtype

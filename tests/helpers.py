@@ -3,7 +3,9 @@
 import contextlib
 import csv
 import ctypes
+import importlib
 import io
+import json
 import multiprocessing
 import os
 import re
@@ -22,6 +24,7 @@ from unittest import mock
 import pytest
 import torch
 
+from benchmarks import processes
 from firefly_lightning import FireflyDataModule, FireflyModule
 from tests.ranks import run_rank
 
@@ -70,6 +73,27 @@ def run_here(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.Complet
         except SystemExit as end:
             code = end.code or 0
     return subprocess.CompletedProcess([name, *args], code, out.getvalue(), err.getvalue())
+
+
+def run_benchmark(name: str, *args: object) -> str:
+    """Runs a benchmark's command here; returns what it prints. Processes that it measures are forked, as ranks are."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    out = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        mock.patch.dict(os.environ),
+        contextlib.redirect_stdout(out),
+    ):
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [name, *map(str, args)])
+        patch.setattr(processes, "CONTEXT", FORKS)
+        module.main()
+    return out.getvalue()
+
+
+def json_lines(text: str) -> list[dict]:
+    """Of what a benchmark prints."""
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
 def fit(model: Path, rows: Path, root: Path, *args: object, **kwargs):

@@ -4,18 +4,20 @@ from firefly_lightning.loss import chunk_size
 from firefly_lightning.planning.runs import Run
 
 
-def block_activations(run: Run, tokens: int, attended: int) -> float:
+def block_activations(run: Run, tokens: int, attended: int, spares: bool = True) -> float:
     """Bytes that the gradient of one block needs of its forward pass, without weights.
 
-    Input of both norms, in the type of the residual stream; the normed inputs of two products, queries, keys and
-    values, attention's output, the same in packed rows, and what goes into GELU: in numbers a token 2 h of the one and
-    (2 + 3 + 1 + 1 + 4) h of the other type. In float32 that is 52 h bytes. On the side, mean and deviation of two norms
-    and a normaliser of each head.
+    Input of both norms, in the type of the residual stream, 2 h numbers a token; in that of products, queries, keys and
+    values, attention's output and what goes into GELU, (3 + 1 + 4) h: 40 h bytes in float32. Normed inputs, 2 h more,
+    are computed again where norms are whole on the device. On the side, mean and deviation of two norms and a
+    normaliser of each head.
 
     Args:
         run: Gives sizes and types.
         tokens: That norms and products see.
         attended: That attention sees.
+        spares: Whether what is quickly computed again is left out: normed inputs, GELU's output, attention's in packed
+            rows, and the float32 that attention on a CPU widens to. A recomputed block leaves out nothing.
     """
     model = run.model
     residual = run.weight_bytes
@@ -23,10 +25,15 @@ def block_activations(run: Run, tokens: int, attended: int) -> float:
     scored = 4 if run.device == "cpu" else computed
     shared = 1 if run.split_rows else run.devices
     hidden = model.hidden_size
-    norms = 2 * hidden * (residual + computed) + 4 * residual
-    wide = (1 + 4) * hidden * computed / shared
-    attention = (3 + 1) * hidden * scored / shared + 4 * model.n_head / shared
+    norms = 2 * hidden * (residual + normed_bytes(run, spares)) + 4 * residual
+    wide = (4 if spares else 1 + 4 + 4) * hidden * computed / shared
+    attention = (3 * (computed if spares else scored) + scored) * hidden / shared + 4 * model.n_head / shared
     return tokens * (norms + wide) + attended * attention
+
+
+def normed_bytes(run: Run, spares: bool = True) -> int:
+    """Of a number of a norm's output that is kept."""
+    return 0 if spares and run.whole_weights else 2 if run.mixed else 4
 
 
 def activations(run: Run) -> float:
@@ -41,12 +48,12 @@ def activations(run: Run) -> float:
     if run.checkpointing:
         return ends + model.n_layer * load.tokens * hidden * residual
     whole = (model.n_layer - 1) * block_activations(run, load.tokens, run.attended)
-    # Of the last, all tokens go as far as attention: one norm's input and output, queries, keys, values, output.
-    computed = 2 if run.mixed else 4
-    narrow = block_activations(run, load.targets, 0)
-    before = (load.tokens - load.targets) * hidden * (residual + computed)
+    # Of the last, all tokens go as far as attention, and the targets' contexts are kept as they are picked.
+    shared = 1 if run.split_rows else run.devices
+    before = (load.tokens - load.targets) * hidden * (residual + normed_bytes(run))
     attention = block_activations(run, 0, run.attended)
-    return ends + whole + narrow + before + attention
+    picked = load.targets * hidden * (2 if run.mixed else 4) / shared
+    return ends + whole + before + attention + picked + block_activations(run, load.targets, 0)
 
 
 def autocast_copies(run: Run) -> float:
@@ -85,5 +92,5 @@ def plain_logits(run: Run) -> float:
 def working_set(run: Run) -> float:
     """Bytes that the backward pass of a block takes beside what was kept: gradients of its widest tensors."""
     model, shared = run.model, 1 if run.split_rows else run.devices
-    recomputed = block_activations(run, run.load.tokens, run.attended) if run.checkpointing else 0.0
+    recomputed = block_activations(run, run.load.tokens, run.attended, spares=False) if run.checkpointing else 0.0
     return recomputed + run.load.tokens * model.hidden_size * (8 / shared + 2) * (2 if run.mixed else 4)

@@ -118,6 +118,11 @@ class Run:
         return self.strategy.startswith(("zero", "gemini")) or self.strategy == "tensor_parallel"
 
     @property
+    def whole_weights(self) -> bool:
+        """Whether a device holds every weight as a whole, all the time."""
+        return self.strategy in ("auto", "ddp", "zero1", "zero2", "zero2_offload")
+
+    @property
     def weight_bytes(self) -> int:
         """Of a number of the weights that are computed with, and of a gradient."""
         return 2 if self.mixed and self.engine else 4

@@ -1,16 +1,12 @@
 """The script prunes a checkpoint in shards in two ways, and finds every weight where it belongs."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.prune import same_weights
 from tests.conftest import train_tokenizer
-from tests.helpers import ROOT
+from tests.helpers import json_lines, run_benchmark
 
 
 def test_two_ways_to_the_same_weights(model_folder, reviews, tmp_path):
@@ -18,10 +14,7 @@ def test_two_ways_to_the_same_weights(model_folder, reviews, tmp_path):
     small.save_pretrained(tmp_path / "small")
     own = ["--large", model_folder, "--small", tmp_path / "small", "--layers", 2, "--hidden", 64, "--heads", 2]
     own += ["--vocabulary", 1600, "--form", "bin", "--shard_gb", 2e-4, "--out", tmp_path / "prune.png"]
-    command = [sys.executable, "-m", "benchmarks.prune", "--systems", "firefly", "llmpruner", *map(str, own)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert result.returncode == 0, result.stderr
-    _, ours, theirs, whole = (json.loads(line) for line in result.stdout.splitlines() if line[0] == "{")
+    _, ours, theirs, whole = json_lines(run_benchmark("prune", "--systems", "firefly", "llmpruner", *own))
     assert ours["same_weights"] is theirs["same_weights"] is True
     fewer = (1600 - 900) * 64 * 2 + sum(map(tokenizer_bytes, (model_folder, tmp_path / "small"), (1, -1)))
     assert ours["read_gb"] - ours["written_gb"] == pytest.approx(fewer / 1e9, abs=2e-5)  # archives have headers

@@ -1,24 +1,18 @@
 """The script trains the same model on the same rows under each system, and counts what it says it counts."""
 
 import inspect
-import json
 import math
-import subprocess
-import sys
 
 import pytest
 from transformers import TrainingArguments
 
-from tests.helpers import ROOT
+from tests.helpers import json_lines, run_benchmark
 
 
 def test_two_systems_on_the_same_rows(model_folder, rows_file):
     own = ["--tokenizer", model_folder, "--rows", rows_file, "--hidden", 48, "--heads", 6, "--layers", 2]
     counts = ["--steps", 2, "--warmup", 1, "--batch_size", 8, "--threads", 1, "--systems", "firefly", "trainer"]
-    command = [sys.executable, "-m", "benchmarks.throughput", *map(str, own + counts)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert result.returncode == 0, result.stderr
-    _, ours, theirs = (json.loads(line) for line in result.stdout.splitlines() if line.startswith("{"))
+    _, ours, theirs = json_lines(run_benchmark("throughput", *own, *counts))
     assert (ours["system"], theirs["system"]) == ("firefly", "trainer")
     assert ours["loss"] == pytest.approx(math.log(1500), rel=0.05), "random weights"
     if "train_sampling_strategy" in inspect.signature(TrainingArguments).parameters:  # else it shuffles

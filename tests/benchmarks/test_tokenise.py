@@ -1,11 +1,7 @@
 """The script makes rows that differ, tokenises them in two ways to the same tokens, and times a cached start."""
 
-import json
-import subprocess
-import sys
-
 from benchmarks.tokenise import changed
-from tests.helpers import ROOT
+from tests.helpers import json_lines, run_benchmark
 
 SYSTEMS = ("--systems", "firefly", "cached_start", "row_by_row")
 
@@ -15,18 +11,9 @@ def test_two_ways_to_the_same_tokens(model_folder, rows_file, tmp_path):
     lines = [line for line in rows_file.read_text("utf-8").splitlines(keepends=True) if "</s>" not in line]
     single.write_text("".join(lines), "utf-8")
     own = ["--rows", single, "--tokenizer", model_folder, "--count", 300, "--sample", 100]
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.tokenise",
-        *SYSTEMS,
-        *map(str, own),
-        "--out",
-        str(tmp_path / "rows.png"),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert result.returncode == 0, result.stderr
-    _, ours, start, theirs, whole = (json.loads(line) for line in result.stdout.splitlines() if line[0] == "{")
+    _, ours, start, theirs, whole = json_lines(
+        run_benchmark("tokenise", *SYSTEMS, *own, "--out", tmp_path / "rows.png")
+    )
     assert theirs["tokens"] == ours["tokens_of_sample"] > 100 * 20
     assert 2 * ours["tokens_of_sample"] < ours["tokens"] < 4 * ours["tokens_of_sample"]
     assert (ours["rows"], theirs["rows"], start["rows_in_batch"]) == (300, 100, 16)

@@ -1,0 +1,74 @@
+"""Processes of their own for what is measured, so that none has memory or imports of another."""
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+CONTEXT: BaseContext = multiprocessing.get_context("spawn")
+"""Makes the processes; a new interpreter for each."""
+
+
+def alone(function: Callable[..., Result], *arguments: Any) -> Result:
+    """What a function returns in a process that then ends. What it prints is shown only if it fails.
+
+    Args:
+        function: Of a module, with what it returns able to be pickled.
+        arguments: Likewise.
+    """
+    with (
+        tempfile.NamedTemporaryFile("r", errors="replace") as log,
+        ProcessPoolExecutor(1, CONTEXT, print_to, (log.name,)) as pool,
+    ):
+        try:
+            return pool.submit(function, *arguments).result()
+        except Exception as error:
+            sys.exit(f"{function.__name__}: {type(error).__name__}: {error}\n{log.read()[-3000:]}")
+
+
+def start_fit(arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> BaseProcess:
+    """Starts ``firefly-fit`` in a process that leads a group of its own.
+
+    Args:
+        arguments: Of the command.
+        log: File for what it prints.
+        environment: Variables that are its own.
+    """
+    given = (list(arguments), str(log), dict(environment))
+    process: BaseProcess = CONTEXT.Process(target=_fit, args=given)  # type: ignore[attr-defined]
+    process.start()
+    return process
+
+
+def _fit(arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    os.setsid()
+    os.environ.update(environment)
+    print_to(log)
+    import torch
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from firefly_lightning.cli import main
+
+    torch.set_num_threads(1)
+    vars(rank_zero_only)["rank"] = int(environment.get("RANK", 0))  # Lightning asks when it is imported
+    sys.argv = ["firefly-fit", *arguments]
+    main()
+
+
+def print_to(log: str) -> None:
+    """Sends what this process and its libraries print to a file."""
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        with contextlib.suppress(ValueError):
+            stream.flush()
+        os.dup2(file, number)
+    os.close(file)
