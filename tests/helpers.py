@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from unittest import mock
@@ -26,9 +26,12 @@ import torch
 
 from benchmarks import processes
 from firefly_lightning import FireflyDataModule, FireflyModule
-from tests.ranks import run_rank
+from tests.ranks import bare, run_rank, without_figures
 
 ROOT = Path(__file__).parents[1]
+
+PATIENCE = 1800
+"""Seconds until a process is taken to hang; a slow machine that compiles what DeepSpeed needs does not."""
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.ranks"])
@@ -36,7 +39,7 @@ BIN = Path(sys.executable).parent
 
 
 def run(*command: object, check: bool = True, process: bool = False, cwd: Path = ROOT):
-    """Runs an installed command as a user would: its entry point here, or, if asked for, a process of its own."""
+    """Runs an installed command as a user would: its entry point here, or, if asked for, in a process of its own."""
     name, *args = (str(part) for part in command)
     result = (run_process if process else run_here)(name, args, cwd)
     if check and result.returncode:
@@ -45,12 +48,17 @@ def run(*command: object, check: bool = True, process: bool = False, cwd: Path =
 
 
 def run_process(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """One thread a process; the tests' own modules, and those in its folder, can be named on the command line."""
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{cwd}", "CUDA_VISIBLE_DEVICES": ""}
-    environment = {**os.environ, **own, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(
-        [str(BIN / name), *args], capture_output=True, text=True, cwd=cwd, env=environment, timeout=300
-    )
+    """In a process that is forked from one with all imports; where it is ddp's, in two, as `torchrun` starts them."""
+    processes = 2 if "ddp" in args else 1
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [[Path(folder) / f"{stream}{rank}" for stream in ("out", "err")] for rank in range(processes)]
+        environments = rank_environments(processes) if processes > 1 else [{}]
+        codes = run_to_the_end(
+            (([[name, *args]], environment, *paths, cwd))
+            for environment, paths in zip(environments, outputs, strict=True)
+        )
+        out, err = (path.read_text("utf-8", "replace") for path in outputs[0])
+    return subprocess.CompletedProcess([name, *args], codes[0], out, err)
 
 
 def run_here(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
@@ -96,45 +104,56 @@ def json_lines(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
-def fit(model: Path, rows: Path, root: Path, *args: object, **kwargs):
+def fit(model: Path, rows: Path, root: Path, *args: object, figures: bool = False, **kwargs):
     """`firefly-fit fit` on a CPU; in its own processes where the run has several or does not survive."""
     common = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.devices", "1"]
-    common += ["--samples.prompts", "[]"]  # each takes some tenths of a second
     own = ["--model.path", model, "--data.train_files", rows, "--trainer.default_root_dir", root]
     kwargs.setdefault("process", "ddp" in args)
-    return run("firefly-fit", "fit", *common, *own, *args, **kwargs)
+    with contextlib.nullcontext() if figures else without_figures():
+        return run("firefly-fit", *bare(["fit", *common, *own, *args]), **kwargs)
 
 
-def run_ranks(world_size: int, *commands: list[object], timeout: float = 600) -> str:
+def run_ranks(world_size: int, *commands: list[object], timeout: float = PATIENCE) -> str:
     """Runs commands one after another in the same processes, as `torchrun` starts them; returns what they print.
 
-    The processes are forked from one that has imported what they need. A name that begins with a dash may fail. The
-    time is that for DeepSpeed to compile what it needs, on a busy machine.
+    The processes are forked from one that has imported what they need. A name that begins with a dash may fail.
     """
     written = [[str(part) for part in command] for command in commands]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world_size), "NODE_RANK": "0"}
-    environment = {**os.environ, **address, "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
-        ranks = []
-        for rank in range(world_size):
-            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(FORKS.Process(target=run_rank, args=(written, own, output)))
-            ranks[-1].start()
-        end = time.monotonic() + timeout
-        while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
-            if time.monotonic() > end:
-                break
-            time.sleep(0.1)
-        for rank in ranks:
-            rank.join(timeout=5)  # long enough for the others to say what they met
-            if rank.is_alive():
-                rank.kill()
-                rank.join()
+        ranks = ((written, environment, output, output, ROOT) for environment in rank_environments(world_size))
+        codes = run_to_the_end(ranks, timeout)
         text = output.read_text("utf-8", "replace")
-    if any(rank.exitcode for rank in ranks):
-        raise AssertionError(f"ranks ended with {[rank.exitcode for rank in ranks]}:\n{text[-10000:]}")
+    if any(codes):
+        raise AssertionError(f"ranks ended with {codes}:\n{text[-10000:]}")
     return text
+
+
+def rank_environments(world_size: int) -> list[dict[str, str]]:
+    """What `torchrun` tells each rank."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world_size), "NODE_RANK": "0"}
+    return [address | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+
+
+def run_to_the_end(ranks: Iterable[tuple], timeout: float = PATIENCE) -> list[int | None]:
+    """Exit codes of processes that are given these arguments; the others end soon after one that failed."""
+    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    processes = []
+    for commands, environment, *places in ranks:
+        told = {**os.environ, **own, **environment}
+        processes.append(FORKS.Process(target=run_rank, args=(commands, told, *places)))
+        processes[-1].start()
+    end = time.monotonic() + timeout
+    while any(one.is_alive() for one in processes) and not any(one.exitcode for one in processes):
+        if time.monotonic() > end:
+            break
+        time.sleep(0.1)
+    for one in processes:
+        one.join(timeout=5)  # long enough for the others to say what they met
+        if one.is_alive():
+            one.kill()
+            one.join()
+    return [one.exitcode for one in processes]
 
 
 def free_port() -> str:

@@ -20,7 +20,8 @@ SHORT = ["--trainer.max_steps", 3, "--model.warmup_steps", 1, "--data.batch_size
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, model_folder, rows_file):
     root = tmp_path_factory.mktemp("trained")
-    fit(model_folder, rows_file, root, *SHORT, "--data.val_fraction", 0.1, "--trainer.val_check_interval", 3)
+    args = [*SHORT, "--data.val_fraction", 0.1, "--trainer.val_check_interval", 3]
+    fit(model_folder, rows_file, root, *args, figures=True)
     return root
 
 

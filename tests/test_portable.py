@@ -19,7 +19,7 @@ from firefly_lightning import FireflyModule
 from firefly_lightning.checkpoint import find_checkpoint
 from firefly_lightning.checkpoint_io import AtomicCheckpointIO
 from firefly_lightning.errors import FireflyError
-from tests.helpers import BIN, ROOT, Stopping, fit, logged, one_line, raised_line
+from tests.helpers import BIN, PATIENCE, ROOT, Stopping, fit, logged, one_line, raised_line
 
 STEPS, HALF = 8, 5
 RUN = ["--data.batch_size", 8, "--model.warmup_steps", 3, "--model.learning_rate", 1e-3, "--trainer.max_steps", STEPS]
@@ -240,7 +240,7 @@ def started(model: Path, rows: Path, root: Path, *args: object, **environment: s
         [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
         env={**os.environ, **own, **environment},
     )  # fmt: skip
-    end = time.monotonic() + 120
+    end = time.monotonic() + PATIENCE
     while not (root / "lightning_logs/version_0/metrics.csv").exists() or len(logged(root)) < 3:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end
@@ -252,7 +252,7 @@ def started(model: Path, rows: Path, root: Path, *args: object, **environment: s
 def test_sigterm_saves_the_step_and_ends_with_its_code(places, model_folder, rows_file, tmp_path):
     process = started(model_folder, rows_file, tmp_path, *places)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGTERM, output
     assert "Ended by SIGTERM; the last step is saved, resume with --ckpt_path last" in output
     assert "Traceback" not in output

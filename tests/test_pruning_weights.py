@@ -14,10 +14,10 @@ from transformers import BloomForCausalLM
 from firefly_lightning import pruning, pruning_writer
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.pruning import prune
+from tests.helpers import PATIENCE, ROOT
 from tests.pruning_fixtures import EMBEDDING, reviews, save_weights, small_bloom, weights, write
 
 HEAD = "lm_head.weight"
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -183,4 +183,4 @@ def test_memory_stays_small(copied, corpus, tmp_path, suffix):
 
 def script(code: str, *args: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)

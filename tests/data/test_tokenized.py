@@ -17,7 +17,7 @@ from firefly_lightning.data.tokenized import TokenizedRows, tokenize
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import load_tokenizer
 from tests.conftest import write_rows
-from tests.helpers import ROOT
+from tests.helpers import PATIENCE, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -176,13 +176,13 @@ def test_two_processes_at_once(model_folder, rows_file, tmp_path):
     source.write_text(rows_file.read_text("utf-8") * 50, "utf-8")
     cache = tmp_path / "cache"
     children = [child(model_folder, source, cache) for _ in range(2)]
-    assert [process.communicate(timeout=120)[0].split()[-1] for process in children] == ["3000", "3000"]
+    assert [process.communicate(timeout=PATIENCE)[0].split()[-1] for process in children] == ["3000", "3000"]
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
 
 
 def test_a_full_disk_leaves_nothing(model_folder, rows_file, tmp_path):
     cache = tmp_path / "cache"
-    output = child(model_folder, rows_file, cache, 8192).communicate(timeout=120)[0]
+    output = child(model_folder, rows_file, cache, 8192).communicate(timeout=PATIENCE)[0]
     assert output.splitlines()[-1].startswith(f"FireflyError: {cache}: ")
     assert not [path for path in cache.iterdir() if path.is_dir()]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import BIN, ROOT, free_port, logged
+from tests.helpers import BIN, PATIENCE, ROOT, free_port, logged
 from tests.strategies.test_parity import relative
 
 TWO_NODES = Path(__file__).with_name("two_nodes.sh")
@@ -43,7 +43,7 @@ def losses_are_right(root: Path, expected) -> None:
 
 def test_two_nodes_train_like_one_process(arguments, expected, tmp_path):
     run = start(TWO_NODES, *arguments, "ddp")
-    output, _ = run.communicate(timeout=240)
+    output, _ = run.communicate(timeout=PATIENCE)
     assert run.returncode == 0, output
     assert "MEMBER: 2/2" in output
     losses_are_right(tmp_path, expected)
@@ -55,7 +55,7 @@ def test_torchrun_starts_two_nodes(arguments, expected, tmp_path):
     torchrun = f"exec torchrun --no-python {places}"
     paths = {"PATH": f"{BIN}:{os.environ['PATH']}"}
     run = start(TWO_NODES, "bash", "-c", torchrun + ' "$@"', "torchrun", *arguments, "ddp", **paths)
-    output, _ = run.communicate(timeout=240)
+    output, _ = run.communicate(timeout=PATIENCE)
     assert run.returncode == 0, output
     losses_are_right(tmp_path, expected)
     assert not left_over(run.pid)
@@ -66,7 +66,7 @@ def test_slurm_starts_two_tasks(arguments, expected, tmp_path):
     places = {"SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0", "MASTER_PORT": free_port()}
     command = [*arguments, "ddp", "--trainer.num_nodes", 1, "--trainer.devices", 2]
     tasks = [start(*command, **job, **places, SLURM_PROCID=str(at), SLURM_LOCALID=str(at)) for at in range(2)]
-    outputs = [task.communicate(timeout=240)[0] for task in tasks]
+    outputs = [task.communicate(timeout=PATIENCE)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], "\n".join(outputs)
     losses_are_right(tmp_path, expected)
 
@@ -78,7 +78,7 @@ KILLED = ["--model", "tests.helpers.KilledRank", "--model.kill_rank", 1, "--mode
 def test_a_killed_rank_stops_the_run_within_a_minute(nodes, arguments, tmp_path):
     places = ["--trainer.num_nodes", nodes, "--trainer.devices", 2 // nodes]
     run = start(*[TWO_NODES] * (nodes - 1), *arguments, "ddp", *places, *KILLED)
-    output, _ = run.communicate(timeout=240)
+    output, _ = run.communicate(timeout=PATIENCE)
     ended = time.time()
     assert run.returncode != 0
     assert ended - (tmp_path / "killed").stat().st_mtime < 60

@@ -106,7 +106,7 @@ def runs(request, odd_folder, dropout_folder, rows_file, alone, tmp_path_factory
         on("fit", odd_folder, "moved", "--ckpt_path", alone / "half" / "checkpoints" / "last.ckpt"),
         *(on("fit", odd_folder, kind, *more) for kind, more in VARIANTS.items()),
     ]
-    run_ranks(2, *commands, timeout=600)
+    run_ranks(2, *commands)
     return name, root
 
 
