@@ -145,12 +145,14 @@ def test_processes_keep_the_order_and_take_little_ahead():
 def test_workers_end_with_a_killed_parent(tmp_path):
     code = (
         "import os, sys, time; from firefly_lightning.data.parallel import map_in_order\n"
-        "def work(item):\n    print(os.getpid(), flush=True)\n    time.sleep(item)\n"
+        "def work(item):\n    os.write(1, b'%d\\n' % os.getpid())\n    time.sleep(item)\n"  # a line at once
         "list(map_in_order(work, [0.1, 600, 600, 600], 2))"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
-        workers = {int(parent.stdout.readline()) for _ in range(3)}
-        parent.kill()
+        try:
+            workers = {int(parent.stdout.readline()) for _ in range(3)}
+        finally:
+            parent.kill()
     end = time.monotonic() + 60
     while any(alive(worker) for worker in workers):
         assert time.monotonic() < end
