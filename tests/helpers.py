@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import processes
 from firefly_lightning import FireflyDataModule, FireflyModule
-from tests.ranks import bare, run_rank, without_figures
+from tests.ranks import bare, lean, run_rank
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,7 +109,7 @@ def fit(model: Path, rows: Path, root: Path, *args: object, figures: bool = Fals
     common = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.devices", "1"]
     own = ["--model.path", model, "--data.train_files", rows, "--trainer.default_root_dir", root]
     kwargs.setdefault("process", "ddp" in args)
-    with contextlib.nullcontext() if figures else without_figures():
+    with contextlib.nullcontext() if figures else lean(["fit"]):
         return run("firefly-fit", *bare(["fit", *common, *own, *args]), **kwargs)
 
 

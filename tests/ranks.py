@@ -16,8 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 # Imported for those that follow: every rank is forked from a process that has it already.
-import firefly_lightning.cli  # noqa: F401
-from firefly_lightning import report
+from firefly_lightning import cli, report
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,7 +40,7 @@ def run_rank(
         (script,) = entry_points(group="console_scripts", name=name.removeprefix("-"))
         sys.argv = [name, *bare(args)]
         print("$", *sys.argv, flush=True)
-        with contextlib.suppress(SystemExit if name.startswith("-") else ()), without_figures():
+        with contextlib.suppress(SystemExit if name.startswith("-") else ()), lean(args):
             script.load()()
         gc.collect()
 
@@ -53,7 +52,12 @@ def bare(args: Sequence[str]) -> Sequence[str]:
 
 
 @contextlib.contextmanager
-def without_figures() -> Iterator[None]:
-    """Reports are written without the figures, which take longer than the training of a tiny model."""
-    with mock.patch.multiple(report, draw_losses=mock.DEFAULT, draw_kinds=mock.DEFAULT):
+def lean(args: Sequence[str]) -> Iterator[None]:
+    """Without what takes longer than the training of a tiny model: figures, and the parsers of other subcommands."""
+    known = cli.FireflyCLI.subcommands()
+    own = {name: known[name] for name in known if name in (args[0], "predict")}  # the command has a text for `predict`
+    with (
+        mock.patch.multiple(report, draw_losses=mock.DEFAULT, draw_kinds=mock.DEFAULT),
+        mock.patch.object(cli.FireflyCLI, "subcommands", staticmethod(lambda: own)),
+    ):
         yield
