@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,12 @@ class SavedConfiguration(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds it as YAML."""
-        checkpoint[CONFIGURATION_KEY] = self.parser.dump(self.config, skip_none=False)
+        checkpoint[CONFIGURATION_KEY] = self._text
+
+    @cached_property
+    def _text(self) -> str:
+        """Made once: it takes some tenths of a second."""
+        return str(self.parser.dump(self.config, skip_none=False))
 
 
 class FireflyCLI(LightningCLI):
