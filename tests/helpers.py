@@ -48,6 +48,15 @@ def run(*command: object, check: bool = True, process: bool = False, cwd: Path =
 
 
 def run_process(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """One thread a process; the tests' own modules, and those in its folder, can be named on the command line."""
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{cwd}", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, **own, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(
+        [str(BIN / name), *args], capture_output=True, text=True, cwd=cwd, env=environment, timeout=PATIENCE
+    )
+
+
+def run_forked(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """In a process that is forked from one with all imports; where it is ddp's, in two, as `torchrun` starts them."""
     processes = 2 if "ddp" in args else 1
     with tempfile.TemporaryDirectory() as folder:
@@ -104,13 +113,20 @@ def json_lines(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
-def fit(model: Path, rows: Path, root: Path, *args: object, figures: bool = False, **kwargs):
+def fit(
+    model: Path, rows: Path, root: Path, *args: object, figures: bool = False, check: bool = True, process: bool = False
+):
     """`firefly-fit fit` on a CPU; in its own processes where the run has several or does not survive."""
     common = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.devices", "1"]
     own = ["--model.path", model, "--data.train_files", rows, "--trainer.default_root_dir", root]
-    kwargs.setdefault("process", "ddp" in args)
+    command = [str(part) for part in bare(["fit", *common, *own, *args])]
     with contextlib.nullcontext() if figures else lean(["fit"]):
-        return run("firefly-fit", *bare(["fit", *common, *own, *args]), **kwargs)
+        if not (process or "ddp" in args):
+            return run("firefly-fit", *command, check=check)
+        result = run_forked("firefly-fit", command)
+    if check and result.returncode:
+        raise AssertionError(f"{command} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
+    return result
 
 
 def run_ranks(world_size: int, *commands: list[object], timeout: float = PATIENCE) -> str:
