@@ -7,14 +7,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing.context import BaseContext
+from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
-CONTEXT: BaseContext = multiprocessing.get_context("spawn")
+CONTEXT: SpawnContext = multiprocessing.get_context("spawn")
 """Makes the processes; a new interpreter for each."""
 
 
@@ -44,7 +44,7 @@ def start_fit(arguments: Sequence[str], log: Path, environment: Mapping[str, str
         environment: Variables that are its own.
     """
     given = (list(arguments), str(log), dict(environment))
-    process: BaseProcess = CONTEXT.Process(target=_fit, args=given)  # type: ignore[attr-defined]
+    process = CONTEXT.Process(target=_fit, args=given)
     process.start()
     return process
 

@@ -38,10 +38,10 @@ FORKS.set_forkserver_preload(["tests.ranks"])
 BIN = Path(sys.executable).parent
 
 
-def run(*command: object, check: bool = True, process: bool = False, cwd: Path = ROOT):
+def run(*command: object, check: bool = True, process: bool = False, cwd: Path = ROOT, how=None):
     """Runs an installed command as a user would: its entry point here, or, if asked for, in a process of its own."""
     name, *args = (str(part) for part in command)
-    result = (run_process if process else run_here)(name, args, cwd)
+    result = (how or (run_process if process else run_here))(name, args, cwd)
     if check and result.returncode:
         raise AssertionError(f"{command} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
     return result
@@ -58,10 +58,10 @@ def run_process(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.Comp
 
 def run_forked(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """In a process that is forked from one with all imports; where it is ddp's, in two, as `torchrun` starts them."""
-    processes = 2 if "ddp" in args else 1
+    count = 2 if "ddp" in args else 1
     with tempfile.TemporaryDirectory() as folder:
-        outputs = [[Path(folder) / f"{stream}{rank}" for stream in ("out", "err")] for rank in range(processes)]
-        environments = rank_environments(processes) if processes > 1 else [{}]
+        outputs = [[Path(folder) / f"{stream}{rank}" for stream in ("out", "err")] for rank in range(count)]
+        environments = rank_environments(count) if count > 1 else [{}]
         codes = run_to_the_end(
             (([[name, *args]], environment, *paths, cwd))
             for environment, paths in zip(environments, outputs, strict=True)
@@ -119,14 +119,10 @@ def fit(
     """`firefly-fit fit` on a CPU; in its own processes where the run has several or does not survive."""
     common = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.devices", "1"]
     own = ["--model.path", model, "--data.train_files", rows, "--trainer.default_root_dir", root]
-    command = [str(part) for part in bare(["fit", *common, *own, *args])]
+    command = bare(["fit", *common, *own, *args])
+    how = run_forked if process or "ddp" in args else run_here
     with contextlib.nullcontext() if figures else lean(["fit"]):
-        if not (process or "ddp" in args):
-            return run("firefly-fit", *command, check=check)
-        result = run_forked("firefly-fit", command)
-    if check and result.returncode:
-        raise AssertionError(f"{command} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
-    return result
+        return run("firefly-fit", *command, check=check, how=how)
 
 
 def run_ranks(world_size: int, *commands: list[object], timeout: float = PATIENCE) -> str:

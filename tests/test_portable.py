@@ -252,7 +252,7 @@ def started(model: Path, rows: Path, root: Path, *args: object, **environment: s
 def test_sigterm_saves_the_step_and_ends_with_its_code(places, model_folder, rows_file, tmp_path):
     process = started(model_folder, rows_file, tmp_path, *places)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=PATIENCE)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, output
     assert "Ended by SIGTERM; the last step is saved, resume with --ckpt_path last" in output
     assert "Traceback" not in output
