@@ -20,20 +20,42 @@ settings.load_profile("patient")
 # DeepSpeed imports torch's compiler, which would start a pool of processes beside every rank.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
+# Tools of this environment, among them the ninja that DeepSpeed compiles with: another one would begin anew.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
 # As many as the processes that tests start have: another number sums in another order, and last digits differ.
 torch.set_num_threads(1)
 
 
+OF_ONE_STACK = {
+    "current": (
+        "benchmarks", "data/test_build", "data/test_clean", "data/test_figures", "data/test_kinds", "data/test_mixing",
+        "data/test_resumable", "data/test_rows", "data/test_stats", "data/test_templates", "demo", "planning",
+        "strategies/test_deepspeed", "strategies/test_launching", "strategies/test_native",
+        "test_pruning_errors", "test_readme", "test_report", "test_web",
+    ),
+    "oldest": ("strategies/test_colossalai.py",),
+}  # fmt: skip
+"""What `--divided` leaves to one stack: what hardly depends on releases, and the options of each engine."""
+
+
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="move runs between all pairs of strategies, not some")
+    parser.addoption("--divided", action="store_true", help="leave to the other stack what need not run in both")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """What is marked `gpu` is the code that a machine without one cannot reach; the README names it."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if config.getoption("--divided"):
+        left = OF_ONE_STACK["current" if torch.__version__.startswith("2.5.") else "oldest"]
+        beginnings = tuple(str(Path(__file__).parent / name) for name in left)
+        others = [item for item in items if str(item.path).startswith(beginnings)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
 
 
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -180,5 +202,5 @@ def own_environment():
 def own_cache(tmp_path_factory, monkeypatch):
     """Token caches of tests stay in one temporary folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-    # What DeepSpeed compiles takes minutes, and belongs to this environment's PyTorch.
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    # What DeepSpeed compiles takes minutes, and belongs to the PyTorch of one environment.
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(Path(torch.__file__).parents[4] / "torch_extensions"))

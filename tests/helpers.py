@@ -16,8 +16,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import entry_points
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
@@ -26,7 +27,7 @@ import torch
 
 from benchmarks import processes
 from firefly_lightning import FireflyDataModule, FireflyModule
-from tests.ranks import bare, lean, run_rank
+from tests.ranks import BIN, bare, lean, run_rank
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,8 +35,9 @@ PATIENCE = 1800
 """Seconds until a process is taken to hang; a slow machine that compiles what DeepSpeed needs does not."""
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.ranks"])
-BIN = Path(sys.executable).parent
+FORKS.set_forkserver_preload(  # what is imported late in a run, too
+    ["tests.ranks", "pandas", "torch.utils.tensorboard", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+)
 
 
 def run(*command: object, check: bool = True, process: bool = False, cwd: Path = ROOT, how=None):
@@ -50,24 +52,30 @@ def run(*command: object, check: bool = True, process: bool = False, cwd: Path =
 def run_process(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """One thread a process; the tests' own modules, and those in its folder, can be named on the command line."""
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{cwd}", "CUDA_VISIBLE_DEVICES": ""}
-    environment = {**os.environ, **own, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     return subprocess.run(
-        [str(BIN / name), *args], capture_output=True, text=True, cwd=cwd, env=environment, timeout=PATIENCE
+        [str(BIN / name), *args], capture_output=True, text=True, cwd=cwd, env=os.environ | own, timeout=PATIENCE
     )
 
 
-def run_forked(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """In a process that is forked from one with all imports; where it is ddp's, in two, as `torchrun` starts them."""
-    count = 2 if "ddp" in args else 1
+def run_forked(name: str, args: list[str], cwd: Path = ROOT, whole: bool = False) -> subprocess.CompletedProcess:
+    """In as many processes as it has devices, as `torchrun` starts them, but forked from one with all imports."""
+    count = int(args[len(args) - args[::-1].index("--trainer.devices")])
     with tempfile.TemporaryDirectory() as folder:
         outputs = [[Path(folder) / f"{stream}{rank}" for stream in ("out", "err")] for rank in range(count)]
         environments = rank_environments(count) if count > 1 else [{}]
         codes = run_to_the_end(
-            (([[name, *args]], environment, *paths, cwd))
+            ([[name, *args]], environment, *paths, cwd, whole)
             for environment, paths in zip(environments, outputs, strict=True)
         )
         out, err = (path.read_text("utf-8", "replace") for path in outputs[0])
     return subprocess.CompletedProcess([name, *args], codes[0], out, err)
+
+
+def forked(function: Callable[..., None], *args: object) -> BaseProcess:
+    """A process of its own that has begun to run a function of a module."""
+    process = FORKS.Process(target=function, args=args)
+    process.start()
+    return process
 
 
 def run_here(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
@@ -149,12 +157,11 @@ def rank_environments(world_size: int) -> list[dict[str, str]]:
 
 def run_to_the_end(ranks: Iterable[tuple], timeout: float = PATIENCE) -> list[int | None]:
     """Exit codes of processes that are given these arguments; the others end soon after one that failed."""
-    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     processes = []
     for commands, environment, *places in ranks:
         told = {**os.environ, **own, **environment}
-        processes.append(FORKS.Process(target=run_rank, args=(commands, told, *places)))
-        processes[-1].start()
+        processes.append(forked(run_rank, commands, told, *places))
     end = time.monotonic() + timeout
     while any(one.is_alive() for one in processes) and not any(one.exitcode for one in processes):
         if time.monotonic() > end:

@@ -10,23 +10,32 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
 # Imported for those that follow: every rank is forked from a process that has it already.
 from firefly_lightning import cli, report
 
 ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
 
 
 def run_rank(
-    commands: Sequence[Sequence[str]], environment: dict[str, str], output: Path, errors: Path, folder: Path
+    commands: Sequence[Sequence[str]],
+    environment: dict[str, str],
+    output: Path,
+    errors: Path,
+    folder: Path,
+    whole: bool = False,
 ) -> None:
     """The life of a rank: its own environment, what it prints in files, the exit code of its last command.
 
-    The tests' own modules, and those in its folder, can be named on the command line.
+    The tests' own modules, and those in its folder, can be named on the command line. Commands are lean unless they are
+    asked to be whole.
     """
     os.environ.update(environment)
     os.chdir(folder)
@@ -38,9 +47,11 @@ def run_rank(
     torch.set_num_threads(1)
     for name, *args in commands:
         (script,) = entry_points(group="console_scripts", name=name.removeprefix("-"))
-        sys.argv = [name, *bare(args)]
-        print("$", *sys.argv, flush=True)
-        with contextlib.suppress(SystemExit if name.startswith("-") else ()), lean(args):
+        args = args if whole else bare(args)
+        sys.argv = [str(BIN / name), *args]  # Lightning starts other ranks with it
+        print("$", name, *args, flush=True)
+        may_fail = contextlib.suppress(SystemExit if name.startswith("-") else ())
+        with may_fail, contextlib.nullcontext() if whole else lean(args):
             script.load()()
         gc.collect()
 
@@ -53,11 +64,26 @@ def bare(args: Sequence[str]) -> Sequence[str]:
 
 @contextlib.contextmanager
 def lean(args: Sequence[str]) -> Iterator[None]:
-    """Without what takes longer than the training of a tiny model: figures, and the parsers of other subcommands."""
-    known = cli.FireflyCLI.subcommands()
-    own = {name: known[name] for name in known if name in (args[0], "predict")}  # the command has a text for `predict`
+    """Without what takes longer than the training of a tiny model: figures, parsers of others or made anew."""
+    own = {args[0]: SUBCOMMANDS[args[0]]}
     with (
         mock.patch.multiple(report, draw_losses=mock.DEFAULT, draw_kinds=mock.DEFAULT),
-        mock.patch.object(cli.FireflyCLI, "subcommands", staticmethod(lambda: own)),
+        mock.patch.object(cli.FireflyCLI, "subcommands", return_value=own),
+        mock.patch.object(cli.FireflyCLI, "_setup_parser_kwargs", return_value=({}, {})),  # texts of others
+        mock.patch.object(cli.FireflyCLI, "_prepare_subcommand_parser", _parser_of),
     ):
         yield
+
+
+SUBCOMMANDS = cli.FireflyCLI.subcommands()
+
+_prepare = cli.FireflyCLI._prepare_subcommand_parser
+_parsers: dict[str, tuple[LightningArgumentParser, list[str]]] = {}
+
+
+def _parser_of(self: cli.FireflyCLI, trainer_class: type, name: str, **kwargs: Any) -> LightningArgumentParser:
+    """The parser of a subcommand, which depends on nothing else; made once in a process."""
+    if name not in _parsers:
+        _parsers[name] = _prepare(self, trainer_class, name, **kwargs), self._subcommand_method_arguments[name]
+    parser, self._subcommand_method_arguments[name] = _parsers[name]
+    return parser

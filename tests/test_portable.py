@@ -6,8 +6,8 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,8 @@ from firefly_lightning import FireflyModule
 from firefly_lightning.checkpoint import find_checkpoint
 from firefly_lightning.checkpoint_io import AtomicCheckpointIO
 from firefly_lightning.errors import FireflyError
-from tests.helpers import BIN, PATIENCE, ROOT, Stopping, fit, logged, one_line, raised_line
+from tests.helpers import PATIENCE, ROOT, Stopping, fit, forked, logged, one_line, raised_line
+from tests.ranks import run_rank
 
 STEPS, HALF = 8, 5
 RUN = ["--data.batch_size", 8, "--model.warmup_steps", 3, "--model.learning_rate", 1e-3, "--trainer.max_steps", STEPS]
@@ -229,33 +230,33 @@ def test_the_last_few_are_kept(model_folder, rows_file, tmp_path):
     assert find_checkpoint(str(folder / "last")) == folder / "step=8.ckpt"
 
 
-def started(model: Path, rows: Path, root: Path, *args: object, **environment: str) -> subprocess.Popen:
+def started(model: Path, rows: Path, root: Path, *args: object, **environment: str) -> tuple[BaseProcess, Path]:
+    """A run that has taken three steps of very many, and the file of what it prints."""
     command = [
-        BIN / "firefly-fit", "fit", "--model.path", model, "--data.train_files", rows, "--trainer.accelerator", "cpu",
+        "firefly-fit", "fit", "--model.path", model, "--data.train_files", rows, "--trainer.accelerator", "cpu",
         "--trainer.default_root_dir", root, "--trainer.enable_progress_bar", "false", "--trainer.devices", 1, *RUN,
         "--trainer.max_steps", 100000, *args,
     ]  # fmt: skip
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-        env={**os.environ, **own, **environment},
-    )  # fmt: skip
+    output = root / "output"
+    process = forked(run_rank, [[str(part) for part in command]], os.environ | own | environment, output, output, ROOT)
     end = time.monotonic() + PATIENCE
     while not (root / "lightning_logs/version_0/metrics.csv").exists() or len(logged(root)) < 3:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.is_alive(), output.read_text()
         assert time.monotonic() < end
         time.sleep(0.1)
-    return process
+    return process, output
 
 
 @pytest.mark.parametrize("places", [[], ["--trainer.strategy", "ddp", "--trainer.devices", 2]])
 def test_sigterm_saves_the_step_and_ends_with_its_code(places, model_folder, rows_file, tmp_path):
-    process = started(model_folder, rows_file, tmp_path, *places)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, output
-    assert "Ended by SIGTERM; the last step is saved, resume with --ckpt_path last" in output
-    assert "Traceback" not in output
+    process, output = started(model_folder, rows_file, tmp_path, *places)
+    process.terminate()
+    process.join(60)
+    said = output.read_text()
+    assert process.exitcode == 128 + signal.SIGTERM, said
+    assert "Ended by SIGTERM; the last step is saved, resume with --ckpt_path last" in said
+    assert "Traceback" not in said
     step = max(logged(tmp_path)) + 1
     assert state(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == step
     fit(model_folder, rows_file, tmp_path, *RUN, "--trainer.max_steps", step + 2, "--ckpt_path", "last")
@@ -271,13 +272,13 @@ def test_slurm_requeues_a_saved_run(model_folder, rows_file, tmp_path):
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1",
            "SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
            "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}  # fmt: skip
-    process = started(model_folder, rows_file, tmp_path, **job)
-    process.send_signal(signal.SIGUSR1)
+    process, output = started(model_folder, rows_file, tmp_path, **job)
+    os.kill(process.pid, signal.SIGUSR1)
     while not (tmp_path / "requeued").exists():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.is_alive(), output.read_text()
         time.sleep(0.1)
     process.kill()  # what SLURM does then
-    process.communicate()
+    process.join()
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     (saved,) = tmp_path.glob("hpc_ckpt_*.ckpt")
     step = state(saved)["global_step"]

@@ -3,20 +3,21 @@
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from firefly_lightning.data import build as build_module
 from firefly_lightning.data.build import build
 from firefly_lightning.data.parallel import map_in_order
 from firefly_lightning.data.resumable import ResumableFile
 from firefly_lightning.errors import FireflyError
-from tests.helpers import ROOT, raised_line
+from tests.helpers import forked, raised_line
 
 
 class KilledError(BaseException):
@@ -71,43 +72,44 @@ def test_a_mistake_leaves_the_old_file_and_nothing_else(tmp_path):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"out": "old"}
 
 
+def write_until_told(target: Path, connection: Connection) -> None:
+    with ResumableFile(target, "x") as file:
+        file.append(b"a", 1)
+        connection.send("writing")
+        connection.recv()
+
+
 def test_two_processes_do_not_write_one_file(tmp_path):
-    code = (
-        "import sys, time; from pathlib import Path; from firefly_lightning.data.resumable import ResumableFile\n"
-        "with ResumableFile(Path(sys.argv[1]), 'x') as file:\n"
-        "    file.append(b'a', 1); print('writing', flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "out")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
-        assert other.stdout.readline() == "writing\n"
-        with pytest.raises(FireflyError, match="another process is writing it") as raised:
-            write(tmp_path / "out", [b"b"])
-        raised_line(raised)
-        other.communicate("")
+    ours, theirs = multiprocessing.Pipe()
+    other = forked(write_until_told, tmp_path / "out", theirs)
+    assert ours.recv() == "writing"
+    with pytest.raises(FireflyError, match="another process is writing it") as raised:
+        write(tmp_path / "out", [b"b"])
+    raised_line(raised)
+    ours.send("end")
+    other.join()
     assert (tmp_path / "out").read_bytes() == b"a"
 
 
 ROWS = [{"first": f"春风{number}度", "second": f"秋月{number}圆"} for number in range(20_000)]
 
-SLOWLY = """
-import sys
-from firefly_lightning.data import build as module
-module.ROWS_PER_CHUNK = 20
-module.build("Couplet", [sys.argv[1]], sys.argv[2], workers=int(sys.argv[3]))
-"""
+
+def build_slowly(source: Path, out: Path, workers: int) -> None:
+    with mock.patch.object(build_module, "ROWS_PER_CHUNK", 20):
+        build("Couplet", [str(source)], str(out), workers=workers)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path, workers, capsys, monkeypatch):
     source, out = tmp_path / "raw.jsonl", tmp_path / "killed" / "out.jsonl"
     source.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), "utf-8")
-    command = [sys.executable, "-c", SLOWLY, str(source), str(out), str(workers)]
     journal = out.parent / ".out.jsonl.journal"
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as building:
-        while not (journal.exists() and journal.read_bytes().count(b"\n") > 10):
-            assert building.poll() is None, "it ended before it could be killed"
-            time.sleep(0.001)
-        building.kill()
+    building = forked(build_slowly, source, out, workers)
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 10):
+        assert building.is_alive(), "it ended before it could be killed"
+        time.sleep(0.001)
+    building.kill()
+    building.join()
     assert not out.exists()
     read = json.loads(journal.read_bytes().split(b"\n")[-2])["state"][0]
     assert 0 < read < len(ROWS)
@@ -142,17 +144,26 @@ def test_processes_keep_the_order_and_take_little_ahead():
     assert not multiprocessing.active_children()
 
 
+def name_oneself(seconds: float) -> None:
+    os.write(1, b"%d\n" % os.getpid())  # a line at once, so that those of two processes do not mix
+    time.sleep(seconds)
+
+
+def have_work_done(output: Path) -> None:
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+    list(map_in_order(name_oneself, [0.1, 600, 600, 600], 2))
+
+
 def test_workers_end_with_a_killed_parent(tmp_path):
-    code = (
-        "import os, sys, time; from firefly_lightning.data.parallel import map_in_order\n"
-        "def work(item):\n    os.write(1, b'%d\\n' % os.getpid())\n    time.sleep(item)\n"  # a line at once
-        "list(map_in_order(work, [0.1, 600, 600, 600], 2))"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
-        try:
-            workers = {int(parent.stdout.readline()) for _ in range(3)}
-        finally:
-            parent.kill()
+    output = tmp_path / "output"
+    parent = forked(have_work_done, output)
+    while not (output.exists() and len(lines := output.read_text().splitlines()) >= 3):
+        assert parent.is_alive()
+        time.sleep(0.05)
+    parent.kill()
+    parent.join()
+    workers = set(map(int, lines))
     end = time.monotonic() + 60
     while any(alive(worker) for worker in workers):
         assert time.monotonic() < end

@@ -3,10 +3,11 @@
 import importlib
 import json
 import linecache
-import os
 import pickle
-import subprocess
+import resource
+import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from firefly_lightning.data.tokenized import TokenizedRows, tokenize
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import load_tokenizer
 from tests.conftest import write_rows
-from tests.helpers import PATIENCE, ROOT
+from tests.helpers import PATIENCE, forked
 
 
 @pytest.fixture(scope="module")
@@ -145,45 +146,34 @@ def test_what_a_killed_process_left_is_cleared(encoder, rows_file, tmp_path):
     assert len(TokenizedRows([folder], ["x"])) == 60
 
 
-CHILD = """
-import sys
-from pathlib import Path
-from firefly_lightning.data.prompt import PRESETS, PromptEncoder
-from firefly_lightning.data.tokenized import TokenizedRows, tokenize
-from firefly_lightning.errors import FireflyError
-from firefly_lightning.huggingface import load_tokenizer
-if sys.argv[4:]:  # a disk that takes no more than so many bytes of a file
-    import resource, signal
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]),) * 2)
-encoder = PromptEncoder(load_tokenizer(sys.argv[1]), PRESETS["firefly"])
-try:
-    folder = tokenize(sys.argv[2], encoder, 512, "truncate", Path(sys.argv[3]))
-    print(len(TokenizedRows([folder], ["x"])))
-except FireflyError as error:
-    print("FireflyError:", error)
-"""
-
-
-def child(*args) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", CHILD, *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+def tokenize_and_say(model: Path, rows: Path, cache: Path, said: Path, most: int | None = None) -> None:
+    """What a process does that may write no more than so many bytes of a file, as on a full disk."""
+    if most:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    encoder = PromptEncoder(load_tokenizer(str(model)), PRESETS["firefly"])
+    try:
+        folder = tokenize(str(rows), encoder, 512, "truncate", cache)
+        said.write_text(str(len(TokenizedRows([folder], ["x"]))))
+    except FireflyError as error:
+        said.write_text(f"FireflyError: {error}")
 
 
 def test_two_processes_at_once(model_folder, rows_file, tmp_path):
     source = tmp_path / "many.jsonl"
     source.write_text(rows_file.read_text("utf-8") * 50, "utf-8")
     cache = tmp_path / "cache"
-    children = [child(model_folder, source, cache) for _ in range(2)]
-    assert [process.communicate(timeout=PATIENCE)[0].split()[-1] for process in children] == ["3000", "3000"]
+    said = [tmp_path / name for name in "ab"]
+    for process in [forked(tokenize_and_say, model_folder, source, cache, path) for path in said]:
+        process.join(PATIENCE)
+    assert [path.read_text() for path in said] == ["3000", "3000"]
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
 
 
 def test_a_full_disk_leaves_nothing(model_folder, rows_file, tmp_path):
-    cache = tmp_path / "cache"
-    output = child(model_folder, rows_file, cache, 8192).communicate(timeout=PATIENCE)[0]
-    assert output.splitlines()[-1].startswith(f"FireflyError: {cache}: ")
+    cache, said = tmp_path / "cache", tmp_path / "said"
+    forked(tokenize_and_say, model_folder, rows_file, cache, said, 8192).join(PATIENCE)
+    assert said.read_text().startswith(f"FireflyError: {cache}: ")
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 

@@ -53,8 +53,7 @@ def test_two_nodes_train_like_one_process(arguments, expected, tmp_path):
 def test_torchrun_starts_two_nodes(arguments, expected, tmp_path):
     places = "--nnodes 2 --node_rank $NODE_RANK --master_addr $MASTER_ADDR --master_port $MASTER_PORT"
     torchrun = f"exec torchrun --no-python {places}"
-    paths = {"PATH": f"{BIN}:{os.environ['PATH']}"}
-    run = start(TWO_NODES, "bash", "-c", torchrun + ' "$@"', "torchrun", *arguments, "ddp", **paths)
+    run = start(TWO_NODES, "bash", "-c", torchrun + ' "$@"', "torchrun", *arguments, "ddp")
     output, _ = run.communicate(timeout=PATIENCE)
     assert run.returncode == 0, output
     losses_are_right(tmp_path, expected)
