@@ -525,9 +525,9 @@ def test_scripts_that_are_not_run_here_run_in_continuous_integration():
     no_deps = "constraints/current-colossalai.txt"
     assert written == ["bin/demo", "bin/test", "pip install -e .", f"pip install --no-deps -r {no_deps}"]
     assert no_deps in (ROOT / "bin" / "test").read_text("utf-8")
-    ran = (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
+    ran = [line for line in (ROOT / ".ci" / "run").read_text("utf-8").splitlines() if not line.startswith("#")]
     for script in ("bin/demo", "bin/test", ".ci/run", "bin/make-env"):
         assert os.access(ROOT / script, os.X_OK), script
         assert subprocess.run(["bash", "-n", ROOT / script], check=False).returncode == 0, script
-    assert {"bin/demo", "bin/test"} <= {line.split()[0] for line in ran if line}
+    assert {"bin/demo", "bin/test"} <= set(" ".join(ran).split())
     assert "-m pip " in (ROOT / "bin" / "make-env").read_text("utf-8")

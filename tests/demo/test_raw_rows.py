@@ -1,6 +1,6 @@
 import json
 import re
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -100,10 +100,11 @@ def test_a_sample_depends_on_the_seed_alone(tmp_path, rows):
         assert all(row in rows[kind] for row in sample)
 
 
-def test_as_a_program(tmp_path):
-    code = [sys.executable, "-m", "demo.raw_rows", "--out", str(tmp_path), "--limit", "2"]
-    shown = subprocess.run(code, check=True, capture_output=True, text=True).stdout
-    assert shown.count(": 2 rows") == 3
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_as_a_program(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["raw_rows", "--out", str(tmp_path), "--limit", "2"])
+    runpy.run_module("demo.raw_rows", run_name="__main__")
+    assert capsys.readouterr().out.count(": 2 rows") == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dictionary.jsonl", "ner.jsonl", "sentiment.jsonl"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import BIN, PATIENCE, ROOT, free_port, logged
+from tests.helpers import BIN, PATIENCE, ROOT, free_port, logged, run_to_the_end
 from tests.strategies.test_parity import relative
 
 TWO_NODES = Path(__file__).with_name("two_nodes.sh")
@@ -63,10 +63,11 @@ def test_torchrun_starts_two_nodes(arguments, expected, tmp_path):
 def test_slurm_starts_two_tasks(arguments, expected, tmp_path):
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
     places = {"SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0", "MASTER_PORT": free_port()}
-    command = [*arguments, "ddp", "--trainer.num_nodes", 1, "--trainer.devices", 2]
-    tasks = [start(*command, **job, **places, SLURM_PROCID=str(at), SLURM_LOCALID=str(at)) for at in range(2)]
-    outputs = [task.communicate(timeout=PATIENCE)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], "\n".join(outputs)
+    _, *args = map(str, [*arguments, "ddp", "--trainer.num_nodes", 1, "--trainer.devices", 2])
+    output = tmp_path / "output"
+    tasks = [job | places | {"SLURM_PROCID": str(at), "SLURM_LOCALID": str(at)} for at in range(2)]
+    codes = run_to_the_end(([["firefly-fit", *args]], task, output, output, ROOT) for task in tasks)
+    assert codes == [0, 0], output.read_text()
     losses_are_right(tmp_path, expected)
 
 

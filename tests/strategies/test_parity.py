@@ -74,7 +74,8 @@ def test_a_strategy_trains_like_plain_pytorch(strategy, fit_args, expected, rows
         "--trainer.limit_val_batches",
         1,
     ]
-    commands[1] += ["--data.val_files", rows_file, *every, "--model.decoding.max_new_tokens", 4]
+    answers = ["--samples.prompts", '["在吗？", "你好"]', "--model.decoding.max_new_tokens", 4]
+    commands[1] += ["--data.val_files", rows_file, *every, *answers]
     printed = ran(strategy, processes, *commands)
     if printed is None:
         return
