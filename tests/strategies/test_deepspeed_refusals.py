@@ -23,7 +23,7 @@ from firefly_lightning.strategies.deepspeed_config import (
 )
 from firefly_lightning.strategies.deepspeed_machine import cpu_adam
 from firefly_lightning.strategies.hooks import check_accumulation
-from tests.helpers import one_line, raised_line, run, run_ranks
+from tests.helpers import one_line, raised_line, run, run_forked, run_ranks
 from tests.strategies.test_deepspeed import FP16, HERE, by_config, command
 
 
@@ -115,7 +115,7 @@ def test_a_missing_compiler_is_named(monkeypatch, model_folder, rows_file, tmp_p
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     args = command("fit", "zero2_offload", model_folder, rows_file, tmp_path, "--trainer.devices", 1)
-    line = one_line(run(*args, check=False, process=True))
+    line = one_line(run(*args, check=False, how=run_forked))
     assert "DeepSpeed cannot compile its Adam (there is no C++ compiler no-such-compiler); install g++" in line
 
 

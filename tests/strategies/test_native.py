@@ -19,7 +19,7 @@ from transformers import BloomConfig, BloomForCausalLM
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.strategies import FSDP2Strategy, NativeTensorParallelStrategy
 from firefly_lightning.strategies.dtensors import local, norm
-from tests.helpers import logged, one_line, raised_line, run, run_ranks
+from tests.helpers import logged, one_line, raised_line, run, run_forked, run_ranks
 from tests.strategies.test_parity import REFUSED, differences, relative
 
 STEPS = 8
@@ -186,7 +186,7 @@ def test_parts_fit_the_same_processes_only(runs, dropout_folder, rows_file, tmp_
     name, root = runs
     folder = root / "folder" / "checkpoints" / "last.ckpt"
     resume = command("fit", name, dropout_folder, rows_file, tmp_path, "--trainer.devices", 1, "--ckpt_path", folder)
-    message = one_line(run(*resume, check=False, process=True))
+    message = one_line(run(*resume, check=False, how=run_forked))
     assert message.startswith(f"{folder}: was saved otherwise (mesh [")
 
     copy = shutil.copytree(folder, tmp_path / "last.ckpt")
