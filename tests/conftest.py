@@ -27,22 +27,21 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 torch.set_num_threads(1)
 
 
-OF_DEEPSPEED = ("zero1]", "zero2]", "zero3]", "zero2_offload", "zero3_offload")
-OF_COLOSSALAI = ("gemini]", "gemini_offload", "tensor_parallel")
-
 OF_ONE_STACK = {
     "current": (
         "benchmarks", "data", "demo", "planning", "strategies/test_deepspeed", "strategies/test_moving",
         "strategies/test_native", "test_cli", "test_direct_io", "test_metrics", "test_portable", "test_predict",
         "test_pruning", "test_readme", "test_reading", "test_report", "test_scores", "test_throughput", "test_web",
-        *(f"strategies/test_parity.py::test_a_strategy_trains_like_plain_pytorch[{name}" for name in OF_DEEPSPEED),
     ),
-    "oldest": (
-        "strategies/test_colossalai.py", "strategies/test_launching",
-        *(f"strategies/test_parity.py::test_a_strategy_trains_like_plain_pytorch[{name}" for name in OF_COLOSSALAI),
-    ),
+    "oldest": ("strategies/test_colossalai.py", "strategies/test_launching"),
 }  # fmt: skip
-"""What `--divided` leaves to one stack: what depends least on releases, and each engine where it is at home."""
+"""Files that `--divided` leaves to one stack: what depends least on releases, and each engine where it is at home."""
+
+STRATEGIES_OF_ONE_STACK = {
+    "current": ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"),
+    "oldest": ("gemini", "gemini_offload", "tensor_parallel"),
+}
+"""Of the files that both run; runs move between all strategies in one stack."""
 
 
 def pytest_addoption(parser):
@@ -57,10 +56,17 @@ def pytest_collection_modifyitems(config, items):
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     if config.getoption("--divided"):
-        left = OF_ONE_STACK["current" if torch.__version__.startswith("2.5.") else "oldest"]
-        others = [item for item in items if item.nodeid.removeprefix("tests/").startswith(left)]
+        other = "current" if torch.__version__.startswith("2.5.") else "oldest"
+        others = [item for item in items if of_one_stack(item, other)]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]
+
+
+def of_one_stack(item: pytest.Item, stack: str) -> bool:
+    name = item.nodeid.removeprefix("tests/")
+    of_its_engine = getattr(item, "callspec", None) and item.callspec.params.get("strategy")
+    left = of_its_engine in STRATEGIES_OF_ONE_STACK[stack] and not name.startswith(OF_ONE_STACK["current"])
+    return left or name.startswith(OF_ONE_STACK[stack])
 
 
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
