@@ -58,7 +58,10 @@ def run_process(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.Comp
 
 
 def run_forked(name: str, args: list[str], cwd: Path = ROOT, whole: bool = False) -> subprocess.CompletedProcess:
-    """In as many processes as it has devices, as `torchrun` starts them, but forked from one with all imports."""
+    """In as many processes as it has devices, as `torchrun` starts them, but forked from one with all imports.
+
+    What the first prints, and the errors of all.
+    """
     count = int(args[len(args) - args[::-1].index("--trainer.devices")])
     with tempfile.TemporaryDirectory() as folder:
         outputs = [[Path(folder) / f"{stream}{rank}" for stream in ("out", "err")] for rank in range(count)]
@@ -67,7 +70,8 @@ def run_forked(name: str, args: list[str], cwd: Path = ROOT, whole: bool = False
             ([[name, *args]], environment, *paths, cwd, whole)
             for environment, paths in zip(environments, outputs, strict=True)
         )
-        out, err = (path.read_text("utf-8", "replace") for path in outputs[0])
+        out = outputs[0][0].read_text("utf-8", "replace")
+        err = "".join(errors.read_text("utf-8", "replace") for _, errors in outputs)
     return subprocess.CompletedProcess([name, *args], codes[0], out, err)
 
 

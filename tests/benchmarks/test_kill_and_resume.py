@@ -5,10 +5,10 @@ from tests.helpers import json_lines, run_benchmark
 
 def test_a_killed_run_ends_like_another(model_folder, rows_file, tmp_path):
     own = ["--model", str(model_folder), "--rows", str(rows_file), "--out", str(tmp_path / "kills.png")]
-    counts = ["--kills", 2, "--steps", 60, "--longest", 0.3]
+    counts = ["--kills", 2, "--steps", 100, "--longest", 0.3]
     _, first, second, whole = json_lines(run_benchmark("kill_and_resume", *counts, *own))
     assert 0 < first["resumes_at"] <= first["last_step_logged"] + 2
     assert first["resumes_at"] <= second["resumes_at"]
-    assert (whole["kills"], whole["resumed"], whole["steps"], whole["losses_that_differ"]) == (2, 2, 60, 0)
-    assert whole["losses_compared"] == 60 + whole["steps_made_again"] - whole["saved_but_not_logged"]
+    assert (whole["kills"], whole["resumed"], whole["steps"], whole["losses_that_differ"]) == (2, 2, 100, 0)
+    assert whole["losses_compared"] == 100 + whole["steps_made_again"] - whole["saved_but_not_logged"]
     assert (tmp_path / "kills.png").stat().st_size > 5000
