@@ -42,15 +42,16 @@ class Part(NamedTuple):
 def compared(lines: Lines) -> list[str]:
     """Speed and memory as shares of the others', in each type of numbers, beside what was wanted."""
     remarks = []
-    for ours in (line for line in lines if line.get("system") == "firefly"):
-        others = [line for line in lines if line.get("dtype") == ours["dtype"] and line is not ours]
-        for other in others:
+    systems = [line for line in lines if "system" in line]
+    for ours in (line for line in systems if line["system"] not in GOALS):
+        for other in (line for line in systems if line["system"] in GOALS and line["dtype"] == ours["dtype"]):
             name = other["system"]
             speed = ours["tokens_per_second"] / other["tokens_per_second"]
             memory = ours["peak_rss_gb"] / other["peak_rss_gb"]
             remarks.append(
-                f"{ours['dtype']}: {speed:.1f} times the tokens/s of {name} (goal {GOALS[name]}), {memory:.2f} of its "
-                f"memory (goal 0.3), {activations(ours) / activations(other):.2f} of what is not fixed."
+                f"{ours['system']}, {ours['dtype']}: {speed:.1f} times the tokens/s of {name} (goal {GOALS[name]}), "
+                f"{memory:.2f} of its memory (goal 0.3), "
+                f"{activations(ours) / activations(other):.2f} of what is not fixed."
             )
     for line in (line for line in lines if "profiled" in line):
         shares = [f"{name} {share:.1%}" for name, share in line.items() if name != "profiled"]
@@ -97,7 +98,8 @@ PARTS = {
     "throughput": Part(
         "Training", "Real tokens a second, without padding, on the same rows. The share of the floor is the time "
         "of the bare matrix products of the same steps, measured in the same process, in the time that the steps took. "
-        "Fixed is the memory of libraries and rows before a model is there, and of weights, gradients and moments.",
+        "Fixed is the memory of libraries and rows before a model is there, and of weights, gradients and moments. "
+        "`frugal` is firefly with `MALLOC_MMAP_THRESHOLD_=1048576`: glibc then gives memory back as it is freed.",
         ["--dtypes", "fp32", "bf16"],
         ["system", "dtype", "tokens_per_second", "target_tokens_per_second", "peak_rss_gb", "libraries_gb", "state_gb",
          "share_of_floor", "loss"],

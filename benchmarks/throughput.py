@@ -6,6 +6,7 @@ bare matrix products of the same steps take, measured in the same process right 
 counted.
 
     firefly   FireflyModule and FireflyDataModule under Lightning's Trainer
+    frugal    the same, with glibc told by MALLOC_MMAP_THRESHOLD_ to give memory back as it is freed
     trainer   the original recipe: transformers.Trainer, rows padded to the longest, logits at every position
     grouped   the same with rows of like length in a batch
     trl       TRL's SFTTrainer, completions only, rows of like length in a batch
@@ -14,6 +15,7 @@ counted.
 import argparse
 import inspect
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +23,7 @@ from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import torch
@@ -34,7 +37,9 @@ from benchmarks.processes import alone
 from firefly_lightning import FireflyDataModule, FireflyModule
 from firefly_lightning.huggingface import load_tokenizer
 
-SYSTEMS = ("firefly", "trainer", "grouped", "trl")
+SYSTEMS = ("firefly", "frugal", "trainer", "grouped", "trl")
+ENVIRONMENTS = {"frugal": {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}}
+"""Variables of a system's process."""
 PURPOSES = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn"),
     "attention": ("scaled_dot_product", "flash_attention"),
@@ -44,6 +49,7 @@ PURPOSES = {
     "layer norm": ("layer_norm",),
 }
 """Of operations, by a part of their names."""
+OURS = ("firefly", "frugal")
 BLUE, GREY = "#4C78A8", "#BAB0AC"
 
 
@@ -74,7 +80,8 @@ def main() -> None:
         data_module(options).prepare_data()  # else the first process would tokenise, and hold memory of it
         lines = []
         for dtype, system in product(options.dtypes, options.systems):
-            lines.append(alone(measure, options, system, dtype))
+            with mock.patch.dict(os.environ, ENVIRONMENTS.get(system, {})):
+                lines.append(alone(measure, options, system, dtype))
             print(json.dumps(lines[-1]), flush=True)
         options.steps, options.warmup = 2, 1
         for dtype in options.dtypes if options.profile else ():
@@ -92,7 +99,7 @@ def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     for axes, (key, label) in zip(figure.subplots(1, 2, sharey=True), parts, strict=True):
         values = [line[key] for line in lines]
         axes.bar_label(
-            axes.barh(names, values, color=[BLUE if "firefly" in name else GREY for name in names]), padding=3
+            axes.barh(names, values, color=[BLUE if name.startswith(OURS) else GREY for name in names]), padding=3
         )
         axes.set_xlabel(label)
         axes.margins(x=0.15)
@@ -131,7 +138,7 @@ def measure(options: argparse.Namespace, system: str, dtype: str, profile_to: Pa
     steps = options.warmup + options.steps
     batches = [data.train[step] for step in range(steps)]
     clock, before = Clock(options.warmup), peak_gb()
-    run = {"firefly": run_firefly, "trl": run_trl}.get(options.system, run_trainer)
+    run = {"firefly": run_firefly, "frugal": run_firefly, "trl": run_trl}.get(options.system, run_trainer)
     with torch.profiler.profile() if profile_to else nullcontext() as profiler:
         loss = run(options, data, batches, clock)
     peak, seconds = peak_gb(), clock.seconds

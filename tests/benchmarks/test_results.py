@@ -37,10 +37,8 @@ def test_tables_and_ratios(tmp_path, monkeypatch):
     text = (tmp_path / "RESULTS.md").read_text("utf-8")
     assert "cpu Abacus 9000, date 2026-01-02, rows a few." in text
     assert "| firefly | fp32 | 600.0 | 1.5 | 0.5 | 0.25 | 0.7 |" in text
-    assert (
-        "- fp32: 4.0 times the tokens/s of trainer (goal 4), 0.25 of its memory (goal 0.3), 0.15 of what is not fixed."
-        in text
-    )
+    remark = "4.0 times the tokens/s of trainer (goal 4), 0.25 of its memory (goal 0.3), 0.15 of what is not fixed."
+    assert f"- firefly, fp32: {remark}" in text
     assert "- fp32: where the time of firefly's operations goes: products 80.0%, all else 20.0%." in text
     assert "![Training](results/throughput.png)" in text
     assert "[profile-fp32.txt](results/profile-fp32.txt)" in text
