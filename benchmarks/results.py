@@ -53,6 +53,14 @@ def compared(lines: Lines) -> list[str]:
                 f"{memory:.2f} of its memory (goal 0.3), "
                 f"{activations(ours) / activations(other):.2f} of what is not fixed."
             )
+    for frugal in (line for line in systems if line["system"] == "frugal"):
+        ours = next(line for line in systems if line["system"] == "firefly" and line["dtype"] == frugal["dtype"])
+        kept = ours["peak_rss_gb"] - frugal["peak_rss_gb"]
+        slower = 1 - frugal["tokens_per_second"] / ours["tokens_per_second"]
+        remarks.append(
+            f"{ours['dtype']}: of firefly's {ours['peak_rss_gb']} GB, {ours['libraries_gb'] + ours['state_gb']:.2f} "
+            f"are fixed, and {kept:.2f} freed memory that glibc keeps; not to keep it takes {slower:.0%} of the speed."
+        )
     for line in (line for line in lines if "profiled" in line):
         shares = [f"{name} {share:.1%}" for name, share in line.items() if name != "profiled"]
         remarks.append(f"{line['profiled']}: where the time of firefly's operations goes: {', '.join(shares)}.")
