@@ -1,7 +1,8 @@
 """How time and memory grow with a row's length, the vocabulary and the blocks: python -m benchmarks.growth --help.
 
 Each point is a run of :mod:`benchmarks.throughput` in a process of its own, of this project and of the original recipe.
-Rows are real text, joined until they are as long as is asked for; a step has the same number of tokens at every length.
+Rows are real text, joined until they are as long as is asked for; a step has the same number of tokens at every length,
+or one row where that is longer.
 """
 
 import argparse
@@ -41,15 +42,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="PNG of the figures")
     options = parser.parse_args()
-    print(json.dumps(machine() | {"threads": options.threads}), flush=True)
+    print(json.dumps(machine() | {"threads": options.threads, "tokens a step": options.tokens}), flush=True)
     usual = {"max_length": min(options.lengths, key=lambda length: abs(length - 256)), "layers": 8}
     usual["vocabulary"] = options.vocabularies[0]
     axes = {"max_length": options.lengths, "vocabulary": options.vocabularies, "layers": options.layers}
     lines = []
+    measured: dict[tuple[int, ...], list[dict[str, Any]]] = {}  # axes cross at the usual sizes
     with tempfile.TemporaryDirectory() as folder:
         for axis, values in axes.items():
             for value in values:
-                for line in point(options, usual | {axis: value}, Path(folder)):
+                sizes = usual | {axis: value}
+                key = tuple(sizes.values())
+                if key not in measured:
+                    measured[key] = point(options, sizes, Path(folder))
+                for line in measured[key]:
                     lines.append({"axis": axis, "value": value, **line})
                     print(json.dumps(lines[-1]), flush=True)
     bound = memory_bound(lines, options.hidden)

@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="that are counted, after one that is not")
     parser.add_argument("--out", type=Path, help="PNG of the figures")
     options = parser.parse_args()
-    print(json.dumps(machine() | {"threads": options.threads}), flush=True)
+    print(json.dumps(machine() | {"threads": options.threads, "rows a step": options.batch_size}), flush=True)
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), options)

@@ -262,7 +262,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     for axes, key, label in zip(figure.subplots(1, 2), ("seconds", "peak_rss_gb"), ("seconds", "peak GB"), strict=True):
         bars = axes.barh(systems, [median(lines, system, key) for system in systems], color="tab:blue")
         axes.bar_label(bars, padding=3)
-        axes.margins(x=0.15)
+        axes.margins(x=0.25)
         axes.set_xlabel(label)
         axes.invert_yaxis()
     first = lines[0]

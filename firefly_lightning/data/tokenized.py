@@ -4,6 +4,7 @@ One folder of the cache holds one source under one tokenizer, format, length and
 them and of the code that makes it. It appears by a rename when it is complete, so what is there can be used.
 """
 
+import functools
 import gc
 import inspect
 import itertools
@@ -191,9 +192,20 @@ _CODE = [__file__, *(str(module.__file__) for module in _READERS)]
 def _hash_content(source: str) -> str:
     if is_file(source):
         # Whether it is read as JSON lines or as Parquet depends on the suffix too.
-        return Path(source).suffix + _hash_files([source])
+        return Path(source).suffix + _hash_once(source)
     cached = [entry["filename"] for entry in load_hub_dataset(source).cache_files]
     return source + _hash_files(cached)
+
+
+def _hash_once(path: str) -> str:
+    """Of a file that is asked for by ``prepare_data`` and again by ``setup``; read again only where it has changed."""
+    status = Path(path).stat()
+    return _hash_of_version(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache
+def _hash_of_version(path: str, *version: int) -> str:
+    return _hash_files([path])
 
 
 def _hash_files(paths: Sequence[str]) -> str:

@@ -121,6 +121,20 @@ def test_everything_that_matters_changes_the_key(tokenizer, encoder, rows_file, 
     assert len(set(keys)) == 7
 
 
+def test_a_file_is_read_for_its_key_again_when_it_has_changed(encoder, rows_file, tmp_path, monkeypatch):
+    source = tmp_path / "rows.jsonl"
+    text = rows_file.read_text("utf-8")
+    hashed, hash_files = [], tokenized._hash_files
+    monkeypatch.setattr(tokenized, "_hash_files", lambda paths: hashed.extend(paths) or hash_files(paths))
+    keys = []
+    for content in (text, None, text.replace("评论", "点评")):  # as many bytes
+        if content:
+            source.write_text(content, "utf-8")
+        keys.append(tokenized._key(str(source), encoder, 512, "truncate"))
+    assert keys[0] == keys[1] != keys[2]
+    assert hashed.count(str(source)) == 2
+
+
 def test_a_moved_file_keeps_its_key(encoder, rows_file, tmp_path):
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes(rows_file.read_bytes())
