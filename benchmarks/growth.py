@@ -78,7 +78,9 @@ def point(options: argparse.Namespace, sizes: dict[str, int], folder: Path) -> l
     if done.returncode:
         sys.exit(f"{sizes}: {done.stderr[-3000:]}")
     keys = ("system", "tokens_per_second", "peak_rss_gb", "share_of_floor", "tokens")
-    return [{key: line[key] for key in keys} for line in map(json.loads, done.stdout.splitlines()[1:])]
+    # DeepSpeed prints there too.
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [{key: line[key] for key in keys} for line in lines[1:]]
 
 
 def write_long_rows(path: Path, options: argparse.Namespace, length: int) -> None:
