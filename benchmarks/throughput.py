@@ -37,7 +37,8 @@ from benchmarks.processes import alone
 from firefly_lightning import FireflyDataModule, FireflyModule
 from firefly_lightning.huggingface import load_tokenizer
 
-SYSTEMS = ("firefly", "frugal", "trainer", "grouped", "trl")
+OURS = ("firefly", "frugal")
+SYSTEMS = (*OURS, "trainer", "grouped", "trl")
 ENVIRONMENTS = {"frugal": {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}}
 """Variables of a system's process."""
 PURPOSES = {
@@ -49,7 +50,6 @@ PURPOSES = {
     "layer norm": ("layer_norm",),
 }
 """Of operations, by a part of their names."""
-OURS = ("firefly", "frugal")
 BLUE, GREY = "#4C78A8", "#BAB0AC"
 
 
@@ -138,7 +138,7 @@ def measure(options: argparse.Namespace, system: str, dtype: str, profile_to: Pa
     steps = options.warmup + options.steps
     batches = [data.train[step] for step in range(steps)]
     clock, before = Clock(options.warmup), peak_gb()
-    run = {"firefly": run_firefly, "frugal": run_firefly, "trl": run_trl}.get(options.system, run_trainer)
+    run = {**dict.fromkeys(OURS, run_firefly), "trl": run_trl}.get(options.system, run_trainer)
     with torch.profiler.profile() if profile_to else nullcontext() as profiler:
         loss = run(options, data, batches, clock)
     peak, seconds = peak_gb(), clock.seconds
