@@ -9,6 +9,7 @@ count), and whether the embedding rows that stay and all other weights are the o
     llmpruner   as LLMPruner does: transformers loads the model, a loop over the tokens copies rows of embedding and
                 head, transformers saves the model
     copy        shutil copies the checkpoint, which is no pruning: the time that its bytes alone take
+    dd          dd copies it past the page cache, two files at a time: the bare pace of the disk
 """
 
 import argparse
@@ -16,10 +17,12 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,8 @@ from transformers import BloomConfig, BloomModel
 from benchmarks.machine import machine, peak_gb
 from benchmarks.processes import alone
 
-SYSTEMS = ("firefly", "llmpruner", "copy")
+COPIES = ("copy", "dd")
+SYSTEMS = ("firefly", "llmpruner", *COPIES)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EMBEDDING = "word_embeddings.weight"
 
@@ -128,7 +132,7 @@ def run(system: str, large: Path, options: argparse.Namespace) -> dict[str, Any]
     line["seconds_on_disk"] = round(line["seconds"] + time.perf_counter() - began, 2)
     line |= {name: getattr(options, name) for name in ("layers", "dtype", "form", "cold")}
     line |= {"read_gb": size_gb(large), "written_gb": size_gb(out)}
-    if system != "copy":
+    if system not in COPIES:
         line["same_weights"] = same_weights(large, out)
     shutil.rmtree(out)
     print(json.dumps(line), flush=True)
@@ -149,11 +153,28 @@ def measure(system: str, large: Path, small: str, out: Path) -> dict[str, Any]:
 
         work = prune_with_transformers
     else:
-        work = lambda large, small, out: shutil.copytree(large, out)  # noqa: E731
+        work = {"copy": copy, "dd": copy_directly}[system]
     began = time.perf_counter()
     work(str(large), small, str(out))
     seconds = time.perf_counter() - began
     return {"system": system, "seconds": round(seconds, 2), "peak_rss_gb": peak_gb()}
+
+
+def copy(large: str, small: str, out: str) -> None:
+    """Through the page cache, one file after another."""
+    shutil.copytree(large, out)
+
+
+def copy_directly(large: str, small: str, out: str) -> None:
+    """What a disk can do at most that reads and writes at once."""
+    Path(out).mkdir()
+
+    def dd(file: Path) -> None:
+        command = ["dd", f"if={file}", f"of={Path(out) / file.name}", "bs=16M", "iflag=direct", "oflag=direct"]
+        subprocess.run(command, check=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(dd, sorted(Path(large).iterdir())))
 
 
 def prune_with_transformers(large: str, small: str, out: str) -> None:

@@ -87,12 +87,25 @@ def pruned(lines: Lines) -> list[str]:
     times = lines[-1]["times_as_long"]
     same = all(line["same_weights"] for line in lines[:-1] if "same_weights" in line)
     ours = next(line for line in lines if line.get("system") == "firefly")
-    pace = (ours["read_gb"] + ours["written_gb"]) / ours["seconds"]
-    return [
+    theirs, disk = (next((line for line in lines if line.get("system") == name), None) for name in ("llmpruner", "dd"))
+    remarks = [
         f"LLMPruner's way takes {times['llmpruner']} times as long as `firefly prune` (goal 5), a bare copy "
-        f"{times['copy']}; `firefly prune` reads and writes {pace:.2f} GB/s.",
+        f"{times['copy']}; `firefly prune` reads and writes {pace(ours):.2f} GB/s.",
         f"Weights that stay are {'bit for bit the old ones' if same else 'NOT the old ones'} in both.",
     ]
+    if theirs and disk:
+        least = (ours["read_gb"] + ours["written_gb"]) / pace(disk)
+        remarks.append(
+            f"Past the page cache, reading and writing at once, this disk does {pace(disk):.2f} GB/s: it takes "
+            f"{least:.0f} s for the bytes that `firefly prune` reads and writes, and no way to prune could be more "
+            f"than {theirs['seconds'] / least:.1f} times as fast as LLMPruner's here."
+        )
+    return remarks
+
+
+def pace(line: dict[str, Any]) -> float:
+    """GB that were read and written a second."""
+    return float(line["read_gb"] + line["written_gb"]) / float(line["seconds"])
 
 
 def tokenised(lines: Lines) -> list[str]:
@@ -110,7 +123,8 @@ PARTS = {
     "throughput": Part(
         "Training", "Real tokens a second, without padding, on the same rows. The share of the floor is the time "
         "of the bare matrix products of the same steps, measured in the same process, in the time that the steps took. "
-        "Fixed is the memory of libraries and rows before a model is there, and of weights, gradients and moments. "
+        "A process imports its own system's libraries only. Fixed is the memory of those and of rows before a model is "
+        "there, and of weights, gradients and moments. "
         "`frugal` is firefly with `MALLOC_MMAP_THRESHOLD_=1048576`: glibc then gives memory back as it is freed.",
         ["--dtypes", "fp32", "bf16"],
         ["system", "dtype", "tokens_per_second", "target_tokens_per_second", "peak_rss_gb", "libraries_gb", "state_gb",
@@ -126,14 +140,15 @@ PARTS = {
         lambda lines: [],
     ),
     "growth": Part(
-        "Growth", "With the length of rows, the vocabulary and the number of blocks; a step is one row where a row has "
-        "more tokens than a step.",
+        "Growth", "With the length of rows, the vocabulary of the model (the tokenizer is the same) and the number of "
+        "blocks; a step is one row where a row has more tokens than a step.",
         [],
         ["axis", "value", "system", "tokens_per_second", "peak_rss_gb", "share_of_floor"],
         bounded,
     ),
     "prune": Part(
-        "Pruning", "A checkpoint in the shape of bloom-7b1, beside LLMPruner's way and a bare copy of its bytes.",
+        "Pruning", "A checkpoint in the shape of bloom-7b1, beside LLMPruner's way, a bare copy of its bytes, and "
+        "`dd`, two files at a time past the page cache.",
         [],
         ["system", "seconds", "seconds_on_disk", "peak_rss_gb", "read_gb", "written_gb"],
         pruned,

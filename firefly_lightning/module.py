@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import BloomForCausalLM, GenerationConfig, get_cosine_schedule_with_warmup
+from transformers import BloomForCausalLM, GenerationConfig
 
 from firefly_lightning.bloom import FastBloom
 from firefly_lightning.data.batches import MicroBatch, PlannedBatches, closing_targets, data_parallel_share
@@ -38,6 +38,7 @@ from firefly_lightning.metrics import TargetMetrics
 from firefly_lightning.portable_whole import NAMES_KEY, accept_names, numbered_names
 from firefly_lightning.predictions import Prediction, predict
 from firefly_lightning.progress import fit_loop_state
+from firefly_lightning.schedule import cosine_with_warmup
 from firefly_lightning.scores import AnswerScores
 from firefly_lightning.settings import OptimizerSettings
 from firefly_lightning.strategies.hooks import StrategyHooks, check_accumulation, hooks_of
@@ -349,8 +350,7 @@ class FireflyModule(L.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise FireflyError("the cosine needs a last step; set trainer.max_steps or trainer.max_epochs")
-        schedule: LambdaLR = get_cosine_schedule_with_warmup(optimizer, self.warmup_steps, int(steps))
-        return schedule
+        return LambdaLR(optimizer, partial(cosine_with_warmup, warmup=self.warmup_steps, steps=int(steps)))
 
     def _tokenizer_and_prompt(self) -> tuple[Any, Any]:
         """Those of the data, or of the model's folder where the data is not ours."""

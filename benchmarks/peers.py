@@ -1,0 +1,123 @@
+"""What a user would run instead, for :mod:`benchmarks.throughput`: Hugging Face's Trainer and TRL's."""
+
+import argparse
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import BloomForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+
+from benchmarks.clock import Clock
+
+Rows = Sequence[tuple[Sequence[int], Sequence[bool]]]
+"""Tokens of each, and which of them are learned."""
+
+
+def prepare(options: argparse.Namespace, steps: Sequence[Rows]) -> Callable[[Clock], float]:
+    """What trains on the rows of the steps, in their order, and gives the loss of the last."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(options.folder)
+    rows = Dataset.from_dict({
+        "input_ids": [ids for step in steps for ids, _ in step],
+        "learned": [[int(learned) for learned in row] for step in steps for _, row in step],
+    })  # fmt: skip
+    if options.system == "trl":
+        import trl  # noqa: F401 - as all imports, before the memory of libraries is taken
+
+        return partial(run_trl, options, rows, len(steps), tokenizer)
+    return partial(run_trainer, options, rows, len(steps), tokenizer)
+
+
+def run_trainer(
+    options: argparse.Namespace, rows: Dataset, steps: int, tokenizer: PreTrainedTokenizerFast, clock: Clock
+) -> float:
+    """The original recipe; `grouped` puts rows of like length together."""
+    arguments = TrainingArguments(**hugging_face_arguments(options, steps))
+    model = BloomForCausalLM.from_pretrained(options.folder)
+    count_rows(model, clock)
+    labels = [
+        [token if learned else -100 for token, learned in zip(row["input_ids"], row["learned"], strict=True)]
+        for row in rows
+    ]
+    trainer = Trainer(
+        model, arguments, train_dataset=rows.remove_columns("learned").add_column("labels", labels),
+        callbacks=[timed(clock)], data_collator=pad_to_longest(tokenizer.pad_token_id),
+    )  # fmt: skip
+    trainer.train()
+    return last_loss(trainer)
+
+
+def run_trl(
+    options: argparse.Namespace, rows: Dataset, steps: int, tokenizer: PreTrainedTokenizerFast, clock: Clock
+) -> float:
+    """SFTTrainer on rows that are tokenised already, with masks of their completions."""
+    from trl import SFTConfig, SFTTrainer
+
+    own = {"max_length": options.max_length, "completion_only_loss": True, "gradient_checkpointing": False}
+    arguments = SFTConfig(**hugging_face_arguments(options, steps), **own)
+    model = BloomForCausalLM.from_pretrained(options.folder)
+    count_rows(model, clock)
+    trainer = SFTTrainer(
+        model, arguments, train_dataset=rows.rename_column("learned", "completion_mask"), processing_class=tokenizer,
+        callbacks=[timed(clock)],
+    )  # fmt: skip
+    trainer.train()
+    return last_loss(trainer)
+
+
+def hugging_face_arguments(options: argparse.Namespace, steps: int) -> dict[str, Any]:
+    """Of both trainers."""
+    grouped = options.system in ("grouped", "trl")
+    order: dict[str, Any] = {"train_sampling_strategy": "group_by_length" if grouped else "sequential"}
+    if "train_sampling_strategy" not in inspect.signature(TrainingArguments).parameters:  # transformers 4
+        order = {"group_by_length": grouped}
+    return {
+        "output_dir": str(Path(options.folder) / "out"), "per_device_train_batch_size": options.batch_size,
+        "max_steps": steps, "learning_rate": 3e-5, "lr_scheduler_type": "cosine", "use_cpu": True,
+        "bf16": options.dtype == "bf16", "report_to": "none", "save_strategy": "no", "logging_steps": 1,
+        "disable_tqdm": True, **order,
+    }  # fmt: skip
+
+
+def timed(clock: Clock) -> TrainerCallback:
+    """Tells the clock of every step."""
+
+    class Timed(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *arguments: Any, **named: Any) -> None:
+            clock.step_ended()
+
+    return Timed()
+
+
+def count_rows(model: BloomForCausalLM, clock: Clock) -> None:
+    """Has every forward pass tell the clock what it is given."""
+
+    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        clock.counts.append((int(kwargs["attention_mask"].sum()), int((kwargs["labels"] != -100).sum())))
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+
+
+def pad_to_longest(pad_id: int) -> Callable[[Sequence[Any]], dict[str, torch.Tensor]]:
+    """The original project's collator."""
+
+    def collate(rows: Sequence[Any]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+
+        def padded(name: str, value: int) -> torch.Tensor:
+            return torch.tensor([[*row[name], *[value] * (longest - len(row[name]))] for row in rows])
+
+        ids, labels = padded("input_ids", pad_id), padded("labels", -100)
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        mask = (torch.arange(longest) < lengths[:, None]).long()
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    return collate
+
+
+def last_loss(trainer: Any) -> float:
+    """Of the last step that was logged."""
+    return float(next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry))
