@@ -1,6 +1,7 @@
 """FireflyDataModule: from names of files to planned micro-batches."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -122,9 +123,13 @@ class FireflyDataModule(L.LightningDataModule):
             self._tokenizer = load_tokenizer(self.tokenizer_path)
         return self._tokenizer
 
+    @cached_property
+    def _encoder(self) -> PromptEncoder:
+        return PromptEncoder(self.tokenizer, self.prompt)
+
     def prepare_data(self) -> None:
         """Tokenises what the cache lacks, once per machine, and prints what was kept of every kind."""
-        encoder = PromptEncoder(self.tokenizer, self.prompt)
+        encoder = self._encoder
         train_files = [source["path"] for source in self.train_sources]
         answered = self._files_to_answer() if getattr(self.trainer, "predicting", False) else []
         for files in [answered] if answered else [train_files, self.val_files, self.test_files]:
@@ -135,7 +140,7 @@ class FireflyDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Maps the token ids, plans the steps and tells the trainer how many micro-batches make one."""
         self._fitting, self._resumed_step = stage == "fit", 0
-        encoder = PromptEncoder(self.tokenizer, self.prompt)
+        encoder = self._encoder
         self.world_size, self.rank = data_parallel_share(self.trainer.strategy if self.trainer else None)
         micro_batch_size = check_shares(self.batch_size, self.world_size, self.micro_batch_size)
         if stage == "predict" and (answered := self._files_to_answer()):
@@ -247,10 +252,11 @@ class FireflyDataModule(L.LightningDataModule):
         repeated = repeated_rows(rows)
         for line in describe_repeated(rows, repeated):
             rank_zero_info(line)
-        order = permutation(len(rows), self.seed)
-        order = order[~repeated[order]]
         held_out = np.zeros(len(rows), bool)
-        held_out[order[: round(self.val_fraction * len(order))]] = True
+        if self.val_fraction:
+            order = permutation(len(rows), self.seed)
+            order = order[~repeated[order]]
+            held_out[order[: round(self.val_fraction * len(order))]] = True
         taken = mix(rows, ~held_out & ~repeated, shares, self.kinds)
         if not taken or (self.val_fraction and not held_out.any()):
             raise FireflyError(

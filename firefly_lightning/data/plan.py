@@ -130,12 +130,11 @@ class StepPlan:
         first, end = (
             (self._before(at)[index] for at in (epoch, epoch + 1)) if self.shuffle else (0, self._quotas[index])
         )
-        passes, offsets = np.divmod(np.arange(first, end), len(rows))
-        orders = {
-            number: permutation(len(rows), self.seed, index, number) if self.shuffle else np.arange(len(rows))
-            for number in np.unique(passes).tolist()
-        }
-        return np.concatenate([rows[:0], *(rows[order[offsets[passes == at]]] for at, order in orders.items())])
+        parts, whole = [rows[:0]], len(rows)
+        for number in range(first // whole, -(-end // whole)):
+            order = permutation(whole, self.seed, index, number) if self.shuffle else np.arange(whole)
+            parts.append(rows[order[max(first - number * whole, 0) : end - number * whole]])
+        return np.concatenate(parts)
 
     def check_lasts(self, steps: int) -> None:
         """Checks that there are rows for so many steps.
@@ -220,6 +219,7 @@ def permutation(n: int, *key: int) -> Rows:
 
 def _splitmix64(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     mixed = state + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed ^= mixed >> np.uint64(shift)
+        mixed *= np.uint64(factor)
     return mixed ^ (mixed >> np.uint64(31))

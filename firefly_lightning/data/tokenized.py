@@ -88,16 +88,16 @@ class TokenizedRows:
             self.counts.append(report["counts"])
             renumbered = np.array([self._kind_id(kind) for kind in report["kinds"]], np.int32)
             batches = _map_batches(folder / "rows.arrow")
-            kinds += [renumbered[_column(batch, "kind")] for batch in batches]
+            kinds += [renumbered[_numbers(batch.column("kind"))] for batch in batches]
             sizes.append(sum(batch.num_rows for batch in batches))
             self._batches += batches
         self.ends = np.cumsum(sizes)
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        self.lengths = _concatenate([np.diff(batch.column("input_ids").offsets) for batch in self._batches])
-        self.target_tokens = _concatenate([_column(batch, "target_tokens") for batch in self._batches])
+        self.lengths = _concatenate([np.diff(_numbers(batch.column("input_ids").offsets)) for batch in self._batches])
+        self.target_tokens = _concatenate([_numbers(batch.column("target_tokens")) for batch in self._batches])
         self.kind_ids = _concatenate(kinds)
         self.identities: npt.NDArray[np.uint64] = np.concatenate(
-            [np.zeros(0, np.uint64), *(batch.column("identity").to_numpy() for batch in self._batches)]
+            [np.zeros(0, np.uint64), *(_numbers(batch.column("identity")) for batch in self._batches)]
         )
 
     def __len__(self) -> int:
@@ -107,7 +107,7 @@ class TokenizedRows:
         batch, index = self._locate(row)
         ids, mask = batch.column("input_ids"), batch.column("target_mask")
         first, last = ids.offsets[index].as_py(), ids.offsets[index + 1].as_py()
-        return TokenizedRow(ids.values[first:last].to_numpy(), mask.values[first:last].to_numpy(zero_copy_only=False))
+        return TokenizedRow(_numbers(ids.values[first:last]), _booleans(mask.values[first:last]))
 
     def of_source(self, index: int) -> npt.NDArray[np.int64]:
         """Rows of one source."""
@@ -334,9 +334,16 @@ def _map_batches(path: Path) -> list[pa.RecordBatch]:
     return [reader.get_batch(index) for index in range(reader.num_record_batches)]
 
 
-def _column(batch: pa.RecordBatch, name: str) -> npt.NDArray[np.int32]:
-    column: npt.NDArray[np.int32] = batch.column(name).to_numpy()
-    return column
+def _numbers(array: pa.Array) -> npt.NDArray[Any]:
+    """A view; pyarrow's own to_numpy imports pandas, which takes as long as all else that a start with a cache does."""
+    return np.from_dlpack(array)
+
+
+def _booleans(array: pa.BooleanArray) -> npt.NDArray[np.bool_]:
+    """Arrow keeps eight in a byte, the first in its lowest bit."""
+    first, after = array.offset, array.offset + len(array)
+    packed = np.frombuffer(array.buffers()[1], np.uint8)[first // 8 : -(-after // 8)]
+    return np.unpackbits(packed, bitorder="little")[first % 8 :][: len(array)].view(bool)
 
 
 def _concatenate(parts: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
