@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-LOGIT_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+LOGIT_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
 """A chunk's logits take so much in float32, and the fused loss a few times that.
 
 Few are faster on a processor, in whose cache they stay; on a GPU adding up the head's gradient would take longer than
@@ -16,6 +16,10 @@ the products.
 
 FEWEST_TARGETS = 128
 """Of a chunk, however large the vocabulary."""
+
+SUMMED_ROWS = 4096
+"""Of the head's gradient, to which a product in half precision is added at a time; on a processor that much of it stays
+in the cache, and the sum takes a third of the time."""
 
 
 class TargetScores(NamedTuple):
@@ -136,21 +140,23 @@ class _FusedTargetCrossEntropy(torch.autograd.Function):
         inputs, head = hidden.to(dtype), weight.to(dtype)
         loss = hidden.new_zeros((), dtype=torch.float32)
         d_hidden = torch.empty_like(inputs) if learns else None
-        d_weight: Tensor | None = None
+        # Of many products in half precision, a sum in half precision would lose the small ones.
+        d_weight = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32)) if learns else None
         chunk = chunk_size(len(weight), weight.device.type)
         for start in range(0, len(inputs), chunk):
             part, ids = inputs[start : start + chunk], target_ids[start : start + chunk, None]
             scores = _scores(part, head)
             loss -= scores.gather(1, ids).sum()
-            if d_hidden is not None:
+            if d_hidden is not None and d_weight is not None:
                 d_logits = scores.exp_().scatter_add_(1, ids, scores.new_full((1, 1), -1.0).expand_as(ids)).to(dtype)
+                del scores  # or they would be there beside the product, and those of the next chunk
                 torch.mm(d_logits, head, out=d_hidden[start : start + chunk])
-                d_weight = _accumulated(d_weight, d_logits.t(), part)
+                _add_product(d_weight, d_logits.t(), part)
                 del d_logits
-            del scores  # or it would be there beside those of the next chunk
-        if d_hidden is not None:
-            d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
-            ctx.save_for_backward(d_hidden.to(hidden.dtype), d_weight)
+            else:
+                del scores
+        if d_hidden is not None and d_weight is not None:
+            ctx.save_for_backward(d_hidden.to(hidden.dtype), d_weight.to(weight.dtype))
         return loss
 
     @staticmethod
@@ -160,10 +166,10 @@ class _FusedTargetCrossEntropy(torch.autograd.Function):
         return d_hidden * scale, d_weight.mul_(scale), None, None
 
 
-def _accumulated(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """A sum of products, in float32 as soon as it is one of several."""
-    if total is None:
-        return left @ right
-    if left.dtype == torch.float32:
-        return total.addmm_(left, right)
-    return total.float().add_(left @ right)
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds a product of two matrices to a matrix, in its type; the product itself is never there as a whole."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+        return
+    for rows, part in zip(torch.split(total, SUMMED_ROWS), torch.split(left, SUMMED_ROWS), strict=True):
+        rows.add_(part @ right)

@@ -1,6 +1,6 @@
 """What the forward pass of a micro-batch leaves for the backward pass, in bytes; dropout is off, as in Bloom's own."""
 
-from firefly_lightning.loss import chunk_size
+from firefly_lightning.loss import SUMMED_ROWS, chunk_size
 from firefly_lightning.planning.runs import Run
 
 
@@ -67,21 +67,17 @@ def autocast_copies(run: Run) -> float:
 def fused_logits(run: Run) -> float:
     """Bytes of the loss in chunks at its most: logits and their logarithms, or products that make the head's gradient.
 
-    In 16 bits a chunk's product is added to a float32 sum as soon as there is one, and the sum becomes a gradient of
-    the weight's type; autocast has a copy of the head too.
+    The gradient is summed in float32, and becomes one of the weight's type at the end; autocast has a copy of the head.
     """
     model, targets = run.model, run.load.targets
-    chunk = min(chunk_size(model.vocab_size, run.device), targets)
-    logits, several = model.vocab_size * chunk, targets > chunk
+    logits = model.vocab_size * min(chunk_size(model.vocab_size, run.device), targets)
     hidden = 2.0 * targets * model.hidden_size * (2 if run.mixed else 4)
     if not run.mixed:
-        return hidden + max(8 * logits + 4 * model.embedding * several, 4 * logits + 4 * model.embedding)
+        return hidden + 8 * logits + 4 * model.embedding
     copy = 0 if run.engine else 2 * model.embedding
-    products = 6 * logits + (8 if several else 2) * model.embedding
-    # A sum of the weight's own type becomes its gradient as it is, another is copied.
-    converted = several == run.engine
-    gradient = (6 if converted else 4 if several else 2) * model.embedding
-    return hidden + copy + max(8 * logits + 4 * model.embedding * several, products, gradient)
+    products = 2 * logits + 6 * min(SUMMED_ROWS, model.vocab_size) * model.hidden_size
+    converted = 2 * model.embedding if run.engine else 0
+    return hidden + copy + 4 * model.embedding + max(8 * logits, products, converted)
 
 
 def plain_logits(run: Run) -> float:

@@ -105,6 +105,6 @@ def test_logits_in_chunks_stop_growing_with_the_targets():
     )
     # 2^28 / (4 · 46,145) = 1,454 targets a chunk, of logits and of their logarithms, and the gradient of the head.
     chunk, head = 1454 * 46145 * 4, 46145 * 2048 * 4
-    assert few == 100 * 46145 * 4 + head + 2 * 100 * 2048 * 4
+    assert few == 2 * 100 * 46145 * 4 + head + 2 * 100 * 2048 * 4
     assert many == 2 * chunk + head + 2 * 3000 * 2048 * 4
     assert most - many == 2 * 3000 * 2048 * 4
