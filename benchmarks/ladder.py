@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--heads", type=int, help="by default one for 64 of the width")
-    parser.add_argument("--vocabulary", type=int, help="of the model; by default that of the tokenizer")
+    parser.add_argument("--vocabulary", type=int, help="tokens; what the tokenizer lacks is made up")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3, help="that are counted, after one that is not")

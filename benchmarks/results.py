@@ -75,8 +75,9 @@ def activations(line: dict[str, Any]) -> float:
 def bounded(lines: Lines) -> list[str]:
     """Whether the bound of memory holds."""
     return [
-        f"At a vocabulary of {line['vocabularies'][1]:,}, {line['peak_rss_gb']} GB; 1.3 times the peak at "
-        f"{line['vocabularies'][0]:,} and what weights, gradients and moments grow by are {line['bound_gb']} GB."
+        f"At a vocabulary of {line['vocabularies'][1]:,}, {line['peak_rss_gb']} GB, of which its tokenizer adds "
+        f"{line['tokenizer_gb']}; 1.3 times the peak at {line['vocabularies'][0]:,} and what weights, gradients and "
+        f"moments grow by are {line['bound_gb']} GB."
         for line in lines
         if line.get("axis") == "memory bound"
     ]
@@ -140,10 +141,10 @@ PARTS = {
         lambda lines: [],
     ),
     "growth": Part(
-        "Growth", "With the length of rows, the vocabulary of the model (the tokenizer is the same) and the number of "
-        "blocks; a step is one row where a row has more tokens than a step.",
+        "Growth", "With the length of rows, the vocabulary and the number of blocks; a step is one row where a row has "
+        "more tokens than a step.",
         [],
-        ["axis", "value", "system", "tokens_per_second", "peak_rss_gb", "share_of_floor"],
+        ["axis", "value", "system", "tokens_per_second", "peak_rss_gb", "libraries_gb", "share_of_floor"],
         bounded,
     ),
     "prune": Part(

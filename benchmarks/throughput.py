@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--heads", type=int, help="by default one for 64 of the width")
-    parser.add_argument("--vocabulary", type=int, help="of the model; by default that of the tokenizer")
+    parser.add_argument("--vocabulary", type=int, help="tokens; what the tokenizer lacks is made up")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["fp32"])
@@ -108,12 +108,14 @@ def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def make_model(folder: Path, options: argparse.Namespace) -> None:
-    """A random Bloom with its tokenizer, the same for all; the tokenizer may lack tokens of the model's vocabulary."""
+    """A random Bloom with its tokenizer, the same for all."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.tokenizer)
+    tokens = len(tokenizer)
+    tokenizer.add_tokens([f"<unused{number}>" for number in range(tokens, options.vocabulary or tokens)])
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = BloomConfig(
-        vocab_size=options.vocabulary or len(tokenizer), hidden_size=options.hidden, n_layer=options.layers,
+        vocab_size=len(tokenizer), hidden_size=options.hidden, n_layer=options.layers,
         n_head=options.heads or options.hidden // 64, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     BloomForCausalLM(config).save_pretrained(folder)

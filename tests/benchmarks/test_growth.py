@@ -27,7 +27,7 @@ def test_rows_are_of_one_length_and_half_is_learned(model_folder, rows_file, tmp
 
 def test_the_bound_adds_what_weights_gradients_and_moments_grow_by():
     lines = [
-        {"axis": "vocabulary", "value": value, "system": system, "peak_rss_gb": peak}
+        {"axis": "vocabulary", "value": value, "system": system, "peak_rss_gb": peak, "libraries_gb": 0.5}
         for value, system, peak in ((1000, "firefly", 1.0), (1000, "trainer", 9.0), (501_000, "firefly", 2.0))
     ]
     bound = memory_bound(lines, hidden=100)
@@ -35,3 +35,6 @@ def test_the_bound_adds_what_weights_gradients_and_moments_grow_by():
     assert bound["holds"]
     lines[-1]["peak_rss_gb"] = 2.2
     assert not memory_bound(lines, hidden=100)["holds"]
+    lines[-1]["libraries_gb"] = 0.7
+    assert memory_bound(lines, hidden=100)["tokenizer_gb"] == 0.2
+    assert memory_bound(lines, hidden=100)["holds"]
