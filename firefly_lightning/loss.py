@@ -14,7 +14,7 @@ Few are faster on a processor, in whose cache they stay; on a GPU adding up the 
 the products.
 """
 
-FEWEST_TARGETS = 128
+FEWEST_TARGETS = 64
 """Of a chunk, however large the vocabulary."""
 
 SUMMED_ROWS = 4096
