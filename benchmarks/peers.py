@@ -18,52 +18,34 @@ Rows = Sequence[tuple[Sequence[int], Sequence[bool]]]
 
 
 def prepare(options: argparse.Namespace, steps: Sequence[Rows]) -> Callable[[Clock], float]:
-    """What trains on the rows of the steps, in their order, and gives the loss of the last."""
+    """What trains on the rows of the steps, in their order, and gives the loss of the last.
+
+    The original recipe (`grouped` puts rows of like length together), or SFTTrainer on rows that are tokenised already,
+    with masks of their completions.
+    """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.folder)
-    rows = Dataset.from_dict({
-        "input_ids": [ids for step in steps for ids, _ in step],
-        "learned": [[int(learned) for learned in row] for step in steps for _, row in step],
-    })  # fmt: skip
+    rows = [row for step in steps for row in step]
+    inputs = Dataset.from_dict({"input_ids": [ids for ids, _ in rows]})
+    usual = hugging_face_arguments(options, len(steps))
     if options.system == "trl":
-        import trl  # noqa: F401 - as all imports, before the memory of libraries is taken
+        from trl import SFTConfig, SFTTrainer
 
-        return partial(run_trl, options, rows, len(steps), tokenizer)
-    return partial(run_trainer, options, rows, len(steps), tokenizer)
+        own = {"max_length": options.max_length, "completion_only_loss": True, "gradient_checkpointing": False}
+        masks = [[int(learned) for learned in mask] for _, mask in rows]
+        dataset = inputs.add_column("completion_mask", masks)
+        make = partial(SFTTrainer, args=SFTConfig(**usual, **own), train_dataset=dataset, processing_class=tokenizer)
+    else:
+        labels = [[token if learned else -100 for token, learned in zip(*row, strict=True)] for row in rows]
+        dataset, collate = inputs.add_column("labels", labels), pad_to_longest(tokenizer.pad_token_id)
+        make = partial(Trainer, args=TrainingArguments(**usual), train_dataset=dataset, data_collator=collate)
+    return partial(run, options, make)
 
 
-def run_trainer(
-    options: argparse.Namespace, rows: Dataset, steps: int, tokenizer: PreTrainedTokenizerFast, clock: Clock
-) -> float:
-    """The original recipe; `grouped` puts rows of like length together."""
-    arguments = TrainingArguments(**hugging_face_arguments(options, steps))
+def run(options: argparse.Namespace, make: Callable[..., Any], clock: Clock) -> float:
+    """Trains a trainer that is made for the model."""
     model = BloomForCausalLM.from_pretrained(options.folder)
     count_rows(model, clock)
-    labels = [
-        [token if learned else -100 for token, learned in zip(row["input_ids"], row["learned"], strict=True)]
-        for row in rows
-    ]
-    trainer = Trainer(
-        model, arguments, train_dataset=rows.remove_columns("learned").add_column("labels", labels),
-        callbacks=[timed(clock)], data_collator=pad_to_longest(tokenizer.pad_token_id),
-    )  # fmt: skip
-    trainer.train()
-    return last_loss(trainer)
-
-
-def run_trl(
-    options: argparse.Namespace, rows: Dataset, steps: int, tokenizer: PreTrainedTokenizerFast, clock: Clock
-) -> float:
-    """SFTTrainer on rows that are tokenised already, with masks of their completions."""
-    from trl import SFTConfig, SFTTrainer
-
-    own = {"max_length": options.max_length, "completion_only_loss": True, "gradient_checkpointing": False}
-    arguments = SFTConfig(**hugging_face_arguments(options, steps), **own)
-    model = BloomForCausalLM.from_pretrained(options.folder)
-    count_rows(model, clock)
-    trainer = SFTTrainer(
-        model, arguments, train_dataset=rows.rename_column("learned", "completion_mask"), processing_class=tokenizer,
-        callbacks=[timed(clock)],
-    )  # fmt: skip
+    trainer = make(model, callbacks=[timed(clock)])
     trainer.train()
     return last_loss(trainer)
 
