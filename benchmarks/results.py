@@ -75,9 +75,9 @@ def activations(line: dict[str, Any]) -> float:
 def bounded(lines: Lines) -> list[str]:
     """Whether the bound of memory holds."""
     return [
-        f"At a vocabulary of {line['vocabularies'][1]:,}, {line['peak_rss_gb']} GB, of which its tokenizer adds "
-        f"{line['tokenizer_gb']}; 1.3 times the peak at {line['vocabularies'][0]:,} and what weights, gradients and "
-        f"moments grow by are {line['bound_gb']} GB."
+        f"At a vocabulary of {line['vocabularies'][1]:,}, {line['peak_rss_gb'] - line['tokenizer_gb']:.2f} GB beside "
+        f"the {line['tokenizer_gb']} that its tokenizer adds; 1.3 times the peak at {line['vocabularies'][0]:,} and "
+        f"what weights, gradients and moments grow by, the bound, are {line['bound_gb']} GB."
         for line in lines
         if line.get("axis") == "memory bound"
     ]

@@ -75,3 +75,10 @@ def test_pruning_is_held_against_the_pace_of_the_disk():
     lines[1]["same_weights"] = False
     assert "NOT the old ones" in results.pruned(lines)[1]
     assert len(results.pruned([line for line in lines if line.get("system") != "dd"])) == 2
+
+
+def test_the_larger_tokenizer_is_beside_what_is_bounded():
+    line = {"axis": "memory bound", "vocabularies": [1000, 5000], "peak_rss_gb": 4.0, "tokenizer_gb": 0.5}
+    (remark,) = results.bounded([{"axis": "layers", "value": 4}, line | {"bound_gb": 3.75}])
+    assert remark.startswith("At a vocabulary of 5,000, 3.50 GB beside the 0.5 that its tokenizer adds;")
+    assert remark.endswith("are 3.75 GB.")
