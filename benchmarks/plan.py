@@ -2,7 +2,7 @@
 
 Trains random Blooms of three sizes, one process for ``auto`` and two for the others, on a CPU. What is compared is the
 growth of a process's resident memory from before its model is built to the highest point of three steps; libraries
-and data, 0.6 GB or so, are beside it. glibc is told to give memory back as it is freed.
+and data, 0.5 GB or so, are beside it. glibc is told to give memory back as it is freed.
 """
 
 import argparse
