@@ -98,8 +98,8 @@ def pruned(lines: Lines) -> list[str]:
         least = (ours["read_gb"] + ours["written_gb"]) / pace(disk)
         remarks.append(
             f"Past the page cache, reading and writing at once, this disk does {pace(disk):.2f} GB/s: it takes "
-            f"{least:.0f} s for the bytes that `firefly prune` reads and writes, and no way to prune could be more "
-            f"than {theirs['seconds'] / least:.1f} times as fast as LLMPruner's here."
+            f"{least:.0f} s for the bytes that `firefly prune` reads and writes, and no way that moves them all could "
+            f"be more than {theirs['seconds'] / least:.1f} times as fast as LLMPruner's here."
         )
     return remarks
 
