@@ -3,9 +3,11 @@
 Makes a checkpoint in the shape of bloom-7b1 (fewer layers where disk or memory ask for it), in shards, with a real
 vocabulary and a smaller tokenizer of it. Each system prunes it in a process of its own, in turn, and prints a JSON
 line: seconds without those of imports, seconds until what it wrote is on the disk, peak memory (pages of mapped files
-count), and whether the embedding rows that stay and all other weights are the old ones. The last line has the ratios.
+count), how much less room the disk has, and whether the embedding rows that stay and all other weights are the old
+ones. The last line of a disk has the ratios.
 
     firefly     firefly prune --model … --tokenizer … --out …
+    linked      the same with --link
     llmpruner   as LLMPruner does: transformers loads the model, a loop over the tokens copies rows of embedding and
                 head, transformers saves the model
     copy        shutil copies the checkpoint, which is no pruning: the time that its bytes alone take
@@ -36,7 +38,7 @@ from benchmarks.machine import machine, peak_gb
 from benchmarks.processes import alone
 
 COPIES = ("copy", "dd")
-SYSTEMS = ("firefly", "llmpruner", *COPIES)
+SYSTEMS = ("firefly", "linked", "llmpruner", *COPIES)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EMBEDDING = "word_embeddings.weight"
 
@@ -56,15 +58,20 @@ def main() -> None:
     parser.add_argument("--shard_gb", type=float, default=5, help="GB in a shard, at most")
     parser.add_argument("--repeats", type=int, default=1, help="times that each system runs")
     parser.add_argument("--cold", action="store_true", help="drop the checkpoint from the page cache before every run")
-    parser.add_argument("--folder", help="disk to work on, where the system's temporary folder is too small")
+    parser.add_argument(
+        "--folders", nargs="+", default=[tempfile.gettempdir()], help="disks to work on, one after another"
+    )
     parser.add_argument("--out", help="PNG to draw")
     options = parser.parse_args()
     print(json.dumps(machine()), flush=True)
-    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        large = Path(scratch) / "large"
-        make_checkpoint(large, options)
-        lines = [run(system, large, options) for _ in range(options.repeats) for system in options.systems]
-    print(json.dumps(summary(lines)))
+    lines = []
+    for folder in options.folders:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            large = Path(scratch) / "large"
+            make_checkpoint(large, options)
+            here = [run(system, large, options) for _ in range(options.repeats) for system in options.systems]
+        print(json.dumps(summary(here)), flush=True)
+        lines += here
     if options.out:
         draw(lines, Path(options.out))
     if not all(line.get("same_weights", True) for line in lines):
@@ -125,13 +132,15 @@ def run(system: str, large: Path, options: argparse.Namespace) -> dict[str, Any]
     if options.cold:
         for file in large.iterdir():
             drop_from_cache(file)
+    room = shutil.disk_usage(large).free
     line = alone(measure, system, large, options.small, out)
     began = time.perf_counter()
     for file in out.iterdir():
         flush(file)
     line["seconds_on_disk"] = round(line["seconds"] + time.perf_counter() - began, 2)
     line |= {name: getattr(options, name) for name in ("layers", "dtype", "form", "cold")}
-    line |= {"read_gb": size_gb(large), "written_gb": size_gb(out)}
+    line |= {"file_system": file_system(large), "read_gb": size_gb(large), "written_gb": size_gb(out)}
+    line["disk_gb"] = round((room - shutil.disk_usage(large).free) / 1e9, 2)
     if system not in COPIES:
         line["same_weights"] = same_weights(large, out)
     shutil.rmtree(out)
@@ -142,11 +151,11 @@ def run(system: str, large: Path, options: argparse.Namespace) -> dict[str, Any]
 def measure(system: str, large: Path, small: str, out: Path) -> dict[str, Any]:
     """Prunes here; imports come first and are not counted."""
     work: Callable[[str, str, str], object]
-    if system == "firefly":
+    if system in ("firefly", "linked"):
         from firefly_lightning.pruning import prune
 
         def work(large: str, small: str, out: str) -> None:
-            prune(large, out, tokenizer=small)
+            prune(large, out, tokenizer=small, link=system == "linked")
 
     elif system == "llmpruner":
         from transformers.models.bloom import modeling_bloom  # noqa: F401 - else imported within the time
@@ -257,17 +266,24 @@ def drop_from_cache(file: Path) -> None:
     os.close(descriptor)
 
 
+def file_system(path: Path) -> str:
+    """Of the disk that a path is on."""
+    return subprocess.run(["df", "--output=fstype", path], check=True, capture_output=True, text=True).stdout.split()[
+        -1
+    ]
+
+
 def size_gb(folder: Path) -> float:
-    """Of all files of a folder."""
+    """Of all files of a folder, whether or not they share the disk with others."""
     return round(sum(file.stat().st_size for file in folder.iterdir()) / 1e9, 6)
 
 
 def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of the systems, and how many times as long as firefly each takes."""
+    """Medians of the systems on a disk, and how many times as long as firefly each takes."""
     medians = {system: median(lines, system, "seconds") for system in SYSTEMS if median(lines, system, "seconds")}
     ours = medians.get("firefly", 0.0)
     times = {system: round(seconds / ours, 2) for system, seconds in medians.items() if ours and system != "firefly"}
-    return {"seconds": medians, "times_as_long": times}
+    return {"of": lines[0]["file_system"], "seconds": medians, "times_as_long": times}
 
 
 def median(lines: list[dict[str, Any]], system: str, key: str) -> float:
@@ -278,11 +294,14 @@ def median(lines: list[dict[str, Any]], system: str, key: str) -> float:
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
     """Seconds and peak memory of each system as bars."""
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    systems = [system for system in SYSTEMS if median(lines, system, "seconds")]
+    disks = list(dict.fromkeys(line["file_system"] for line in lines))
+    here = {disk: [line for line in lines if line["file_system"] == disk] for disk in disks}
+    bars = [(disk, system) for disk in disks for system in SYSTEMS if median(here[disk], system, "seconds")]
+    figure = Figure(figsize=(8, 1 + 0.4 * len(bars)), layout="constrained")
     for axes, key, label in zip(figure.subplots(1, 2), ("seconds", "peak_rss_gb"), ("seconds", "peak GB"), strict=True):
-        bars = axes.barh(systems, [median(lines, system, key) for system in systems], color="tab:blue")
-        axes.bar_label(bars, padding=3)
+        values = [median(here[disk], system, key) for disk, system in bars]
+        colors = [f"C{disks.index(disk)}" for disk, _ in bars]
+        axes.bar_label(axes.barh([f"{system}, {disk}" for disk, system in bars], values, color=colors), padding=3)
         axes.margins(x=0.25)
         axes.set_xlabel(label)
         axes.invert_yaxis()

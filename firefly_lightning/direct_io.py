@@ -1,13 +1,16 @@
-"""Large files put together from parts of others, past the system's cache of pages where it lets us.
+"""Large files put together from parts of others: sharing their blocks, or past the system's cache of pages.
 
-What is read once and written once gains nothing from that cache: filling it costs more than the disk, on a virtual
-machine several times as much, and pushes out what others have there. What is in it already is read from there.
+A file system that copies on write (XFS, Btrfs) gives a new file the blocks of an old one at once, for nothing. Others
+have them read and written. What is read once and written once gains nothing from the cache of pages: filling it costs
+more than the disk, on a virtual machine several times as much, and pushes out what others have there. What is in it
+already is read from there.
 """
 
 import errno
 import fcntl
 import mmap
 import os
+import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,9 +29,12 @@ PIECE = 16 << 20
 THREADS = 4
 """Pieces under way at once: a disk is fastest when it has several to choose from. Each has two buffers."""
 
-_BLOCK = 4096  # what O_DIRECT asks places in files and in memory to be multiples of; no disk has larger sectors
+BLOCK = 4096
+"""What direct access asks places in files and in memory to be multiples of, as does the sharing of blocks."""
+
 _DIRECT: int = getattr(os, "O_DIRECT", 0)  # Linux only, as the next
 _IF_CACHED: int | None = getattr(os, "RWF_NOWAIT", None)
+_CLONE_RANGE = 0x4020940D  # FICLONERANGE of ioctl_ficlonerange(2), which Python names from 3.12 on
 _buffers = threading.local()
 
 
@@ -85,6 +91,9 @@ def read_rows(matrix: FileRange, rows: npt.NDArray[np.int64], width: int) -> Byt
 def write_file(path: Path, parts: Sequence[Bytes | FileRange]) -> Iterator[int]:
     """Writes a file that consists of arrays of bytes and of ranges of other files, one after another.
 
+    The blocks of a range that comes to lie as it did, counted from the begin of a block, are shared where the file
+    system can; nothing is read or written for them, and what is later written into one file does not show in the other.
+
     Args:
         path: The file.
         parts: What it consists of.
@@ -96,28 +105,57 @@ def write_file(path: Path, parts: Sequence[Bytes | FileRange]) -> Iterator[int]:
     ends = np.cumsum(sizes, dtype=np.int64)
     file = _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
-    def write(start: int) -> int:
-        piece = _buffer("piece", min(PIECE, int(ends[-1]) - start))
+    def write(place: range) -> int:
+        piece = _buffer("piece", len(place))
         done = 0
         while done < len(piece):
-            index = int(np.searchsorted(ends, start + done, side="right"))
-            part, offset = parts[index], start + done - int(ends[index]) + sizes[index]
+            index = int(np.searchsorted(ends, place.start + done, side="right"))
+            part, offset = parts[index], place.start + done - int(ends[index]) + sizes[index]
             target = piece[done : done + sizes[index] - offset]
             if isinstance(part, FileRange):
                 _read(part.file, part.start + offset, target)
             else:
                 target[:] = part[offset : offset + len(target)]
             done += len(target)
-        _write(file, piece, start)
+        _write(file, piece, place.start)
         return done
 
     try:
-        yield from _in_threads(write, range(0, int(ends[-1]), PIECE))
+        starts = (ends - sizes).tolist()
+        shared = [_share(file, start, part) for start, part in zip(starts, parts, strict=True)]
+        yield sum(map(len, shared))
+        yield from _in_threads(write, _between(shared, int(ends[-1])))
     finally:
         os.close(file)
 
 
-def _in_threads(work: Callable[[int], Any], items: Sequence[int]) -> Iterator[Any]:
+def _share(file: int, start: int, part: Bytes | FileRange) -> range:
+    """Gives a file, from a place on, the blocks of a range of another; which bytes it has then, if any."""
+    lead = -start % BLOCK
+    size = (part.size - lead) // BLOCK * BLOCK
+    if not isinstance(part, FileRange) or size <= 0 or (part.start - start) % BLOCK:
+        return range(start, start)
+    source = os.open(part.file, os.O_RDONLY)
+    try:
+        fcntl.ioctl(file, _CLONE_RANGE, struct.pack("qQQQ", source, part.start + lead, size, start + lead))
+    except OSError:  # it shares no blocks, has larger ones, or the files are on two of them
+        return range(start, start)
+    finally:
+        os.close(source)
+    return range(start + lead, start + lead + size)
+
+
+def _between(shared: Sequence[range], size: int) -> list[range]:
+    """The pieces of a file that are not shared."""
+    pieces: list[range] = []
+    start = 0
+    for part in [*filter(None, shared), range(size, size)]:
+        pieces += [range(at, min(at + PIECE, part.start)) for at in range(start, part.start, PIECE)]
+        start = part.stop
+    return pieces
+
+
+def _in_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
     with ThreadPoolExecutor(THREADS) as pool:
         yield from pool.map(work, items)  # which cancels the others when one fails
 
@@ -126,7 +164,7 @@ def _buffer(name: str, size: int) -> Bytes:
     """(size,) bytes of this thread's buffer of that name, which begins where a page does."""
     buffer: Bytes | None = getattr(_buffers, name, None)
     if buffer is None or len(buffer) < size:
-        buffer = np.frombuffer(mmap.mmap(-1, max(size, PIECE + 2 * _BLOCK)), np.uint8)
+        buffer = np.frombuffer(mmap.mmap(-1, max(size, PIECE + 2 * BLOCK)), np.uint8)
         setattr(_buffers, name, buffer)
     return buffer[:size]
 
@@ -138,9 +176,9 @@ def _read(path: Path, start: int, target: Bytes) -> None:
         EOFError: If the file ends before.
     """
     if not _read_cached(path, start, target):
-        lead = start % _BLOCK
+        lead = start % BLOCK
         wanted = lead + len(target)
-        buffer = _buffer("read", wanted + -wanted % _BLOCK)
+        buffer = _buffer("read", wanted + -wanted % BLOCK)
         file = _open(path, os.O_RDONLY)
         try:
             _transfer(file, os.preadv, buffer, start - lead, wanted)
@@ -163,7 +201,7 @@ def _read_cached(path: Path, start: int, target: Bytes) -> bool:
 
 
 def _write(file: int, piece: Bytes, start: int) -> None:
-    whole = len(piece) - len(piece) % _BLOCK
+    whole = len(piece) - len(piece) % BLOCK
     _transfer(file, os.pwritev, piece[:whole], start, whole)
     if whole < len(piece):  # the end of a file, which no disk can write alone
         _through_cache(file)

@@ -48,6 +48,7 @@ def prune(
     pad_multiple: int = 1,
     keep: str | None = None,
     verify: str | None = None,
+    link: bool = False,
 ) -> None:
     """Prunes the vocabulary of a Bloom: embedding rows of tokens that are not kept go, nothing else changes.
 
@@ -67,6 +68,9 @@ def prune(
         keep: A file like those, whose tokens are kept whatever their count.
         verify: A file like those, on which to prove that token strings and logits are unchanged. Loads the large and
             the pruned model in float32, one after the other, which needs memory for each.
+        link: Gives files of weights in which nothing changes a second name in the new folder (hard links) instead of
+            copying them, which takes no time and no disk. What is later written into such a file changes both models.
+            A file system that shares blocks (XFS, Btrfs) does without copying anyway, and without that danger.
 
     Raises:
         FireflyError: If something given is wrong, verification fails, or the disk is full. Then nothing is left behind.
@@ -78,7 +82,7 @@ def prune(
     if verify and next(read_texts(verify), None) is None:
         raise FireflyError(f"{verify}: has no text to verify with; give a file with a text a line")
     config, tensors = _open_large(Path(model))
-    with new_folder(Path(out)) as folder, CheckpointWriter(tensors, folder) as weights:
+    with new_folder(Path(out)) as folder, CheckpointWriter(tensors, folder, link) as weights:
         large = _load_large(Path(model), config, tensors)
         _plan_tokenizer(large, corpus, tokenizer, min_count, keep)(folder)
         small = load_bpe_tokenizer(folder)
@@ -88,6 +92,8 @@ def prune(
         _write_configs(large, small, len(rows), folder)
         verification = verify_pruning(large.tokenizer, folder, rows, verify) if verify else None
         report = _report(large, len(small_ids), len(rows))
+        if weights.linked:
+            report["linked"] = {name: str(file) for name, file in weights.linked.items()}
         if verification:
             report["verified"] = verification._asdict()
         report["seconds"] = round(time.perf_counter() - started, 2)
@@ -202,6 +208,9 @@ def _print_report(report: dict[str, Any], out: str) -> None:
         table.add_row(name, f"{before:,}", f"{after:,}", f"{ratio:.2%}")
     console = Console()
     console.print(table)
+    if "linked" in report:
+        names = ", ".join(report["linked"])
+        console.print(escape(f"{names}: the old model's own files; write into neither."), soft_wrap=True)
     if "verified" in report:
         console.print(Verification(**report["verified"]).summary(), soft_wrap=True)
 

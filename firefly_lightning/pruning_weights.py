@@ -39,12 +39,14 @@ class StoredTensor(NamedTuple):
     """A tensor in a file.
 
     Attributes:
+        key: What the file calls it, with or without ``transformer.`` before it.
         file: The file.
         start: Where in the file its bytes begin; they lie there row by row.
         dtype: As `safetensors` calls it.
         shape: Its shape.
     """
 
+    key: str
     file: Path
     start: int
     dtype: str
@@ -81,7 +83,8 @@ def open_checkpoint(folder: Path, tied: bool) -> Checkpoint:
     """
     tensors = {}
     for file in _weight_files(folder):
-        for key, stored in _list_tensors(file):
+        for stored in _list_tensors(file):
+            key = stored.key
             tensors[key if key == HEAD else f"transformer.{key.removeprefix('transformer.')}"] = stored
     if EMBEDDING not in tensors:
         raise FireflyError(f"{folder}: its weights hold no word_embeddings.weight; use a complete Bloom checkpoint")
@@ -125,7 +128,7 @@ def _indexed(index: Path) -> list[str]:
     return names
 
 
-def _list_tensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+def _list_tensors(file: Path) -> Iterator[StoredTensor]:
     if file.suffix != ".safetensors":
         yield from _list_bin(file)
         return
@@ -140,10 +143,10 @@ def _list_tensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
     for key, entry in header.items():
         if key != "__metadata__":
             dtype = _known(entry["dtype"] if entry["dtype"] in _DTYPES else None, file, key)
-            yield key, StoredTensor(file, 8 + size + entry["data_offsets"][0], dtype, tuple(entry["shape"]))
+            yield StoredTensor(key, file, 8 + size + entry["data_offsets"][0], dtype, tuple(entry["shape"]))
 
 
-def _list_bin(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+def _list_bin(file: Path) -> Iterator[StoredTensor]:
     try:
         tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -154,7 +157,7 @@ def _list_bin(file: Path) -> Iterator[tuple[str, StoredTensor]]:
         dtype = _known(_DTYPE_NAMES.get(tensor.dtype), file, key)
         if not tensor.is_contiguous():
             raise FireflyError(f"{file}: {key} is a view whose rows are not one after another; save it contiguous")
-        yield key, StoredTensor(file, tensor.data_ptr() - base, dtype, tuple(tensor.shape))
+        yield StoredTensor(key, file, tensor.data_ptr() - base, dtype, tuple(tensor.shape))
 
 
 def _mapped_at(file: Path, tensors: Mapping[str, Tensor]) -> int:
@@ -179,6 +182,6 @@ def _known(dtype: str | None, file: Path, key: str) -> str:
 
 
 def _same(one: StoredTensor, other: StoredTensor) -> bool:
-    if one[2:] != other[2:]:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     return all(np.array_equal(*pair) for pair in zip(one.range.pieces(), other.range.pieces(), strict=True))

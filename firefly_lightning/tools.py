@@ -33,7 +33,7 @@ LISTS = (
 )  # fmt: skip
 """Flags that take several values, as in ``--corpus a.txt b.txt``."""
 
-SWITCHES = ("--measure", "--web")
+SWITCHES = ("--measure", "--web", "--link")
 """Flags that may stand alone."""
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from firefly_lightning import direct_io
 from firefly_lightning.direct_io import FileRange, read_rows, write_file
+from tests.helpers import share_blocks
 
 SIZE = 300_001
 
@@ -41,6 +42,7 @@ WAYS = {
     "nothing cached": lambda monkeypatch: monkeypatch.setattr(direct_io, "_IF_CACHED", None),
     "only the cache": lambda monkeypatch: monkeypatch.setattr(direct_io, "_DIRECT", 0),
     "refused late": refuse_direct,
+    "blocks shared": share_blocks,
 }
 
 
@@ -61,6 +63,20 @@ def test_a_file_of_ranges_and_arrays(source, tmp_path):
     assert sum(written) == len(expected)
     pieces = FileRange(source, 5, 200_000).pieces()
     assert b"".join(piece.tobytes() for piece in pieces) == content[5:200_005]
+
+
+def test_blocks_are_shared_where_they_lie_alike(source, tmp_path, monkeypatch):
+    shared = share_blocks(monkeypatch)
+    start = 2 * 4096 + 100
+    parts = [np.zeros(4096 + 100, np.uint8), FileRange(source, start, 50_000), FileRange(source, 1, 50_000)]
+    written = list(write_file(tmp_path / "out", parts))
+    content = source.read_bytes()
+    expected = bytes(4096 + 100) + content[start : start + 50_000] + content[1:50_001]
+    assert (tmp_path / "out").read_bytes() == expected
+    inner = range(3 * 4096, start + 50_000 - (start + 50_000) % 4096)  # whole blocks of the source
+    assert shared == [inner]
+    assert written[0] == len(inner)
+    assert sum(written) == len(expected)
 
 
 @pytest.mark.usefixtures("way")

@@ -129,7 +129,7 @@ def test_published_sizes():
             return BloomForCausalLM(BloomConfig(vocab_size=vocab_size, hidden_size=2048, n_layer=24, n_head=16))
 
     before, after = meta(250_880), meta(46_145)
-    stored = {name: StoredTensor(Path(), name, "F32", tuple(p.shape)) for name, p in before.named_parameters()}
+    stored = {name: StoredTensor(name, Path(), 0, "F32", tuple(p.shape)) for name, p in before.named_parameters()}
     assert count_parameters(stored, 250_880) == sum(p.numel() for p in before.parameters()) == 1_722_408_960
     assert count_parameters(stored, 46_145) == sum(p.numel() for p in after.parameters())
     assert f"{count_parameters(stored, 46_145) / count_parameters(stored, 250_880):.2%}" == "75.66%"

@@ -1,5 +1,7 @@
+import errno
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import BloomForCausalLM
 
 from firefly_lightning import pruning, pruning_writer
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.pruning import prune
-from tests.helpers import PATIENCE, ROOT
+from tests.helpers import PATIENCE, ROOT, share_blocks
 from tests.pruning_fixtures import EMBEDDING, reviews, save_weights, small_bloom, weights, write
 
 HEAD = "lm_head.weight"
@@ -64,8 +67,9 @@ def test_all_forms_of_weights_give_the_same(copied, corpus, tmp_path, change, su
     tensors = change(weights(copied))
     save_weights(tensors, copied, suffix, shards)
     prune(str(copied), str(tmp_path / "out"), corpus, verify=corpus[0] if change is as_bare else None)
-    expected = {f"transformer.{name.removeprefix('transformer.')}": t for name, t in tensors.items() if name != HEAD}
-    expected[EMBEDDING] = gathered(copied, tmp_path / "out", expected[EMBEDDING])
+    expected = {name: tensor for name, tensor in tensors.items() if name != HEAD}
+    (embedding,) = {EMBEDDING, EMBEDDING.removeprefix("transformer.")} & expected.keys()
+    expected[embedding] = gathered(copied, tmp_path / "out", expected[embedding])
     result = weights(tmp_path / "out")
     assert result.keys() == expected.keys()
     for name, tensor in result.items():
@@ -98,20 +102,20 @@ def test_a_head_that_is_the_embedding_again_is_dropped(copied, corpus, tmp_path)
 
 def test_many_files_and_an_index(model, corpus, tmp_path, monkeypatch):
     prune(str(model), str(tmp_path / "one"), corpus)
-    monkeypatch.setattr(pruning_writer, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(pruning_writer, "ONE_FILE_BYTES", 20_000)
     prune(str(model), str(tmp_path / "many"), corpus)
     one, many = (BloomForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many"))
     assert all(torch.equal(one[name], many[name]) for name in one)
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "many").glob("model-*.safetensors"))
-    assert len(files) > 1
+    assert len(files) == 2  # what depends on the vocabulary, and the rest
     assert sorted(set(index["weight_map"].values())) == files
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in weights(tmp_path / "one").values())
 
 
 def test_a_mistake_ends_the_copying(model, tmp_path, monkeypatch):
     """Weights are copied while it is found out which tokens stay, which may fail."""
-    monkeypatch.setattr(pruning_writer, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(pruning_writer, "ONE_FILE_BYTES", 20_000)
     begun = threading.Event()
 
     def failing(*args):
@@ -128,6 +132,74 @@ def test_a_mistake_ends_the_copying(model, tmp_path, monkeypatch):
     with pytest.raises(FireflyError, match="no tokens"):
         prune(str(model), str(tmp_path / "out"), tokenizer="anything")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", [dict, as_bare])
+def test_files_in_which_nothing_changes_are_linked(copied, corpus, tmp_path, change):
+    save_weights(change(weights(copied)), copied, "safetensors", 3)
+    cached = in_hub_cache(copied, tmp_path)
+    prune(str(cached), str(tmp_path / "out"), corpus, link=True, verify=corpus[0])
+    prune(str(cached), str(tmp_path / "copied"), corpus)
+    assert_same_model(tmp_path / "out", tmp_path / "copied")
+    linked = json.loads((tmp_path / "out" / "pruning.json").read_text())["linked"]
+    assert len(linked) == 2
+    for name, file in linked.items():
+        assert (tmp_path / "out" / name).samefile(file)
+        assert not (tmp_path / "out" / name).is_symlink()  # it outlives the cache
+        assert not (tmp_path / "copied" / name).samefile(file)
+    assert "linked" not in json.loads((tmp_path / "copied" / "pruning.json").read_text())
+
+
+def in_hub_cache(folder: Path, tmp_path: Path) -> Path:
+    """A folder as huggingface_hub keeps it: links to files that are named otherwise."""
+    (tmp_path / "snapshot").mkdir()
+    for number, file in enumerate(folder.iterdir()):
+        blob = file.rename(folder / f"blob{number}")
+        (tmp_path / "snapshot" / file.name).symlink_to(blob)
+    return tmp_path / "snapshot"
+
+
+def assert_same_model(one: Path, other: Path) -> None:
+    models = [BloomForCausalLM.from_pretrained(folder).state_dict() for folder in (one, other)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+@pytest.mark.parametrize(("suffix", "shards"), [("safetensors", 1), ("bin", 3)])
+def test_nothing_to_link(copied, corpus, tmp_path, suffix, shards):
+    save_weights(weights(copied), copied, suffix, shards)
+    with pytest.raises(FireflyError, match=f"--link: every file of {copied} holds rows .* leave --link out"):
+        prune(str(copied), str(tmp_path / "out"), corpus, link=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_cannot_link(copied, corpus, tmp_path, monkeypatch):
+    save_weights(weights(copied), copied, "safetensors", 3)
+
+    def refuse(file, name):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(file), None, str(name))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(FireflyError, match=r"--link: .*-of-00003.safetensors cannot be linked .*Invalid cross-device"):
+        prune(str(copied), str(tmp_path / "out"), corpus, link=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_blocks_of_what_stays_are_shared(copied, corpus, tmp_path, monkeypatch):
+    """All whole blocks but those of the embedding, which begins its file as in the files of Bloom's authors."""
+    tensors = weights(copied)
+    (copied / "model.safetensors").unlink()
+    wide = {"word_embeddings.weight": tensors.pop(EMBEDDING), "x.weight": torch.rand(6400, 16)}
+    save_file(wide, copied / "a.safetensors")
+    save_file(tensors, copied / "b.safetensors")
+    index = dict.fromkeys(tensors, "b.safetensors") | dict.fromkeys(wide, "a.safetensors")
+    (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    shared = share_blocks(monkeypatch)
+    prune(str(copied), str(tmp_path / "out"), corpus)
+    kept = weights(tmp_path / "out")
+    assert torch.equal(kept["x.weight"], wide["x.weight"])
+    assert all(torch.equal(kept[name], tensor) for name, tensor in tensors.items())
+    size = sum(tensor.nbytes for name, tensor in kept.items() if "word_embeddings.weight" not in name)
+    assert size - 4 * 4096 < sum(map(len, shared)) <= size
 
 
 FULL_DISK = """

@@ -14,7 +14,12 @@ def test_two_ways_to_the_same_weights(model_folder, reviews, tmp_path):
     small.save_pretrained(tmp_path / "small")
     own = ["--large", model_folder, "--small", tmp_path / "small", "--layers", 2, "--hidden", 64, "--heads", 2]
     own += ["--vocabulary", 1600, "--form", "bin", "--shard_gb", 2e-4, "--out", tmp_path / "prune.png"]
-    _, ours, theirs, whole = json_lines(run_benchmark("prune", "--systems", "firefly", "llmpruner", *own))
+    other = tmp_path / "other"
+    other.mkdir()
+    own += ["--folders", tmp_path, other, "--systems", "firefly", "llmpruner"]
+    _, ours, theirs, whole, *again = json_lines(run_benchmark("prune", *own))
+    assert [line.get("system") for line in again] == ["firefly", "llmpruner", None]
+    assert ours["file_system"] == whole["of"] != ""
     assert ours["same_weights"] is theirs["same_weights"] is True
     fewer = (1600 - 900) * 64 * 2 + sum(map(tokenizer_bytes, (model_folder, tmp_path / "small"), (1, -1)))
     assert ours["read_gb"] - ours["written_gb"] == pytest.approx(fewer / 1e9, abs=2e-5)  # archives have headers
@@ -41,3 +46,13 @@ def test_a_wrong_row_is_found(model_folder, tmp_path):
     save_file(tensors, out / "model.safetensors")
     assert not same_weights(bare, out)
     assert torch.isfinite(tensors["transformer.word_embeddings.weight"]).all()
+
+
+def test_linked_is_the_same_model(model_folder, reviews, tmp_path):
+    train_tokenizer(reviews, 900).save_pretrained(tmp_path / "small")
+    own = ["--large", model_folder, "--small", tmp_path / "small", "--layers", 40, "--hidden", 256, "--heads", 2]
+    own += ["--vocabulary", 1600, "--shard_gb", 0.01, "--folders", tmp_path]
+    _, ours, linked, whole = json_lines(run_benchmark("prune", "--systems", "firefly", "linked", *own))
+    assert ours["same_weights"] is linked["same_weights"] is True
+    assert ours["written_gb"] == pytest.approx(linked["written_gb"], abs=1e-4)  # headers
+    assert set(whole["seconds"]) == {"firefly", "linked"}

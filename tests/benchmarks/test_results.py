@@ -58,23 +58,27 @@ def test_tables_and_ratios(tmp_path, monkeypatch):
 
 
 def test_pruning_is_held_against_the_pace_of_the_disk():
-    lines = [
-        {"system": "firefly", "seconds": 10.0, "read_gb": 6.0, "written_gb": 4.0, "same_weights": True},
-        {"system": "llmpruner", "seconds": 30.0, "read_gb": 6.0, "written_gb": 4.5, "same_weights": True},
-        {"system": "copy", "seconds": 15.0, "read_gb": 6.0, "written_gb": 6.0},
-        {"system": "dd", "seconds": 9.6, "read_gb": 6.0, "written_gb": 6.0},
-        {"times_as_long": {"llmpruner": 3.0, "copy": 1.5, "dd": 0.96}},
+    moved = {"file_system": "ext4", "read_gb": 6.0}
+    systems = [
+        {"system": "firefly", "seconds": 10.0, "written_gb": 4.0, "disk_gb": 4.0, "same_weights": True},
+        {"system": "linked", "seconds": 4.0, "written_gb": 4.0, "disk_gb": 1.0, "same_weights": True},
+        {"system": "llmpruner", "seconds": 30.0, "written_gb": 4.5, "same_weights": True},
+        {"system": "dd", "seconds": 9.6, "written_gb": 6.0},
     ]
-    paces, weights, disk = results.pruned(lines)
-    assert (
-        "3.0 times as long as `firefly prune` (goal 5), a bare copy 1.5; `firefly prune` reads and writes 1.00" in paces
-    )
-    assert weights == "Weights that stay are bit for bit the old ones in both."
-    assert "this disk does 1.25 GB/s: it takes 8 s" in disk
+    seconds = {line["system"]: line["seconds"] for line in systems}
+    whole = {"of": "ext4", "seconds": seconds, "times_as_long": {"llmpruner": 3.0, "copy": 1.5}}
+    shared = {"system": "firefly", "file_system": "xfs", "seconds": 2.0, "written_gb": 4.0, "disk_gb": 0.5}
+    other = {"of": "xfs", "seconds": {"firefly": 2.0, "llmpruner": 20.0}, "times_as_long": {"llmpruner": 10, "copy": 5}}
+    lines = [*(line | moved for line in systems), whole, shared, other]
+    weights, paces, disk, on_xfs = results.pruned(lines)
+    assert weights == "Weights that stay are bit for bit the old ones in all."
+    assert "On ext4, `firefly prune` is 3.0 times as fast as LLMPruner's way, with `--link` 7.5 (goal 5)" in paces
+    assert "a bare copy takes 1.5 times as long" in paces
+    assert "reads and writes 1.00 GB/s. Past the page cache the disk does 1.25: it takes 8 s" in disk
     assert "more than 3.8 times as fast as LLMPruner's" in disk
+    assert "On xfs, `firefly prune` is 10 times as fast as LLMPruner's way (goal 5)" in on_xfs
     lines[1]["same_weights"] = False
-    assert "NOT the old ones" in results.pruned(lines)[1]
-    assert len(results.pruned([line for line in lines if line.get("system") != "dd"])) == 2
+    assert "NOT the old ones" in results.pruned(lines)[0]
 
 
 def test_the_larger_tokenizer_is_beside_what_is_bounded():
