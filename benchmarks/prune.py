@@ -3,8 +3,8 @@
 Makes a checkpoint in the shape of bloom-7b1 (fewer layers where disk or memory ask for it), in shards, with a real
 vocabulary and a smaller tokenizer of it. Each system prunes it in a process of its own, in turn, and prints a JSON
 line: seconds without those of imports, seconds until what it wrote is on the disk, peak memory (pages of mapped files
-count), how much less room the disk has, and whether the embedding rows that stay and all other weights are the old
-ones. The last line of a disk has the ratios.
+count), and whether the embedding rows that stay and all other weights are the old ones. The last line of a disk has the
+ratios.
 
     firefly     firefly prune --model … --tokenizer … --out …
     linked      the same with --link
@@ -132,7 +132,6 @@ def run(system: str, large: Path, options: argparse.Namespace) -> dict[str, Any]
     if options.cold:
         for file in large.iterdir():
             drop_from_cache(file)
-    room = shutil.disk_usage(large).free
     line = alone(measure, system, large, options.small, out)
     began = time.perf_counter()
     for file in out.iterdir():
@@ -140,7 +139,6 @@ def run(system: str, large: Path, options: argparse.Namespace) -> dict[str, Any]
     line["seconds_on_disk"] = round(line["seconds"] + time.perf_counter() - began, 2)
     line |= {name: getattr(options, name) for name in ("layers", "dtype", "form", "cold")}
     line |= {"file_system": file_system(large), "read_gb": size_gb(large), "written_gb": size_gb(out)}
-    line["disk_gb"] = round((room - shutil.disk_usage(large).free) / 1e9, 2)
     if system not in COPIES:
         line["same_weights"] = same_weights(large, out)
     shutil.rmtree(out)

@@ -60,14 +60,14 @@ def test_tables_and_ratios(tmp_path, monkeypatch):
 def test_pruning_is_held_against_the_pace_of_the_disk():
     moved = {"file_system": "ext4", "read_gb": 6.0}
     systems = [
-        {"system": "firefly", "seconds": 10.0, "written_gb": 4.0, "disk_gb": 4.0, "same_weights": True},
-        {"system": "linked", "seconds": 4.0, "written_gb": 4.0, "disk_gb": 1.0, "same_weights": True},
+        {"system": "firefly", "seconds": 10.0, "written_gb": 4.0, "same_weights": True},
+        {"system": "linked", "seconds": 4.0, "written_gb": 4.0, "same_weights": True},
         {"system": "llmpruner", "seconds": 30.0, "written_gb": 4.5, "same_weights": True},
         {"system": "dd", "seconds": 9.6, "written_gb": 6.0},
     ]
     seconds = {line["system"]: line["seconds"] for line in systems}
     whole = {"of": "ext4", "seconds": seconds, "times_as_long": {"llmpruner": 3.0, "copy": 1.5}}
-    shared = {"system": "firefly", "file_system": "xfs", "seconds": 2.0, "written_gb": 4.0, "disk_gb": 0.5}
+    shared = {"system": "firefly", "file_system": "xfs", "seconds": 2.0, "read_gb": 6.0, "written_gb": 4.0}
     other = {"of": "xfs", "seconds": {"firefly": 2.0, "llmpruner": 20.0}, "times_as_long": {"llmpruner": 10, "copy": 5}}
     lines = [*(line | moved for line in systems), whole, shared, other]
     weights, paces, disk, on_xfs = results.pruned(lines)
