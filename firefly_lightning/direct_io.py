@@ -91,7 +91,7 @@ def read_rows(matrix: FileRange, rows: npt.NDArray[np.int64], width: int) -> Byt
 def write_file(path: Path, parts: Sequence[Bytes | FileRange]) -> Iterator[int]:
     """Writes a file that consists of arrays of bytes and of ranges of other files, one after another.
 
-    The blocks of a range that comes to lie as it did, counted from the begin of a block, are shared where the file
+    The blocks of a range that comes to lie as it did, counted from the beginning of a block, are shared where the file
     system can; nothing is read or written for them, and what is later written into one file does not show in the other.
 
     Args:

@@ -209,8 +209,8 @@ def _print_report(report: dict[str, Any], out: str) -> None:
     console = Console()
     console.print(table)
     if "linked" in report:
-        names = ", ".join(report["linked"])
-        console.print(escape(f"{names}: the old model's own files; write into neither."), soft_wrap=True)
+        linked = ", ".join(f"{name} is {file}" for name, file in report["linked"].items())
+        console.print(escape(f"{linked}: what is written into one changes both models."), soft_wrap=True)
     if "verified" in report:
         console.print(Verification(**report["verified"]).summary(), soft_wrap=True)
 

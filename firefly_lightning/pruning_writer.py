@@ -156,7 +156,7 @@ def _parts(shard: Checkpoint, rows: Tensor) -> list[Bytes | FileRange]:
 def _header(shard: Checkpoint, vocabulary: int) -> bytes:
     """Opens a file: 8 bytes of length, then JSON (https://huggingface.co/docs/safetensors/index#format).
 
-    Its end is padded so that the first tensor lies as it did, counted from the begin of a block: blocks can then be
+    Its end is padded so that the first tensor lies as it did, counted from the beginning of a block: blocks can then be
     shared.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

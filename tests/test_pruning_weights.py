@@ -135,7 +135,7 @@ def test_a_mistake_ends_the_copying(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", [dict, as_bare])
-def test_files_in_which_nothing_changes_are_linked(copied, corpus, tmp_path, change):
+def test_files_in_which_nothing_changes_are_linked(copied, corpus, tmp_path, change, capsys):
     save_weights(change(weights(copied)), copied, "safetensors", 3)
     cached = in_hub_cache(copied, tmp_path)
     prune(str(cached), str(tmp_path / "out"), corpus, link=True, verify=corpus[0])
@@ -143,7 +143,10 @@ def test_files_in_which_nothing_changes_are_linked(copied, corpus, tmp_path, cha
     assert_same_model(tmp_path / "out", tmp_path / "copied")
     linked = json.loads((tmp_path / "out" / "pruning.json").read_text())["linked"]
     assert len(linked) == 2
+    warning, printed = "what is written into one changes both models", capsys.readouterr().out
+    assert printed.count(warning) == 1
     for name, file in linked.items():
+        assert f"{name} is {file}" in printed
         assert (tmp_path / "out" / name).samefile(file)
         assert not (tmp_path / "out" / name).is_symlink()  # it outlives the cache
         assert not (tmp_path / "copied" / name).samefile(file)
