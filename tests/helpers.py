@@ -85,6 +85,22 @@ def forked(function: Callable[..., None], *args: object) -> BaseProcess:
     return process
 
 
+def wait_for_ends(processes: Iterable[int], seconds: float = 60) -> None:
+    """Until processes that others started have ended."""
+    end = time.monotonic() + seconds
+    while any(map(alive, processes)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+        return "(zombie)" not in Path(f"/proc/{process}/status").read_text()
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
 def run_here(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """The same without the seconds that importing torch takes.
 

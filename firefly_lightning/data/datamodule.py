@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from firefly_lightning.data.batches import EpochSampler, MicroBatch, PlanLoader, PlannedBatches, data_parallel_share
 from firefly_lightning.data.mixing import Share, check_share, describe_repeated, mix, repeated_rows
+from firefly_lightning.data.parallel import end_with_parent
 from firefly_lightning.data.plan import Rows, StepPlan, WeightedRows, check_shares, permutation
 from firefly_lightning.data.prompt import PromptEncoder, PromptFormat, prompt_format
 from firefly_lightning.data.records import find_sources
@@ -328,6 +329,7 @@ class FireflyDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=end_with_parent,
         )
 
 

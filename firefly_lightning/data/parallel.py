@@ -32,7 +32,7 @@ def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], workers:
         return
     # A forked process has the modules already; macOS breaks in forked ones.
     method = "fork" if sys.platform == "linux" else "spawn"
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _end_with_parent)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _begin_work)
     under_way: deque[Future[Result]] = deque()
     try:
         for item in stream:
@@ -50,9 +50,17 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _end_with_parent() -> None:
-    """Leaves an interrupt to the process that started this one, and ends with it, which a kill keeps from saying so."""
+def _begin_work() -> None:
+    """Leaves an interrupt to the process that started this one, and ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+
+
+def end_with_parent(*_: int) -> None:
+    """Ends this process with the one that asked for it, which a kill keeps from saying so.
+
+    PyTorch's own workers watch the process that forked them, which is another where a server forks all.
+    """
     parent = multiprocessing.parent_process()
 
     def wait() -> None:

@@ -1,5 +1,7 @@
 """From files to micro-batches: shares, validation, weights, workers, and what is refused."""
 
+import multiprocessing
+import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ from firefly_lightning import FireflyDataModule, FireflyError, PromptFormat, Sou
 from firefly_lightning.data.batches import EpochSampler, collate
 from firefly_lightning.data.tokenized import TokenizedRow
 from tests.conftest import write_rows
+from tests.helpers import forked, wait_for_ends
 
 
 def make_data(
@@ -68,6 +71,27 @@ def test_workers_give_the_same_batches(model_folder, rows_file, tmp_path):
     for one, other in zip(plain.train_dataloader(), workers.train_dataloader(), strict=True):
         assert one["step"] == other["step"]
         assert torch.equal(one["input_ids"], other["input_ids"])
+
+
+def load_and_wait(output, *args):
+    loader = make_data(*args, batch_size=8, num_workers=2).train_dataloader()
+    assert next(iter(loader))["step"] == 0
+    output.with_suffix(".part").write_text(" ".join(str(worker.pid) for worker in multiprocessing.active_children()))
+    output.with_suffix(".part").rename(output)
+    time.sleep(600)
+
+
+def test_workers_end_with_a_killed_process(model_folder, rows_file, tmp_path):
+    output = tmp_path / "workers"
+    process = forked(load_and_wait, output, model_folder, rows_file, tmp_path)
+    while not output.exists():
+        assert process.is_alive()
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    workers = list(map(int, output.read_text().split()))
+    assert len(workers) == 2
+    wait_for_ends(workers)
 
 
 def test_a_loader_starts_at_the_step_of_the_trainer(model_folder, rows_file, tmp_path):

@@ -17,7 +17,7 @@ from firefly_lightning.data.build import build
 from firefly_lightning.data.parallel import map_in_order
 from firefly_lightning.data.resumable import ResumableFile
 from firefly_lightning.errors import FireflyError
-from tests.helpers import forked, raised_line
+from tests.helpers import forked, raised_line, wait_for_ends
 
 
 class KilledError(BaseException):
@@ -163,16 +163,4 @@ def test_workers_end_with_a_killed_parent(tmp_path):
         time.sleep(0.05)
     parent.kill()
     parent.join()
-    workers = set(map(int, lines))
-    end = time.monotonic() + 60
-    while any(alive(worker) for worker in workers):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-        return "(zombie)" not in Path(f"/proc/{process}/status").read_text()
-    except (ProcessLookupError, FileNotFoundError):
-        return False
+    wait_for_ends(set(map(int, lines)))
