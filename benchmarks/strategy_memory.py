@@ -1,8 +1,9 @@
 """Memory per process under every strategy, from the tensors that are held: python -m benchmarks.strategy_memory --help.
 
-Trains a random Bloom of about 100 million parameters on two processes for three steps each. Weights are what is held
-before the first step; optimizer states what is held between two later steps beyond that; gradients what is held at most
-before an optimizer's step beyond both. Every storage counts once, and activations are gone by then.
+Trains a random Bloom of about 100 million parameters on two processes for five steps each. Weights are what is held
+before the first step; optimizer states what is held between two later steps beyond that; gradients what is held before
+a later optimizer's step beyond both. Every storage counts once, and activations are gone by then; of the later steps
+the least counts, since a collective may still hold one of them when its step ends.
 
 DeepSpeed counts otherwise than its promise in fp32: stages 1 and 2 keep a second copy of a process's share of the
 weights (what would be the float32 master of half-precision ones), and every stage makes its buffers for gradients
@@ -68,8 +69,9 @@ class HeldTensors(Callback):
         self._measure(trainer, "start")
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        """Gradients too."""
-        self._measure(trainer, "before_step")
+        """Gradients too, and by then the states of the optimizer."""
+        if trainer.global_step:
+            self._measure(trainer, "before_step")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *arguments: Any) -> None:
         """Optimizer states, which most optimizers make in their first step."""
@@ -85,7 +87,8 @@ class HeldTensors(Callback):
     def _measure(self, trainer: L.Trainer, name: str) -> None:
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         known = [*trainer.lightning_module.parameters(), *(one for group in groups for one in group["params"])]
-        self.held[name] = max(self.held.get(name, 0), held_bytes(known))
+        held = held_bytes(known)
+        self.held[name] = min(self.held.get(name, held), held)
 
 
 def held_bytes(parameters: Iterable[torch.Tensor]) -> int:
@@ -143,7 +146,7 @@ def measure(strategy: str, scratch: Path, options: argparse.Namespace, processes
     out = scratch / strategy
     fit = [
         "fit", "--model.path", scratch / "model", "--model.from_scratch", "true", "--data.train_files", options.rows,
-        "--data.batch_size", 2 * processes, "--data.max_length", options.max_length, "--trainer.max_steps", 3,
+        "--data.batch_size", 2 * processes, "--data.max_length", options.max_length, "--trainer.max_steps", 5,
         "--trainer.devices", processes, "--trainer.accelerator", "cpu", *chosen(strategy),
         "--trainer.enable_checkpointing", "false", "--trainer.logger", "false",
         "--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", scratch / "run",
