@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 import lightning as L
 import numpy as np
 import numpy.typing as npt
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
@@ -329,8 +330,14 @@ class FireflyDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=end_with_parent,
+            worker_init_fn=_begin_loading,
         )
+
+
+def _begin_loading(worker: int) -> None:
+    """Seeds a worker as Lightning does those of loaders that begin nothing of their own; it ends with a killed run."""
+    pl_worker_init_function(worker)
+    end_with_parent()
 
 
 def _as_source(source: str | Source) -> Source:

@@ -56,7 +56,7 @@ def _begin_work() -> None:
     end_with_parent()
 
 
-def end_with_parent(*_: int) -> None:
+def end_with_parent() -> None:
     """Ends this process with the one that asked for it, which a kill keeps from saying so.
 
     PyTorch's own workers watch the process that forked them, which is another where a server forks all.
