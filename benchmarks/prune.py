@@ -266,9 +266,8 @@ def drop_from_cache(file: Path) -> None:
 
 def file_system(path: Path) -> str:
     """Of the disk that a path is on."""
-    return subprocess.run(["df", "--output=fstype", path], check=True, capture_output=True, text=True).stdout.split()[
-        -1
-    ]
+    command = ["df", "--output=fstype", str(path)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
 
 
 def size_gb(folder: Path) -> float:
