@@ -40,7 +40,7 @@ def make_large_bloom(out: Path, hidden_size: int = 128, n_layer: int = 2, n_head
     Raises:
         FireflyError: If ``out`` is taken, the vocabulary's package is missing, or the disk is full.
     """
-    with new_folder(out) as folder:
+    with new_folder(out, []) as folder:
         vocabulary = _save_tokenizer(folder)
         config = BloomConfig(
             # Bloom's own embedding has a few rows more than its tokenizer has tokens, too.
@@ -65,7 +65,7 @@ def write_tokenizer(out: Path) -> None:
     Raises:
         FireflyError: If ``out`` is taken, the vocabulary's package is missing, or the disk is full.
     """
-    with new_folder(out) as folder:
+    with new_folder(out, []) as folder:
         _save_tokenizer(folder)
 
 

@@ -7,6 +7,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from firefly_lightning import interrupts
 from firefly_lightning.checkpoint_io import AtomicCheckpointIO
 from firefly_lightning.predictions import Prediction, PredictionFile
 from firefly_lightning.signals import Signals
@@ -15,8 +16,8 @@ from firefly_lightning.signals import Signals
 class LastCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt``, from which ``--ckpt_path last`` resumes; saves and ends a run that is told to.
 
-    SIGTERM ends the run with exit code 143 once the step is done and saved. SLURM's signal before its time limit has
-    the run saved and requeued then. Both may reach one process only.
+    SIGTERM and Ctrl-C end the run once the step is done and saved, with exit code 143 and 130; a second one at once.
+    SLURM's signal before its time limit has the run saved and requeued then. Each may reach one process only.
 
     Args:
         every_n_steps: Optimizer steps between checkpoints.
@@ -52,10 +53,10 @@ class LastCheckpoint(ModelCheckpoint):
         self._signals = Signals(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
-        """Ends the run where SIGTERM came during the last step.
+        """Ends the run where a signal that says so came during the last step.
 
         Raises:
-            SIGTERMException: Then.
+            Terminated: Then.
         """
         if self._signals:
             self._signals.end()
@@ -71,6 +72,10 @@ class LastCheckpoint(ModelCheckpoint):
         """Saves the last step too, where the interval left it out."""
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_now(trainer)
+        interrupts.listen()
+        if self._signals:  # one that came with the last step
+            self._signals.obey(lambda: None)
+            self._signals.end()
 
     def _save_now(self, trainer: L.Trainer) -> None:
         if self._last_global_step_saved == trainer.global_step:
@@ -79,6 +84,17 @@ class LastCheckpoint(ModelCheckpoint):
         if self.save_top_k:
             self._save_topk_checkpoint(trainer, candidates)
         self._save_last_checkpoint(trainer, candidates)
+
+
+class EndOnSignals(Callback):
+    """Ends what is no training within seconds of SIGTERM or Ctrl-C, in place of Lightning's handlers.
+
+    Those go on to the end of a validation, a test or a prediction.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Takes the signals back, until training has its own way to end."""
+        interrupts.listen()
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -119,11 +135,11 @@ class PredictionWriter(Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins this rank's part."""
-        self._begin(trainer)
+        self._begin(trainer, trainer.predict_dataloaders)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins this rank's part."""
-        self._begin(trainer)
+        self._begin(trainer, trainer.test_dataloaders)
 
     def on_predict_batch_end(
         self,
@@ -159,10 +175,15 @@ class PredictionWriter(Callback):
         """Joins the parts of all ranks."""
         self._end(trainer)
 
-    def _begin(self, trainer: L.Trainer) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leaves nothing of a run that ends early."""
+        if self._file:
+            self._file.discard()
+
+    def _begin(self, trainer: L.Trainer, loader: Any) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a helper of the trainer
             folder = trainer.log_dir or trainer.default_root_dir  # rank 0 says which version_N it is
-            self._file = PredictionFile(Path(folder), trainer.global_rank)
+            self._file = PredictionFile(Path(folder), trainer.global_rank, sources_of(loader))
 
     def _end(self, trainer: L.Trainer) -> None:
         if not self._file:
@@ -172,3 +193,8 @@ class PredictionWriter(Callback):
         if trainer.is_global_zero:
             self._file.join(trainer.world_size)
             rank_zero_info(f"Predictions are in {self._file.path}")
+
+
+def sources_of(loader: Any) -> list[str]:
+    """Names of the files and datasets of its rows, where these are our own."""
+    return list(getattr(getattr(getattr(loader, "dataset", None), "rows", None), "names", []))

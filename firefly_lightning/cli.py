@@ -14,12 +14,13 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from firefly_lightning.callbacks import BestCheckpoint, LastCheckpoint, PredictionWriter
+from firefly_lightning.callbacks import BestCheckpoint, EndOnSignals, LastCheckpoint, PredictionWriter
 from firefly_lightning.checkpoint import find_checkpoint
 from firefly_lightning.checkpoint_io import AtomicCheckpointIO
 from firefly_lightning.configuration import CONFIGURATION_KEY, differences, read_configuration
 from firefly_lightning.data.datamodule import FireflyDataModule
 from firefly_lightning.errors import FireflyError, one_line_errors
+from firefly_lightning.interrupts import ends_on_signals, leave_to_system
 from firefly_lightning.module import FireflyModule
 from firefly_lightning.parsing import OneLineErrors
 from firefly_lightning.progress_bar import RunProgressBar
@@ -34,6 +35,14 @@ class _Parser(OneLineErrors, LightningArgumentParser):
 
 class SavedConfiguration(SaveConfigCallback):
     """Writes the whole configuration beside the figures of a run, and into its checkpoints."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Writes it, unless it would take the place of the user's own file."""
+        written = Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename
+        if any(written.exists() and written.samefile(str(given)) for given in self.config.get("config") or ()):
+            self.save_to_log_dir = False
+            rank_zero_info(f"{written} is the configuration that was given, and stays as it is")
+        super().setup(trainer, pl_module, stage)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds it as YAML."""
@@ -123,6 +132,7 @@ class FireflyCLI(LightningCLI):
         own = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
         if config["enable_progress_bar"] is not False and not any(isinstance(one, ProgressBar) for one in own):
             callbacks = [*callbacks, RunProgressBar()]
+        callbacks = [*callbacks, EndOnSignals()]
         try:
             return super()._instantiate_trainer(config, callbacks)
         except ValueError as error:  # what Lightning says of arguments that do not go together
@@ -135,8 +145,14 @@ class FireflyCLI(LightningCLI):
 def main() -> None:
     """Entry point of ``firefly-fit``."""
     _quiet_lightning()
-    with one_line_errors("firefly-fit", MisconfigurationException):
+    with ends_on_signals("firefly-fit"), one_line_errors("firefly-fit", MisconfigurationException):
         FireflyCLI()
+
+
+def command() -> None:
+    """The program ``firefly-fit``: a process that does nothing else."""
+    main()
+    leave_to_system()
 
 
 def _quiet_lightning() -> None:

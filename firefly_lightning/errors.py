@@ -49,8 +49,6 @@ def one_line_errors(program: str, *others: type[Exception]) -> Iterator[None]:
             raise
         message = f"another process of this run ended or cannot be reached ({lost[0]})"
         _exit(program, f"{message}; look for its own message, then resume with --ckpt_path last", wait=_PATIENCE + 1)
-    except KeyboardInterrupt:
-        _exit(program, "interrupted", code=130)
 
 
 def describe_os_error(error: OSError, path: str | Path | None = None) -> str:

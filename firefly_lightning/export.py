@@ -11,7 +11,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from firefly_lightning.checkpoint import TRAINER_FILE, WRITER_KEY, find_checkpoint, load_file
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.folders import new_folder
+from firefly_lightning.folders import check_new_folder, new_folder
 from firefly_lightning.huggingface import DESCRIPTION_FILES, DESCRIPTION_KEY, reason, some, write_description
 from firefly_lightning.portable import MODEL_PREFIX, PortableReader
 
@@ -41,12 +41,13 @@ def export(
         FireflyError: If there is no such checkpoint, it is damaged or not one of Firefly's, or ``out`` is in use.
     """
     source = find_checkpoint(checkpoint)
+    check_new_folder(Path(out).expanduser(), [source])
     description, weights = _read_portable(source)
     if dtype is not None:
         weights = {name: weight.to(getattr(torch, dtype)) for name, weight in weights.items()}
     stored = weights["transformer.word_embeddings.weight"].dtype
     config = description["config.json"] | {"torch_dtype": str(stored).removeprefix("torch.")}
-    with new_folder(Path(out).expanduser()) as folder:
+    with new_folder(Path(out).expanduser(), [source]) as folder:
         write_description(description | {"config.json": config}, folder)
         try:
             save_torch_state_dict(weights, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})

@@ -13,7 +13,7 @@ Every process writes files of its own, a bounded number of bytes at a time.
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,22 @@ class PortableReader:
     def keys(self, name: str) -> list[str]:
         """Which tensors the optimizer had of a parameter, such as ``exp_avg``; of a frozen one none."""
         return self._keys.get(name, [])
+
+    def states_like_weights(self) -> Iterator[tuple[int, list[str]]]:
+        """Of each weight that the optimizer had states of, how many dimensions it has, and the keys of its states.
+
+        Raises:
+            FireflyError: If a state has another shape than its weight, so that it cannot be split as that is.
+        """
+        for name, keys in self._keys.items():
+            shape = self.weight(name).shape
+            for key in keys:
+                if self.state(key, name).shape != shape:
+                    raise FireflyError(
+                        f"{self.folder}: the optimizer's {key} of {name} is not shaped like the weight, and cannot be "
+                        "split; resume under auto or ddp, or export the model and train it anew"
+                    )
+            yield len(shape), keys
 
     def state(self, key: str, name: str) -> Tensor:
         """A state of the optimizer, such as ``exp_avg``, of a parameter.

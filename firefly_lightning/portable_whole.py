@@ -108,39 +108,44 @@ def accept_names(module: nn.Module, optimizer: Optimizer) -> None:
             return None
         own, saved = optimizer.state_dict(), state[BY_NAME]
         names = numbered_names(module, optimizer)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         check_states(
-            optimizer, ([k for k, value in values.items() if not is_scalar(value)] for values in saved.values())
+            optimizer,
+            (
+                (parameter.dim(), [key for key, value in saved.get(name, {}).items() if not is_scalar(value)])
+                for name, parameter in zip(names, parameters, strict=True)
+            ),
         )
         return own | {"state": {number: saved[name] for number, name in enumerate(names) if name in saved}}
 
     optimizer.register_load_state_dict_pre_hook(numbered)
 
 
-def check_states(optimizer: Optimizer, saved: Iterable[Collection[str]]) -> None:
+def check_states(optimizer: Optimizer, saved: Iterable[tuple[int, Collection[str]]]) -> None:
     """Refuses the states of another kind of optimizer, with which this one could not step.
 
     Args:
         optimizer: That is to go on.
-        saved: Keys of the tensors that were saved of each parameter; none of one that was not trained.
+        saved: Of each parameter, how many dimensions it has, which decides what some optimizers keep, and the keys of
+            the tensors that were saved; none of one that was not trained.
 
     Raises:
         FireflyError: If they are not what it keeps.
     """
-    sets = {frozenset(keys) for keys in saved if keys}
-    kept = _kept_states(optimizer) if sets else None
-    other = next((keys for keys in sets if kept is not None and keys != kept), None)
-    if other is not None:
-        name, has = type(optimizer).__name__, ", ".join(sorted(kept or ())) or "nothing"
-        raise FireflyError(
-            f"the checkpoint's optimizer keeps {', '.join(sorted(other))} of every weight, {name} keeps {has}; "
-            "resume with the optimizer that it was saved with"
-        )
+    for dimensions, keys in sorted({(dimensions, tuple(sorted(keys))) for dimensions, keys in saved if keys}):
+        kept = _kept_states(optimizer, dimensions)
+        if kept is not None and kept != set(keys):
+            name, has = type(optimizer).__name__, ", ".join(sorted(kept)) or "nothing"
+            raise FireflyError(
+                f"the checkpoint's optimizer keeps {', '.join(keys)} of a weight, {name} keeps {has}; "
+                "resume with the optimizer that it was saved with"
+            )
 
 
-def _kept_states(optimizer: Optimizer) -> set[str] | None:
+def _kept_states(optimizer: Optimizer, dimensions: int) -> set[str] | None:
     """Which tensors an optimizer keeps of a parameter, seen by letting one step; None where it needs more for that."""
-    parameter, known = Parameter(torch.zeros(1)), inspect.signature(type(optimizer)).parameters
-    parameter.grad = torch.zeros(1)
+    parameter, known = Parameter(torch.zeros([2] * dimensions)), inspect.signature(type(optimizer)).parameters
+    parameter.grad = torch.zeros_like(parameter)
     settings = {name: value for name, value in optimizer.defaults.items() if name in known}
     try:
         example: Any = type(optimizer)([parameter], **settings)

@@ -12,7 +12,9 @@ from firefly_lightning.checkpoint import whole_file
 from firefly_lightning.data.batches import MicroBatch, first_turns
 from firefly_lightning.data.prompt import PromptEncoder
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.folders import check_new_file
 from firefly_lightning.generation import answer_prompts
+from firefly_lightning.interrupts import before_end
 
 FILE_NAME = "predictions.jsonl"
 
@@ -71,17 +73,23 @@ def predict(
 class PredictionFile:
     """``predictions.jsonl`` of a run: every rank writes its part as it goes, one of them joins the parts.
 
-    Parts are hidden files beside it; they are removed when it is complete. Of a run that ends early they remain.
+    Parts are hidden files beside it; they are removed when it is complete. Only a killed run leaves them.
 
     Args:
         folder: Of the run, the same for all ranks.
         rank: This one.
+        inputs: Files of the rows that are answered.
+
+    Raises:
+        FireflyError: If the file is one of them.
     """
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    def __init__(self, folder: Path, rank: int, inputs: Sequence[str]) -> None:
         self.path = folder / FILE_NAME
+        check_new_file(self.path, inputs)
         folder.mkdir(parents=True, exist_ok=True)
         self._part: BinaryIO = self._part_path(rank).open("wb")
+        before_end(self.discard)
 
     def write(self, predictions: Iterable[Prediction]) -> None:
         """Adds rows to this rank's part, in any order."""
@@ -94,6 +102,11 @@ class PredictionFile:
         self._part.flush()
         os.fsync(self._part.fileno())
         self._part.close()
+
+    def discard(self) -> None:
+        """Removes this rank's part, of a run that ends early."""
+        self._part.close()
+        Path(self._part.name).unlink(missing_ok=True)
 
     def join(self, world_size: int) -> None:
         """Writes all rows in their order, each once, when every rank has closed its part.

@@ -77,12 +77,13 @@ def prune(
     """
     started = time.perf_counter()
     _check_arguments(corpus, tokenizer, min_count, pad_multiple, keep)
-    check_new_folder(Path(out))
+    inputs = [model, *(corpus or []), *filter(None, (tokenizer, keep, verify))]
+    check_new_folder(Path(out), inputs)
     # Before the minutes that a large model takes.
     if verify and next(read_texts(verify), None) is None:
         raise FireflyError(f"{verify}: has no text to verify with; give a file with a text a line")
     config, tensors = _open_large(Path(model))
-    with new_folder(Path(out)) as folder, CheckpointWriter(tensors, folder, link) as weights:
+    with new_folder(Path(out), inputs) as folder, CheckpointWriter(tensors, folder, link) as weights:
         large = _load_large(Path(model), config, tensors)
         _plan_tokenizer(large, corpus, tokenizer, min_count, keep)(folder)
         small = load_bpe_tokenizer(folder)

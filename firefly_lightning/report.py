@@ -97,7 +97,7 @@ def _write(folder: Path, trainer: L.Trainer, results: Iterable[str]) -> None:
         *_table(("", ""), _versions(trainer)),
         *_section("Configuration", "yaml", configuration.read_text("utf-8") if configuration.is_file() else ""),
     ]
-    with new_file(folder / "report.md") as file:
+    with new_file(folder / "report.md", []) as file:
         file.write("\n".join(parts).encode())
 
 

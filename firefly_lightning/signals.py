@@ -1,4 +1,4 @@
-"""Signals that end a run, obeyed between two optimizer steps by all of its processes together."""
+"""Signals that end a training, obeyed between two optimizer steps by all of its processes together."""
 
 import os
 import signal
@@ -9,11 +9,15 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from firefly_lightning.interrupts import Terminated, end_now
+
+_ENDS = (signal.SIGTERM, signal.SIGINT)
+"""Signals that end a training."""
 
 
 class Signals:
-    """Notes SIGTERM, and under SLURM its signal to requeue, in place of Lightning's handlers.
+    """Notes SIGTERM and SIGINT, and under SLURM its signal to requeue, in place of Lightning's handlers.
 
     Those act in the middle of whatever runs, where a checkpoint would be that of half a step, and a collective
     operation would meet one of another kind on the next process.
@@ -25,13 +29,13 @@ class Signals:
     def __init__(self, trainer: L.Trainer) -> None:
         self._trainer, self._process = trainer, os.getpid()
         self._noted: set[int] = set()
-        self._ending = False
+        self._ending: int | None = None
         environment = getattr(trainer.strategy, "cluster_environment", None)
         self._requeue: int | None = None
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue = environment.requeue_signal or signal.SIGUSR1
         if threading.current_thread() is threading.main_thread():
-            for number in filter(None, (signal.SIGTERM, self._requeue)):
+            for number in filter(None, (*_ENDS, self._requeue)):
                 signal.signal(number, self._note)
 
     def obey(self, save: Callable[[], None]) -> None:
@@ -41,22 +45,26 @@ class Signals:
             self._noted.discard(self._requeue)
             connector: Any = self._trainer._signal_connector
             connector._slurm_sigusr_handler_fn(self._requeue, None)
-        if told(signal.SIGTERM in self._noted, all=False):
-            save()
-            self._ending = True
+        for number in _ENDS:
+            if self._ending is None and told(number in self._noted, all=False):
+                save()
+                self._ending = number
 
     def end(self) -> None:
         """Ends a run that was told to; called before the next step, when the figures of the last are logged.
 
         Raises:
-            SIGTERMException: With exit code 143, that of a process that SIGTERM ends.
+            Terminated: With exit code 143 or 130.
         """
-        if self._ending:
-            rank_zero_info("Ended by SIGTERM; the last step is saved, resume with --ckpt_path last")
-            raise SIGTERMException(128 + signal.SIGTERM)
+        if self._ending is not None:
+            name = signal.Signals(self._ending).name
+            rank_zero_info(f"Ended by {name}; the last step is saved, resume with --ckpt_path last")
+            raise Terminated(self._ending)
 
     def _note(self, number: int, frame: Any) -> None:
         if os.getpid() != self._process:  # a worker that loads data has no step to finish
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        if number in self._noted and number in _ENDS:
+            end_now(number)
         self._noted.add(number)

@@ -13,6 +13,7 @@ from firefly_lightning.data.clean import clean
 from firefly_lightning.data.stats import stats
 from firefly_lightning.errors import one_line_errors
 from firefly_lightning.export import export
+from firefly_lightning.interrupts import ends_on_signals, leave_to_system
 from firefly_lightning.parsing import OneLineErrors
 from firefly_lightning.planning.command import plan
 from firefly_lightning.pruning import prune
@@ -39,9 +40,15 @@ SWITCHES = ("--measure", "--web", "--link")
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``firefly``."""
-    with one_line_errors("firefly"):
+    with ends_on_signals("firefly"), one_line_errors("firefly"):
         arguments = list(gather_lists(join_configs(sys.argv[1:] if args is None else args)))
         CLI(components=dict[str, Any](COMMANDS), args=arguments, as_positional=False, parser_class=OneLineErrors)
+
+
+def command() -> None:
+    """The program ``firefly``: a process that does nothing else."""
+    main()
+    leave_to_system()
 
 
 def join_configs(args: Sequence[str]) -> list[str]:

@@ -116,10 +116,14 @@ def run_here(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.Complet
     ):
         patch.chdir(cwd)
         patch.setattr(sys, "argv", [name, *args])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             script.load()()
         except SystemExit as end:
             code = end.code or 0
+        finally:  # a command leaves signals to the system at its end, which this process survives
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return subprocess.CompletedProcess([name, *args], code, out.getvalue(), err.getvalue())
 
 

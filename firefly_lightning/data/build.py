@@ -20,6 +20,7 @@ from firefly_lightning.data.resumable import ResumableFile, code_digest
 from firefly_lightning.data.template_files import TEMPLATE_FOLDER, load_templates
 from firefly_lightning.data.templates import Templates, UnusableRowError
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.folders import check_new_file
 
 ROWS_PER_CHUNK = 1000
 """Raw rows that a process works on at a time, and after which a killed build goes on."""
@@ -78,12 +79,19 @@ def build(
     work = ChunkBuilder(load_templates(kind, folder), columns, seed, per_row, bad_rows)
     sources = find_sources(source)
     target = Path(out).expanduser().resolve()
-    if target in {Path(name).resolve() for name in sources}:
-        raise FireflyError(f"{out}: is also a source; write to another file")
+    template_file = folder / f"{kind}.yaml"
+    check_new_file(target, [*sources, template_file])
     for name in sources:
         _check_columns(work, name)
-    template_file = (folder / f"{kind}.yaml").read_text("utf-8")
-    identity = [template_file, seed, per_row, columns, bad_rows, [_identify(name) for name in sources], _CODE]
+    identity = [
+        template_file.read_text("utf-8"),
+        seed,
+        per_row,
+        columns,
+        bad_rows,
+        [_identify(name) for name in sources],
+        _CODE,
+    ]
     with ResumableFile(target, json.dumps(identity)) as file:
         totals = _write(file, sources, work, kind, workers)
         if not totals.written:

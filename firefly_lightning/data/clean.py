@@ -17,7 +17,7 @@ from firefly_lightning.data.records import find_sources, read_records
 from firefly_lightning.data.row_checks import kind_of, texts_of, turns_of, what_is_wrong
 from firefly_lightning.data.tables import render
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.folders import new_file
+from firefly_lightning.folders import check_new_file, new_file
 
 EXAMPLES = 5
 """Rows that the report shows of each kind and reason."""
@@ -58,18 +58,23 @@ def clean(
         raise FireflyError(f"--near_duplicates {near_duplicates}: must be above 0 and at most 1")
     sources = find_sources(files)
     target = Path(out).expanduser().resolve()
-    if target in {Path(name).resolve() for name in sources}:
-        raise FireflyError(f"{out}: is also a source; write to another file")
+    validation = find_sources(val_files or [])
+    inputs = [*sources, *validation]
+    reported = Path(report).expanduser().resolve() if report else Path(f"{target}.report.json")
+    check_new_file(target, inputs)
+    check_new_file(reported, inputs)
+    if reported == target:
+        raise FireflyError(f"--report {report}: is also --out; write to another file")
     lengths = range(min_characters, (max_characters or 2**62) + 1)
-    forbidden = ValidationRows(find_sources(val_files or []), near_duplicates)
+    forbidden = ValidationRows(validation, near_duplicates)
     findings = Findings()
-    with new_file(target) as file:
+    with new_file(target, inputs) as file:
         kept = KeptRows(file, near_duplicates)
         for where, row in _progress(sources, "cleaning"):
             _sort(row, where, lengths, forbidden, kept, findings)
         if not findings.kept:
             raise FireflyError(f"{', '.join(sources)}: nothing is left of {findings.read} rows: {findings.reasons()}")
-        with new_file(Path(report).expanduser() if report else Path(f"{target}.report.json")) as written:
+        with new_file(reported, inputs) as written:
             written.write(json.dumps(findings.as_json(), ensure_ascii=False, indent=1).encode())
     print(findings.table(out))
 

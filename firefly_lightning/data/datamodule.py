@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from firefly_lightning.data.batches import EpochSampler, MicroBatch, PlanLoader, PlannedBatches, data_parallel_share
 from firefly_lightning.data.mixing import Share, check_share, describe_repeated, mix, repeated_rows
-from firefly_lightning.data.parallel import end_with_parent
+from firefly_lightning.data.parallel import end_with_parent, leave_interrupts_to_parent
 from firefly_lightning.data.plan import Rows, StepPlan, WeightedRows, check_shares, permutation
 from firefly_lightning.data.prompt import PromptEncoder, PromptFormat, prompt_format
 from firefly_lightning.data.records import find_sources
@@ -335,8 +335,9 @@ class FireflyDataModule(L.LightningDataModule):
 
 
 def _begin_loading(worker: int) -> None:
-    """Seeds a worker as Lightning does those of loaders that begin nothing of their own; it ends with a killed run."""
+    """Seeds a worker as Lightning does those of loaders that begin nothing of their own; it ends with its run."""
     pl_worker_init_function(worker)
+    leave_interrupts_to_parent()
     end_with_parent()
 
 

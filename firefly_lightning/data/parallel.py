@@ -52,8 +52,13 @@ def usable_cores() -> int:
 
 def _begin_work() -> None:
     """Leaves an interrupt to the process that started this one, and ends with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_interrupts_to_parent()
     end_with_parent()
+
+
+def leave_interrupts_to_parent() -> None:
+    """Has this process go on at Ctrl-C, which a terminal sends to it too: its parent says when it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def end_with_parent() -> None:

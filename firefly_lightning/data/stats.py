@@ -75,9 +75,10 @@ def stats(
         raise FireflyError("--max_length and --batch_size must be at least 1")
     micro_batch_size = check_shares(batch_size, 1, micro_batch_size)
     folder = Path(out).expanduser()
-    check_new_folder(folder)
-    encoder = PromptEncoder(load_tokenizer(tokenizer), prompt_format(prompt))
     sources, cache = find_sources(files), default_cache_dir()
+    inputs = [*sources, tokenizer, *([font] if font else [])]
+    check_new_folder(folder, inputs)
+    encoder = PromptEncoder(load_tokenizer(tokenizer), prompt_format(prompt))
     whole, cut = (
         TokenizedRows([tokenize(source, encoder, length, too_long, cache) for source in sources], sources)
         for length in (WHOLE, max_length)
@@ -86,7 +87,7 @@ def stats(
     counted = describe(whole, cut, padding, max_length)
     print(table(counted, max_length))
     found = find_font("".join(whole.kinds), font)
-    with new_folder(folder) as scratch:
+    with new_folder(folder, inputs) as scratch:
         draw_tasks(scratch / "tasks.png", {kind: of["rows"] for kind, of in counted.items() if kind != ALL}, found)
         draw_lengths(scratch / "lengths.png", whole.lengths, max_length)
         report = {

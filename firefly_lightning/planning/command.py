@@ -59,13 +59,14 @@ def plan(
     """
     given = {"vocab_size": vocab_size, "hidden_size": hidden_size, "n_layer": n_layer, "n_head": n_head}
     settings = read_settings(configs or [], model, given, precision, devices)
+    inputs = [*(configs or []), model or settings.fit.model.init_args.path]
     limits = {text: _bytes(text) for text in memory or MEMORY}
     if measure and any(given.values()):
         raise FireflyError("--measure trains the model of --config: leave --vocab_size and the other sizes out")
     for name in strategies or ["auto"]:
         settings.run(name, 1, 1, False, refuse=True)
     if out:
-        check_new_folder(Path(out).expanduser())
+        check_new_folder(Path(out).expanduser(), inputs)
     about = describe(settings)
     planned = [
         one
@@ -83,7 +84,7 @@ def plan(
     _print_largest(fits, limits)
     measured = compare(settings, strategies, devices, micro_batch_sizes) if measure else []
     if out:
-        with new_folder(Path(out).expanduser()) as scratch:
+        with new_folder(Path(out).expanduser(), inputs) as scratch:
             content = report(planned, fits, about | {"measured": measured})
             (scratch / "plan.json").write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-8")
             shown = _at_hand(settings, planned, both=True)

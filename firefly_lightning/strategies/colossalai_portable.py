@@ -63,7 +63,7 @@ def write_gemini(wrapper: Any, optimizer: Any, reader: PortableReader) -> None:
         wrapper.load_state_dict(_Weights(reader), strict=False)
     if not optimizer:
         return
-    check_states(optimizer.optim, map(reader.keys, reader.names()))
+    check_states(optimizer.optim, reader.states_like_weights())
     trainer = reader.trainer()
     for number in optimizer.id_to_fake_params:
         name = MODEL_PREFIX + wrapper.param2name[optimizer.id_to_real_params[number]]
@@ -135,7 +135,7 @@ def write_hybrid(
     """
     trainer = reader.trainer() if optimizer else {}
     if optimizer:
-        check_states(optimizer.optim, map(reader.keys, reader.names()))
+        check_states(optimizer.optim, reader.states_like_weights())
     for name, parameter in bloom.named_parameters():
         full, shape = MODEL_PREFIX + name, _whole_shape(parameter)
         with torch.no_grad(), hybrid_masters([parameter], optimizer, plugin.dp_group):

@@ -100,7 +100,7 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
         trainer = reader.trainer() if fitting else {}
         for optimizer in self.optimizers if fitting else []:
             own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            check_states(optimizer, (reader.keys(names[id(parameter)]) for parameter in own))
+            check_states(optimizer, reader.states_like_weights())
             for parameter in own:
                 name = names[id(parameter)]
                 state = {key: _like(reader.state(key, name), parameter, part_like) for key in reader.keys(name)}

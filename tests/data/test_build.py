@@ -102,7 +102,7 @@ def test_success_replaces_the_old_file(tmp_path):
 def test_wrong_arguments(tmp_path):
     source = raw_file(tmp_path, [POSITIVE])
     for out, arguments, message in (
-        (source, {}, "is also a source"),
+        (source, {}, "is also an input"),
         (str(tmp_path), {}, "is a folder"),
         (source + "/x.jsonl", {}, "raw.jsonl"),
         (str(tmp_path / "out"), {"per_row": 0}, "--per_row 0"),

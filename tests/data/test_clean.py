@@ -191,5 +191,5 @@ def test_mistakes_leave_nothing_behind(tmp_path, rows, arguments, message):
 
 def test_a_source_is_not_overwritten(tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", [row("问", "答")])
-    with pytest.raises(FireflyError, match="is also a source"):
+    with pytest.raises(FireflyError, match="is also an input"):
         clean([str(source)], str(source))

@@ -1,0 +1,183 @@
+"""SIGINT and SIGTERM end a command within seconds, whatever it is doing, and leave nothing of its own behind."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psutil
+
+GRACE = 2.0
+"""Seconds in which a command that was told to end may tidy up; then it is ended."""
+
+_HANDLED = 0x80
+"""Added to the number of a signal where our handler, not the system, tells the watch of it."""
+
+_tidying: list[Callable[[], None]] = []
+_watch: "_Watch | None" = None
+
+
+class Terminated(SystemExit):
+    """A signal ends the process, with the exit code that a shell knows it by.
+
+    Args:
+        number: Of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+
+
+def before_end(tidy: Callable[[], None]) -> None:
+    """Has a function run before a command is ended that did not end in time by itself."""
+    _tidying.append(tidy)
+
+
+@contextmanager
+def ends_on_signals(program: str) -> Iterator[None]:
+    """In its block, SIGINT and SIGTERM raise, and the process ends with exit code 130 or 143, however the block ends.
+
+    An exception alone is not enough: it may be raised where Python drops it, or the main thread may be in a library
+    that does not return for long. So a thread watches: ``GRACE`` seconds after the first signal, and at once after a
+    second one, it ends the process and those that it started.
+
+    Args:
+        program: Name that opens the line which says so.
+    """
+    global _watch
+    if threading.current_thread() is not threading.main_thread() or _watch is not None:
+        yield
+        return
+    _watch = watch = _Watch(program)
+    try:
+        watch.listen()
+        yield
+    except KeyboardInterrupt:
+        watch.number = watch.number or signal.SIGINT
+    except BaseException:
+        if watch.number is None:
+            raise
+    finally:
+        if watch.number is None:
+            watch.close()
+            _watch = None
+    if watch.number is not None:  # the watch goes on: ending may hang, too
+        watch.report()
+        end_children()
+        sys.exit(128 + watch.number)
+
+
+def listen() -> None:
+    """Takes the signals back from a library that has put handlers of its own in place; nothing outside a command."""
+    if _watch is not None and threading.current_thread() is threading.main_thread():
+        _watch.listen()
+
+
+def end_now(number: int) -> None:
+    """Ends this process, and those that it started, as a command that a signal ends."""
+    (_watch or _Watch("firefly")).end(number)
+
+
+def leave_to_system() -> None:
+    """Has the signals end the process at once: the last thing that a command does, when there is nothing to tidy up."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def end_children() -> None:
+    """Kills the processes that this one has started, and theirs."""
+    with suppress(psutil.Error):
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                child.kill()
+
+
+class _Watch:
+    """A thread that is told of signals by the system itself, so that it knows of them whatever the main one does."""
+
+    def __init__(self, program: str) -> None:
+        self.program = program
+        self.number: int | None = None
+        self._reported = False
+        self._before: dict[int, Any] = {}
+        self._told, self._tells = socket.socketpair()
+
+    def listen(self) -> None:
+        if not self._before:
+            self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._tells.setblocking(False)
+            signal.set_wakeup_fd(self._tells.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, daemon=True, name="signals").start()
+        for number in self._before:
+            signal.signal(number, self._raise)
+
+    def close(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        self._tells.close()
+
+    def report(self) -> None:
+        if not self._reported and not int(os.environ.get("LOCAL_RANK", 0)):
+            self._reported = True
+            said = "interrupted" if self.number == signal.SIGINT else "ended by SIGTERM"
+            with suppress(OSError):
+                os.write(2, f"{self.program}: error: {said}\n".encode())
+
+    def end(self, number: int) -> None:
+        self.number = self.number or number
+        self.report()
+        end_children()
+        for tidy in _tidying:
+            with suppress(Exception):  # the process ends, whatever could not be tidied up
+                tidy()
+        os._exit(128 + self.number)
+
+    def _raise(self, number: int, frame: Any) -> None:
+        if self.number is not None:
+            self.end(number)
+        self.number = number
+        with suppress(OSError):
+            self._tells.send(bytes([number | _HANDLED]))
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+
+    def _watch(self) -> None:
+        """Waits for a signal that is ours, then for a second one or the end of the time."""
+        first, received = 0, 0
+        while not first:
+            told = self._told.recv(1)
+            if not told:
+                return
+            first = self._ours(told[0])
+            received += told[0] < _HANDLED
+        self._told.settimeout(0.05)
+        deadline = time.monotonic() + GRACE
+        while time.monotonic() < deadline and received < 2:
+            with suppress(TimeoutError):
+                told = self._told.recv(1)
+                received += bool(told) and told[0] in (signal.SIGINT, signal.SIGTERM)
+        self.end(first)
+
+    def _ours(self, told: int) -> int:
+        """The number of a signal for which our handler is in place; a run that trains has its own."""
+        number = told & ~_HANDLED
+        ours = told & _HANDLED or (number in self._before and signal.getsignal(number) == self._raise)
+        return number if ours else 0
+
+
+def _begin_child() -> None:
+    """What a forked process is told is not for its parent's ears."""
+    global _watch
+    if _watch is not None:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _watch = None
+
+
+os.register_at_fork(after_in_child=_begin_child)
