@@ -22,7 +22,7 @@ from matplotlib.ticker import ScalarFormatter
 
 from benchmarks.machine import machine
 from benchmarks.throughput import BLUE, GREY
-from firefly_lightning.data.rows import read_rows
+from firefly_lightning.data.sources.row_forms import read_rows
 from firefly_lightning.huggingface import load_tokenizer
 
 COLOURS = {"firefly": BLUE, "trainer": GREY}

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.machine import machine
 from benchmarks.processes import start_fit
-from firefly_lightning.checkpoint import TRAINER_FILE, find_checkpoint, load_file, partial_path
+from firefly_lightning.checkpoints.paths import TRAINER_FILE, find_checkpoint, load_file, partial_path
 
 PATIENCE = 300
 """Seconds until a run must have begun."""

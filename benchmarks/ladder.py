@@ -31,9 +31,9 @@ from benchmarks.machine import machine, peak_gb
 from benchmarks.processes import alone
 from benchmarks.throughput import BLUE, GREY, make_model
 from firefly_lightning import FireflyDataModule
-from firefly_lightning.bloom import FastBloom
 from firefly_lightning.data.batches import collate
-from firefly_lightning.loss import fused_target_cross_entropy, target_cross_entropy
+from firefly_lightning.model.fast_bloom import FastBloom
+from firefly_lightning.model.loss import fused_target_cross_entropy, target_cross_entropy
 
 
 class Levers(NamedTuple):

@@ -21,7 +21,7 @@ from transformers import BloomConfig
 from benchmarks.machine import machine
 from firefly_lightning.huggingface import load_tokenizer
 from firefly_lightning.planning.comparing import compare
-from firefly_lightning.planning.settings import read_settings
+from firefly_lightning.planning.request import read_settings
 
 NO_SIZES: dict[str, int | None] = dict.fromkeys(("vocab_size", "hidden_size", "n_layer", "n_head"))
 

@@ -150,7 +150,7 @@ def measure(system: str, large: Path, small: str, out: Path) -> dict[str, Any]:
     """Prunes here; imports come first and are not counted."""
     work: Callable[[str, str, str], object]
     if system in ("firefly", "linked"):
-        from firefly_lightning.pruning import prune
+        from firefly_lightning.pruning.command import prune
 
         def work(large: str, small: str, out: str) -> None:
             prune(large, out, tokenizer=small, link=system == "linked")

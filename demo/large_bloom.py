@@ -19,9 +19,9 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from transformers import BloomConfig, BloomForCausalLM
 
-from firefly_lightning.data.prompt import SPECIAL_TOKENS
 from firefly_lightning.errors import FireflyError, one_line_errors
-from firefly_lightning.folders import new_folder
+from firefly_lightning.files.atomic import new_folder
+from firefly_lightning.prompt import SPECIAL_TOKENS
 
 Ranks = dict[bytes, int]
 """tiktoken's form of a BPE: the merge that gives the token of the lowest rank comes first."""

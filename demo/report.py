@@ -12,8 +12,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from firefly_lightning.callbacks.run_figures import read_metrics
 from firefly_lightning.errors import FireflyError, one_line_errors
-from firefly_lightning.run_figures import read_metrics
 
 LEAST_IMPROVEMENT = 20
 """How many times lower validation perplexity must be after training."""

@@ -14,19 +14,20 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from firefly_lightning.callbacks import BestCheckpoint, EndOnSignals, LastCheckpoint, PredictionWriter
-from firefly_lightning.checkpoint import find_checkpoint
-from firefly_lightning.checkpoint_io import AtomicCheckpointIO
-from firefly_lightning.configuration import CONFIGURATION_KEY, differences, read_configuration
+from firefly_lightning.callbacks.checkpoints import BestCheckpoint, EndOnSignals, LastCheckpoint
+from firefly_lightning.callbacks.prediction_writer import PredictionWriter
+from firefly_lightning.callbacks.progress_bar import RunProgressBar
+from firefly_lightning.callbacks.run_report import Report
+from firefly_lightning.callbacks.sample_answers import Samples
+from firefly_lightning.callbacks.throughput import Throughput
+from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
+from firefly_lightning.checkpoints.paths import find_checkpoint
+from firefly_lightning.checkpoints.saved_config import CONFIGURATION_KEY, differences, read_configuration
+from firefly_lightning.cli_errors import OneLineErrors
 from firefly_lightning.data.datamodule import FireflyDataModule
 from firefly_lightning.errors import FireflyError, one_line_errors
 from firefly_lightning.interrupts import ends_on_signals, leave_to_system
 from firefly_lightning.module import FireflyModule
-from firefly_lightning.parsing import OneLineErrors
-from firefly_lightning.progress_bar import RunProgressBar
-from firefly_lightning.report import Report
-from firefly_lightning.samples import Samples
-from firefly_lightning.throughput import Throughput
 
 
 class _Parser(OneLineErrors, LightningArgumentParser):

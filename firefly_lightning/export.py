@@ -9,16 +9,16 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from transformers import BloomConfig, BloomForCausalLM
 
-from firefly_lightning.checkpoint import TRAINER_FILE, WRITER_KEY, find_checkpoint, load_file
+from firefly_lightning.checkpoints.paths import TRAINER_FILE, WRITER_KEY, find_checkpoint, load_file
+from firefly_lightning.checkpoints.portable import MODEL_PREFIX, PortableReader
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.folders import check_new_folder, new_folder
+from firefly_lightning.files.atomic import check_new_folder, new_folder
 from firefly_lightning.huggingface import DESCRIPTION_FILES, DESCRIPTION_KEY, reason, some, write_description
-from firefly_lightning.portable import MODEL_PREFIX, PortableReader
 
 READERS = {
-    "colossalai": "firefly_lightning.strategies.booster_checkpoints",
-    "deepspeed": "firefly_lightning.strategies.deepspeed_checkpoints",
-    "native": "firefly_lightning.strategies.native_checkpoints",
+    "colossalai": "firefly_lightning.strategies.colossalai.checkpoints",
+    "deepspeed": "firefly_lightning.strategies.deepspeed.checkpoints",
+    "native": "firefly_lightning.strategies.native.checkpoints",
 }
 """Engine that wrote a folder, to the module whose ``read_weights`` reads it; imported only then."""
 

@@ -15,8 +15,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from firefly_lightning.data.prompt import SPECIAL_TOKENS, PromptFormat
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.prompt import SPECIAL_TOKENS, PromptFormat
 
 DESCRIPTION_KEY = "hugging_face"
 """Where a checkpoint keeps what ``describe`` gave."""

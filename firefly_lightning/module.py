@@ -17,11 +17,13 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import BloomForCausalLM, GenerationConfig
 
-from firefly_lightning.bloom import FastBloom
+from firefly_lightning.checkpoints.loop_state import fit_loop_state
+from firefly_lightning.checkpoints.unsharded import NAMES_KEY, accept_names, numbered_names
 from firefly_lightning.data.batches import MicroBatch, PlannedBatches, closing_targets, data_parallel_share
-from firefly_lightning.data.prompt import PromptEncoder, prompt_format
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.generation import Decoding, change_decoding, default_decoding
+from firefly_lightning.evaluation.answer_scores import AnswerScores
+from firefly_lightning.evaluation.generation import Decoding, change_decoding, default_decoding
+from firefly_lightning.evaluation.predictions import Prediction, predict
 from firefly_lightning.huggingface import (
     DESCRIPTION_KEY,
     PUBLISHED_DECODING,
@@ -33,14 +35,11 @@ from firefly_lightning.huggingface import (
     load_tokenizer,
     random_bloom,
 )
-from firefly_lightning.loss import target_cross_entropy, target_scores
-from firefly_lightning.metrics import TargetMetrics
-from firefly_lightning.portable_whole import NAMES_KEY, accept_names, numbered_names
-from firefly_lightning.predictions import Prediction, predict
-from firefly_lightning.progress import fit_loop_state
-from firefly_lightning.schedule import cosine_with_warmup
-from firefly_lightning.scores import AnswerScores
-from firefly_lightning.settings import OptimizerSettings
+from firefly_lightning.model.fast_bloom import FastBloom
+from firefly_lightning.model.loss import target_cross_entropy, target_scores
+from firefly_lightning.model.target_metrics import TargetMetrics
+from firefly_lightning.optim import OptimizerSettings, cosine_with_warmup
+from firefly_lightning.prompt import PromptEncoder, prompt_format
 from firefly_lightning.strategies.hooks import StrategyHooks, check_accumulation, hooks_of
 
 NAMED_ROWS = 32
@@ -61,8 +60,8 @@ class FireflyModule(L.LightningModule):
         path: Folder or hub name of the Bloom to start from, with its tokenizer.
         learning_rate: Of AdamW, reached at the end of the warm-up.
         warmup_steps: Optimizer steps of linear warm-up before the cosine.
-        attention: ``sdpa`` is the fast forward pass of :mod:`firefly_lightning.bloom`; ``eager`` is Hugging Face's own.
-            ``auto`` is the first.
+        attention: ``sdpa`` is the fast forward pass of :mod:`firefly_lightning.model.fast_bloom`; ``eager`` is Hugging
+            Face's own. ``auto`` is the first.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
         from_scratch: Begin with random weights of the folder's ``config.json``, not with its weights.
         optimizer: Replaces AdamW; its own arguments hold, ``learning_rate`` is not used.

@@ -7,16 +7,16 @@ from typing import Any
 
 from jsonargparse import CLI
 
-from firefly_lightning.chat import chat
-from firefly_lightning.data.build import build
-from firefly_lightning.data.clean import clean
-from firefly_lightning.data.stats import stats
+from firefly_lightning.chat.command import chat
+from firefly_lightning.cli_errors import OneLineErrors
 from firefly_lightning.errors import one_line_errors
 from firefly_lightning.export import export
 from firefly_lightning.interrupts import ends_on_signals, leave_to_system
-from firefly_lightning.parsing import OneLineErrors
 from firefly_lightning.planning.command import plan
-from firefly_lightning.pruning import prune
+from firefly_lightning.preparation.build import build
+from firefly_lightning.preparation.clean import clean
+from firefly_lightning.preparation.stats import stats
+from firefly_lightning.pruning.command import prune
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "prune": prune,

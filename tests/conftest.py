@@ -26,14 +26,16 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 # As many as the processes that tests start have: another number sums in another order, and last digits differ.
 torch.set_num_threads(1)
 
+pytest_plugins = ["tests.support.strategies"]
 
 OF_ONE_STACK = {
     "current": (
-        "benchmarks", "data", "demo", "planning", "strategies/test_deepspeed", "strategies/test_moving",
-        "strategies/test_native", "test_cli", "test_direct_io", "test_metrics", "test_portable", "test_predict",
-        "test_pruning", "test_readme", "test_reading", "test_report", "test_scores", "test_throughput", "test_web",
+        "benchmarks", "callbacks", "chat", "checkpoints/test_portable", "data", "demo", "evaluation/test_answer",
+        "evaluation/test_predictions", "files", "integration/test_moving", "integration/test_readme",
+        "model/test_target_metrics", "planning", "preparation", "pruning", "strategies/deepspeed", "strategies/native",
+        "test_cli", "test_prompt",
     ),
-    "oldest": ("strategies/test_colossalai.py", "strategies/test_launching"),
+    "oldest": ("integration/test_launching", "strategies/colossalai/test_strategy"),
 }  # fmt: skip
 """Files that `--divided` leaves to one stack: what depends least on releases, and each engine where it is at home."""
 
@@ -174,8 +176,8 @@ def fluent_bloom(tokenizer) -> BloomForCausalLM:
 @pytest.fixture(scope="session")
 def fluent_folder(fluent_bloom, tokenizer, tmp_path_factory) -> Path:
     # Not above, where the environment is not yet what engines should find when they are imported.
-    from firefly_lightning.data.prompt import PRESETS
     from firefly_lightning.huggingface import describe, write_description
+    from firefly_lightning.prompt import PRESETS
 
     path = tmp_path_factory.mktemp("模型")
     fluent_bloom.save_pretrained(path)

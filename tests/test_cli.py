@@ -9,10 +9,10 @@ import pytest
 import torch
 import yaml
 
-from firefly_lightning.parsing import explain
-from firefly_lightning.run_figures import draw_losses, read_metrics
+from firefly_lightning.callbacks.run_figures import draw_losses, read_metrics
+from firefly_lightning.cli_errors import explain
 from tests.conftest import write_rows
-from tests.helpers import ROOT, fit, logged, one_line, run
+from tests.support.helpers import ROOT, fit, logged, one_line, run
 
 SHORT = ["--trainer.max_steps", 3, "--model.warmup_steps", 1, "--data.batch_size", 8]
 
@@ -186,7 +186,7 @@ def test_a_checkpoint_that_is_none(model_folder, rows_file, tmp_path):
 
 def test_a_full_disk_while_saving(model_folder, rows_file, tmp_path):
     """The limit lets logs and caches through, but not half a megabyte of weights."""
-    command = [*SHORT, "--model", "tests.helpers.OnAFullDisk", "--checkpoint.every_n_steps", 2]
+    command = [*SHORT, "--model", "tests.support.helpers.OnAFullDisk", "--checkpoint.every_n_steps", 2]
     message = one_line(fit(model_folder, rows_file, tmp_path, *command, check=False, process=True))
     assert message.startswith(f"{tmp_path}/checkpoints/last.ckpt: ")
     assert not list((tmp_path / "checkpoints").iterdir())
@@ -203,8 +203,11 @@ def test_a_full_disk_while_saving(model_folder, rows_file, tmp_path):
         ("data: {train_files: [{path: a, wieght: 2}]}", "did you mean data.train_files.weight?"),
         ("data: {train_files: [{weight: 2}]}", "data.train_files.path is required"),
         ("data: {too_long: shorten}", "data.too_long: shorten is not one of 'truncate', 'truncate_keep_end', 'drop'"),
-        ("data: tests.helpers.Killed", "data: tests.helpers.Killed: Import path does not correspond to a subclass of"),
-        ("model: tests.helpers.Nothing", "module 'tests.helpers' has no attribute 'Nothing'"),
+        (
+            "data: tests.support.helpers.Killed",
+            "data: tests.support.helpers.Killed: Import path does not correspond to a subclass of",
+        ),
+        ("model: tests.support.helpers.Nothing", "module 'tests.support.helpers' has no attribute 'Nothing'"),
     ],
 )
 def test_wrong_keys_and_values(tmp_path, yaml_text, says):

@@ -7,7 +7,6 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import BloomConfig, GPT2Config, PreTrainedTokenizerFast
 
-from firefly_lightning.data.prompt import PRESETS
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import (
     check_same_model,
@@ -17,7 +16,8 @@ from firefly_lightning.huggingface import (
     load_prompt_format,
     load_tokenizer,
 )
-from tests.helpers import logits, raised_line
+from firefly_lightning.prompt import PRESETS
+from tests.support.helpers import logits, raised_line
 
 TURNS = [("你好，世界", "春风😀"), ("hello ", "world\n"), ("", "还")]
 MESSAGES = [

@@ -8,13 +8,13 @@ from safetensors.torch import load_file
 from transformers import BloomForCausalLM
 
 from firefly_lightning import FireflyDataModule, FireflyModule
-from firefly_lightning.data.prompt import PRESETS
-from firefly_lightning.loss import target_cross_entropy
-from tests.helpers import fit, logged, one_line, run
-from tests.reference import backward, labelled
+from firefly_lightning.model.loss import target_cross_entropy
+from firefly_lightning.prompt import PRESETS
+from tests.support.helpers import fit, logged, one_line, run
+from tests.support.reference import backward, labelled
 
 STEP = ["--data.batch_size", 8, "--trainer.max_steps", 1, "--model.warmup_steps", 0, "--model.learning_rate", 1e-3]
-RECORD = ["--model", "tests.helpers.Recording"]
+RECORD = ["--model", "tests.support.helpers.Recording"]
 
 
 def stock_step(model_folder, rows_file, numbers: list[int]):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from firefly_lightning.data.plan import Rows, StepPlan
-from firefly_lightning.data.tokenized import TokenizedRow, TokenizedRows
+from firefly_lightning.data.token_cache import TokenizedRow, TokenizedRows
 
 
 class PaddedRows(TypedDict):

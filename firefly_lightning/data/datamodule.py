@@ -14,17 +14,17 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from firefly_lightning.data.batches import EpochSampler, MicroBatch, PlanLoader, PlannedBatches, data_parallel_share
+from firefly_lightning.data.counts_table import counts_table
 from firefly_lightning.data.mixing import Share, check_share, describe_repeated, mix, repeated_rows
-from firefly_lightning.data.parallel import end_with_parent, leave_interrupts_to_parent
 from firefly_lightning.data.plan import Rows, StepPlan, WeightedRows, check_shares, permutation
-from firefly_lightning.data.prompt import PromptEncoder, PromptFormat, prompt_format
-from firefly_lightning.data.records import find_sources
 from firefly_lightning.data.row_arrays import TooLong
-from firefly_lightning.data.rows import RowFormat
-from firefly_lightning.data.tables import counts_table
-from firefly_lightning.data.tokenized import WHOLE, TokenizedRows, default_cache_dir, tokenize
+from firefly_lightning.data.sources.records import find_sources
+from firefly_lightning.data.sources.row_forms import RowFormat
+from firefly_lightning.data.token_cache import WHOLE, TokenizedRows, default_cache_dir, tokenize
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import load_tokenizer
+from firefly_lightning.processes import end_with_parent, leave_interrupts_to_parent
+from firefly_lightning.prompt import PromptEncoder, PromptFormat, prompt_format
 
 
 class _Path(TypedDict):

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from firefly_lightning.data.plan import Rows, WeightedRows, apportion
-from firefly_lightning.data.tokenized import TokenizedRows
+from firefly_lightning.data.token_cache import TokenizedRows
 from firefly_lightning.errors import FireflyError
 
 

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from firefly_lightning.data.prompt import ControlIds
+from firefly_lightning.prompt import ControlIds
 
 TooLong = Literal["truncate", "truncate_keep_end", "drop"]
 """What is done with a row of more than ``max_length`` tokens: its first tokens are kept, or its start and its last

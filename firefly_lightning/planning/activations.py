@@ -1,6 +1,6 @@
 """What the forward pass of a micro-batch leaves for the backward pass, in bytes; dropout is off, as in Bloom's own."""
 
-from firefly_lightning.loss import SUMMED_ROWS, chunk_size
+from firefly_lightning.model.loss import SUMMED_ROWS, chunk_size
 from firefly_lightning.planning.runs import Run
 
 

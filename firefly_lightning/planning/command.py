@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.folders import check_new_folder, new_folder
+from firefly_lightning.files.atomic import check_new_folder, new_folder
 from firefly_lightning.planning.comparing import compare
-from firefly_lightning.planning.report import Planned, draw, gigabytes, grid_table, parts_table, report
+from firefly_lightning.planning.request import Settings, describe, read_settings, sizes_line
 from firefly_lightning.planning.runs import STRATEGIES
-from firefly_lightning.planning.settings import Settings, describe, read_settings, sizes_line
+from firefly_lightning.planning.tables import Planned, draw, gigabytes, grid_table, parts_table, report
 
 MEMORY = ("24GB", "80GB")
 UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}

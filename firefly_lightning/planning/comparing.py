@@ -8,12 +8,12 @@ import torch
 
 from firefly_lightning.data.plan import check_shares
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.planning.configuration import devices_of, read_fit, strategy_of
 from firefly_lightning.planning.measuring import STEPS, measure_run
 from firefly_lightning.planning.memory import estimate
-from firefly_lightning.planning.report import grid_table
+from firefly_lightning.planning.request import Settings
+from firefly_lightning.planning.run_config import devices_of, read_fit, strategy_of
 from firefly_lightning.planning.runs import SHARING_ROWS
-from firefly_lightning.planning.settings import Settings
+from firefly_lightning.planning.tables import grid_table
 
 
 def compare(

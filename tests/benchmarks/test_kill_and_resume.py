@@ -1,6 +1,6 @@
 """The script kills a run, resumes it and finds the losses of one that nobody killed."""
 
-from tests.helpers import json_lines, run_benchmark
+from tests.support.helpers import json_lines, run_benchmark
 
 
 def test_a_killed_run_ends_like_another(model_folder, rows_file, tmp_path):

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.prune import same_weights
 from tests.conftest import train_tokenizer
-from tests.helpers import json_lines, run_benchmark
+from tests.support.helpers import json_lines, run_benchmark
 
 
 def test_two_ways_to_the_same_weights(model_folder, reviews, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers import json_lines, run_benchmark
+from tests.support.helpers import json_lines, run_benchmark
 
 
 def test_memory_of_two_strategies(model_folder, rows_file):

@@ -6,7 +6,7 @@ import math
 import pytest
 from transformers import TrainingArguments
 
-from tests.helpers import json_lines, run_benchmark
+from tests.support.helpers import json_lines, run_benchmark
 
 
 def test_two_systems_on_the_same_rows(model_folder, rows_file):

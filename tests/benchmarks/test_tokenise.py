@@ -1,7 +1,7 @@
 """The script makes rows that differ, tokenises them in two ways to the same tokens, and times a cached start."""
 
 from benchmarks.tokenise import changed
-from tests.helpers import json_lines, run_benchmark
+from tests.support.helpers import json_lines, run_benchmark
 
 SYSTEMS = ("--systems", "firefly", "cached_start", "row_by_row")
 

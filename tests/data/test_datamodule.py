@@ -11,9 +11,9 @@ import torch
 
 from firefly_lightning import FireflyDataModule, FireflyError, PromptFormat, Source
 from firefly_lightning.data.batches import EpochSampler, collate
-from firefly_lightning.data.tokenized import TokenizedRow
+from firefly_lightning.data.token_cache import TokenizedRow
 from tests.conftest import write_rows
-from tests.helpers import forked, wait_for_ends
+from tests.support.helpers import forked, wait_for_ends
 
 
 def make_data(

@@ -7,7 +7,7 @@ import pytest
 from firefly_lightning import FireflyDataModule, FireflyError
 from firefly_lightning.data import datamodule as datamodule_module
 from tests.conftest import write_rows
-from tests.helpers import one_line, run
+from tests.support.helpers import one_line, run
 
 
 def of_kind(kind, count, start=0):

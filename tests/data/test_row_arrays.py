@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firefly_lightning.data.prompt import PRESETS, PromptEncoder, PromptFormat
 from firefly_lightning.data.row_arrays import cut_rows, join_rows
+from firefly_lightning.prompt import PRESETS, PromptEncoder, PromptFormat
 
 FORMATS = [*PRESETS.values(), PromptFormat(start="", separator="</s>问</s>", later_separator="</s></s>")]
 TEXTS = st.sampled_from(["", "好", "春风又绿江南岸", "hello </s> world", "\n"])

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, BloomForCausalLM, PreTrainedTokenizerFas
 
 from demo.large_bloom import make_large_bloom, write_tokenizer
 from firefly_lightning.errors import FireflyError
-from tests.pruning_fixtures import idioms, large_bloom, package_file, reviews
+from tests.support.pruning_fixtures import idioms, large_bloom, package_file, reviews
 
 OTHERS = [
     "The quick brown fox doesn't jump; it's 12,345.67 metres away.\r\n\r\n\tif x  ==  1:   pass",

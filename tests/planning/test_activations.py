@@ -6,11 +6,11 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import BloomConfig, BloomForCausalLM
 
-from firefly_lightning import bloom
-from firefly_lightning.bloom import FastBloom
 from firefly_lightning.data.batches import collate
-from firefly_lightning.data.tokenized import TokenizedRow
-from firefly_lightning.loss import target_cross_entropy
+from firefly_lightning.data.token_cache import TokenizedRow
+from firefly_lightning.model import fast_bloom as bloom
+from firefly_lightning.model.fast_bloom import FastBloom
+from firefly_lightning.model.loss import target_cross_entropy
 from firefly_lightning.planning.activations import activations, autocast_copies, fused_logits, plain_logits
 from firefly_lightning.planning.runs import Load, ModelSize, Run
 

@@ -1,0 +1,119 @@
+"""Checkpoints of a run: the last ones and the best."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from firefly_lightning import interrupts
+from firefly_lightning.callbacks.signals import Signals
+from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps ``last.ckpt``, from which ``--ckpt_path last`` resumes; saves and ends a run that is told to.
+
+    SIGTERM and Ctrl-C end the run once the step is done and saved, with exit code 143 and 130; a second one at once.
+    SLURM's signal before its time limit has the run saved and requeued then. Each may reach one process only.
+
+    Args:
+        every_n_steps: Optimizer steps between checkpoints.
+        keep: Checkpoints that are kept; those before the last are called ``step=N.ckpt``.
+        portable: Whether all checkpoints of the run go on under any strategy and number of processes, or only as the
+            strategy's own, which may be faster to save.
+        dirpath: Folder; ``checkpoints`` under ``trainer.default_root_dir`` by default.
+    """
+
+    def __init__(
+        self, every_n_steps: int = 1000, keep: int = 1, portable: bool = True, dirpath: str | None = None
+    ) -> None:
+        several = {"save_top_k": keep, "monitor": "step", "mode": "max", "filename": "{step}", "save_last": "link"}
+        one = {"save_top_k": 0, "save_last": True}
+        super().__init__(dirpath=dirpath, every_n_train_steps=every_n_steps, **(several if keep > 1 else one))
+        self.portable = portable
+        self._signals: Signals | None = None
+
+    @property
+    def state_key(self) -> str:
+        """The same for every interval: a resumed run may save more or less often."""
+        return type(self).__qualname__
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Tells whatever writes checkpoints which kind they are."""
+        super().setup(trainer, pl_module, stage)
+        if isinstance(io := trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+            io.portable = self.portable
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins to listen."""
+        super().on_train_start(trainer, pl_module)
+        self._signals = Signals(trainer)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
+        """Ends the run where a signal that says so came during the last step.
+
+        Raises:
+            Terminated: Then.
+        """
+        if self._signals:
+            self._signals.end()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
+        """Saves where the interval, or a signal, says so."""
+        super().on_train_batch_end(trainer, *arguments)
+        batch_idx = arguments[-1]
+        if self._signals and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._signals.obey(lambda: self._save_now(trainer))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves the last step too, where the interval left it out."""
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_now(trainer)
+        interrupts.listen()
+        if self._signals:  # one that came with the last step
+            self._signals.obey(lambda: None)
+            self._signals.end()
+
+    def _save_now(self, trainer: L.Trainer) -> None:
+        if self._last_global_step_saved == trainer.global_step:
+            return
+        candidates = self._monitor_candidates(trainer)
+        if self.save_top_k:
+            self._save_topk_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
+
+
+class EndOnSignals(Callback):
+    """Ends what is no training within seconds of SIGTERM or Ctrl-C, in place of Lightning's handlers.
+
+    Those go on to the end of a validation, a test or a prediction.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Takes the signals back, until training has its own way to end."""
+        interrupts.listen()
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the checkpoint with the lowest validation loss.
+
+    Args:
+        monitor: What is compared.
+        mode: Whether the lowest (``min``) or the highest (``max``) is best.
+        save_top_k: How many are kept.
+        dirpath: Folder; ``checkpoints`` under ``trainer.default_root_dir`` by default.
+    """
+
+    def __init__(
+        self, monitor: str = "val_loss", mode: str = "min", save_top_k: int = 1, dirpath: str | None = None
+    ) -> None:
+        filename = f"best-step={{step}}-{monitor}={{{monitor}:.4f}}"
+        super().__init__(
+            dirpath=dirpath,
+            filename=filename,
+            monitor=monitor,
+            mode=mode,
+            save_top_k=save_top_k,
+            auto_insert_metric_name=False,
+            save_on_train_epoch_end=False,
+        )

@@ -1,0 +1,121 @@
+"""What a run has logged, and its two figures: losses, and the perplexity of each kind."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_warn
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.ticker import LogFormatter
+
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.preparation.figures import BLUE, RED, find_font
+
+GREY = "#8C8C8C"
+KIND_PERPLEXITY = "val_perplexity/"
+LINES = ("-", "--", ":")
+"""Ten colours and three kinds of line tell thirty kinds apart."""
+
+Metrics = dict[str, dict[int, float]]
+"""By name of a column of ``metrics.csv``: value by step."""
+
+
+def read_metrics(log_dir: Path) -> Metrics:
+    """Metrics of a run from its ``metrics.csv``, and of the runs that it resumed, up to where it took over.
+
+    Args:
+        log_dir: A ``version_N``; what it resumed is looked for in the versions before it.
+    """
+    metrics: Metrics = {"train_loss": {}}
+    version = int(log_dir.name.removeprefix("version_"))
+    while True:
+        first = min(metrics["train_loss"], default=None)
+        for name, values in _read_csv(log_dir.with_name(f"version_{version}") / "metrics.csv").items():
+            earlier = {step: value for step, value in values.items() if first is None or step < first}
+            metrics.setdefault(name, {}).update(earlier)
+        if version == 0 or not min(metrics["train_loss"], default=0):
+            return metrics
+        version -= 1
+
+
+def draw_losses(metrics: Metrics, path: Path) -> None:
+    """Training and validation loss and the learning rate by step, as a PNG.
+
+    The training loss is drawn as a running mean too, since steps of few rows vary much.
+    """
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    steps, train = sorted(metrics["train_loss"]), metrics["train_loss"]
+    window = max(1, len(steps) // 50)
+    means = [
+        sum(train[step] for step in steps[max(0, index - window + 1) : index + 1]) / min(window, index + 1)
+        for index in range(len(steps))
+    ]
+    axes.plot(steps, [train[step] for step in steps], color=BLUE, alpha=0.25, label="training")
+    axes.plot(steps, means, color=BLUE, label=f"training, mean of {window} steps")
+    if validated := metrics.get("val_loss"):
+        axes.plot(*zip(*sorted(validated.items()), strict=True), "o-", color=RED, label="validation")
+    axes.set(xlabel="optimizer step", ylabel="loss per target token (nats)")
+    if rates := metrics.get("lr"):
+        right = axes.twinx()
+        right.plot(*zip(*sorted(rates.items()), strict=True), "--", color=GREY, linewidth=1)
+        right.set_ylim(bottom=0)
+        right.set_ylabel("learning rate", color=GREY)
+        right.tick_params(colors=GREY)
+        right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        axes.plot([], [], "--", color=GREY, linewidth=1, label="learning rate")
+    _finish(axes)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def kind_perplexities(metrics: Metrics) -> Metrics:
+    """Perplexity in validation, by kind and step."""
+    return {name.removeprefix(KIND_PERPLEXITY): of for name, of in metrics.items() if name.startswith(KIND_PERPLEXITY)}
+
+
+def draw_kinds(perplexities: Mapping[str, Mapping[int, float]], path: Path) -> None:
+    """The perplexity of each kind by step, on a logarithmic scale, the highest at the end first, as a PNG."""
+    last = {kind: values[max(values)] for kind, values in perplexities.items() if values}
+    figure = Figure(figsize=(10, max(5, 1 + 0.24 * len(last))), layout="constrained")
+    axes = figure.add_subplot()
+    for at, kind in enumerate(sorted(last, key=lambda kind: (-last[kind], kind))):
+        steps, values = zip(*sorted(perplexities[kind].items()), strict=True)
+        label = f"{kind.replace('$', chr(92) + '$')}  {last[kind]:,.4g}"  # `$` would begin a formula
+        axes.plot(steps, values, LINES[at // 10 % 3], marker="o", markersize=3, color=f"C{at % 10}", label=label)
+    axes.set_yscale("log")
+    for show in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        show(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
+    axes.set(xlabel="optimizer step", ylabel="validation perplexity")
+    _finish(axes)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False, prop=_font("".join(last)))
+    figure.savefig(path, dpi=150)
+
+
+def _finish(axes: Axes) -> None:
+    axes.grid(which="both", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _font(text: str) -> FontProperties | None:
+    """One that has the characters; a run that is done does not fail for want of it."""
+    try:
+        return find_font(text)
+    except FireflyError as error:
+        rank_zero_warn(f"kinds.png: {error}".replace(", or name a font file with --font", ""))
+        return None
+
+
+def _read_csv(path: Path) -> Metrics:
+    metrics: Metrics = {}
+    if not path.is_file():
+        return metrics
+    with path.open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            step = int(row.pop("step"))
+            for name, value in row.items():
+                if value:
+                    metrics.setdefault(name, {})[step] = float(value)
+    return metrics

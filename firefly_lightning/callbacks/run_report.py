@@ -1,0 +1,150 @@
+"""What a run leaves for people to read: loss.png, kinds.png and report.md beside its metrics.csv."""
+
+import platform
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from firefly_lightning.callbacks.run_figures import Metrics, draw_kinds, draw_losses, kind_perplexities, read_metrics
+from firefly_lightning.data.counts_table import counts_table
+from firefly_lightning.files.atomic import new_file
+
+PACKAGES = ("firefly-lightning", "torch", "lightning", "transformers", "torchmetrics", "deepspeed", "colossalai")
+SPEED = ("target_tokens_per_second", "data_wait", "memory_gb", "mfu")
+"""What is logged of every step, and reported by its median."""
+
+
+class Report(Callback):
+    """Draws and writes when a training, a validation or a test ends, if the run logs to CSV."""
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draws the figures and writes the report."""
+        for folder in _folders(trainer):
+            metrics = read_metrics(folder)
+            draw_losses(metrics, folder / "loss.png")
+            if perplexities := kind_perplexities(metrics):
+                draw_kinds(perplexities, folder / "kinds.png")
+            _write(folder, trainer, [*training_results(metrics), *_last_values(metrics, "val")])
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes the report of a validation that is no part of a training."""
+        if trainer.state.fn == "validate":
+            self._write_evaluation(trainer, "val")
+
+    @rank_zero_only
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes the report of a test."""
+        self._write_evaluation(trainer, "test")
+
+    def _write_evaluation(self, trainer: L.Trainer, stage: str) -> None:
+        for folder in _folders(trainer):
+            _write(folder, trainer, _last_values(read_metrics(folder), stage))
+
+
+def training_results(metrics: Metrics) -> Iterator[str]:
+    """Of a training: its losses and its speed, as a table in Markdown; nothing where no step was logged."""
+    losses, validated = metrics["train_loss"], metrics.get("val_loss", {})
+    if not losses:
+        return
+    first, last = min(losses), max(losses)
+    ends = f"{losses[first]:.4f}, {losses[last]:.4f}"
+    rows = [("steps", f"{len(losses):,}"), ("training loss, first and last", ends)]
+    if validated:
+        best = min(validated, key=lambda step: validated[step])
+        rows.append(("lowest validation loss", f"{validated[best]:.4f} at step {best:,}"))
+    rows += [(f"{name}, median", _shown(median(metrics[name].values()))) for name in SPEED if metrics.get(name)]
+    yield from _table(("training", ""), rows)
+
+
+def _last_values(metrics: Metrics, stage: str) -> Iterator[str]:
+    """The last value of everything that is logged of a stage: overall, and a table with a row for each kind."""
+    last = {name: values[max(values)] for name, values in metrics.items() if name.startswith(f"{stage}_") and values}
+    parted = {name: name.removeprefix(f"{stage}_").partition("/") for name in last}
+    overall = [(parts[0], _shown(last[name])) for name, parts in parted.items() if not parts[1]]
+    if not overall:
+        return
+    yield from _table(({"val": "validation", "test": "test"}[stage], ""), overall)
+    columns = list(dict.fromkeys(parts[0] for parts in parted.values() if parts[1]))
+    of_kind: dict[str, dict[str, str]] = {}
+    for name, (metric, slash, kind) in parted.items():
+        if slash:
+            of_kind.setdefault(kind, {})[metric] = _shown(last[name])
+    if of_kind:
+        rows = [(_cell(kind), *(of_kind[kind].get(column, "") for column in columns)) for kind in sorted(of_kind)]
+        yield from _table(("kind", *columns), rows)
+
+
+def _write(folder: Path, trainer: L.Trainer, results: Iterable[str]) -> None:
+    figures = [f"![{name}]({name})\n" for name in ("loss.png", "kinds.png") if (folder / name).is_file()]
+    configuration = folder / "config.yaml"
+    parts = [
+        f"# {folder.name}\n",
+        "## Results\n",
+        *results,
+        *figures,
+        *_section("Data", "text", "\n\n".join(_counts(trainer))),
+        "## Versions\n",
+        *_table(("", ""), _versions(trainer)),
+        *_section("Configuration", "yaml", configuration.read_text("utf-8") if configuration.is_file() else ""),
+    ]
+    with new_file(folder / "report.md", []) as file:
+        file.write("\n".join(parts).encode())
+
+
+def _counts(trainer: L.Trainer) -> Iterator[str]:
+    """Tables of the rows that the stage had, where the data is this project's; rows held out are among the first."""
+    seen: list[Any] = []
+    for name in ("train", "val", "test"):
+        rows = getattr(getattr(getattr(trainer, "datamodule", None), name, None), "rows", None)
+        if rows is not None and not any(rows is other for other in seen):
+            seen.append(rows)
+            yield counts_table(rows.names, rows.counts)
+
+
+def _versions(trainer: L.Trainer) -> Iterator[tuple[str, str]]:
+    yield "python", platform.python_version()
+    for name in PACKAGES:
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            continue
+    device = trainer.strategy.root_device
+    yield "device", torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
+    yield "processes", str(trainer.world_size)
+    yield "strategy", type(trainer.strategy).__name__
+    yield "precision", str(trainer.precision)
+
+
+def _section(title: str, language: str, text: str) -> list[str]:
+    return [f"## {title}\n", f"```{language}\n{text.strip()}\n```\n"] if text else []
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    lines = [head, ("---",) * len(head), *rows]
+    return ["\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"]
+
+
+def _cell(text: str) -> str:
+    """What a user calls a kind, where a bar would end the cell."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def _folders(trainer: L.Trainer) -> Iterator[Path]:
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            logger.save()
+            yield Path(logger.log_dir)

@@ -1,0 +1,216 @@
+"""The page of ``firefly chat --web``: it needs the extra ``web``, and nothing from any network.
+
+The browser keeps the conversation and sends all of it with every question; the server keeps none.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import socket
+import sys
+import traceback
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import uvicorn
+import yaml
+from starlette.applications import Starlette
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
+from transformers import GenerationConfig
+
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.evaluation.generation import Decoding, change_decoding
+from firefly_lightning.huggingface import reason
+from firefly_lightning.preparation.templates.reader import TEMPLATE_FOLDER
+from firefly_lightning.prompt import Turn
+
+Answer = Callable[[Sequence[Turn], str, GenerationConfig], Iterator[str]]
+"""Streams the answer to a question after some turns."""
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+class Slider(NamedTuple):
+    """A setting of decoding that the page offers: its range, the step between two values, where it stands at first."""
+
+    least: float
+    most: float
+    step: float
+    start: float
+
+
+_RANGES: dict[str, tuple[float, float, float]] = {
+    "temperature": (0, 2, 0.01),  # at 0 nothing is drawn: the likeliest token is taken
+    "top_p": (0.01, 1, 0.01),
+    "repetition_penalty": (1, 2, 0.01),
+    "max_new_tokens": (1, 1024, 1),
+}
+
+
+def sliders(config: GenerationConfig) -> dict[str, Slider]:
+    """The sliders where a model's own settings put them; a range that is too narrow for these is widened."""
+    starts = {name: 1.0 if (own := getattr(config, name)) is None else own for name in _RANGES}
+    if not config.do_sample:
+        starts["temperature"] = 0
+    return {
+        name: Slider(min(least, starts[name]), max(most, starts[name]), step, starts[name])
+        for name, (least, most, step) in _RANGES.items()
+    }
+
+
+def examples() -> list[dict[str, str]]:
+    """A question ``{"kind", "description", "input"}`` of every kind that has templates here."""
+    contents = (yaml.safe_load(path.read_text("utf-8")) for path in sorted(TEMPLATE_FOLDER.glob("*.yaml")))
+    return [
+        {"kind": content["kind"], "description": content["description"], "input": content["example"]["input"]}
+        for content in contents
+    ]
+
+
+def make_app(answer: Answer, config: GenerationConfig, name: str, hosts: Sequence[str] = LOOPBACK) -> Starlette:
+    """The page and what it asks.
+
+    ``POST /answer`` takes ``{"turns": [[question, answer], …], "question", "decoding"}`` and streams JSON lines:
+    ``{"piece"}`` for the next characters, then ``{"done"}``, or ``{"error"}`` where generation failed. One answer is
+    generated at a time, the others wait. It ends when the browser no longer listens.
+
+    Args:
+        answer: Is called with the settings of the sliders.
+        config: Where the sliders begin; what has no slider stays as it is here.
+        name: Of the model, shown at the top.
+        hosts: Names that the page may be asked for by. Others are refused: a foreign page whose name is made to lead
+            to this machine would speak to the model otherwise.
+    """
+    offered, generating = sliders(config), asyncio.Lock()
+
+    async def settings(request: Request) -> Response:
+        ranges = {name: slider._asdict() for name, slider in offered.items()}
+        return JSONResponse({"model": name, "sliders": ranges, "examples": examples()})
+
+    async def post_answer(request: Request) -> Response:
+        turns, question, decoding = await _read(request, offered)
+        pieces = answer(turns, question, change_decoding(config, decoding))
+        return _Stream(_lines(request, pieces, generating), media_type="application/x-ndjson")
+
+    return Starlette(
+        routes=[
+            Route("/settings", settings),
+            Route("/answer", post_answer, methods=["POST"]),
+            Mount("/", StaticFiles(directory=Path(__file__).with_name("page"), html=True)),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
+    )
+
+
+def serve(answer: Answer, config: GenerationConfig, name: str, host: str = "127.0.0.1", port: int = 7860) -> None:
+    """Serves the page until Ctrl-C.
+
+    Args:
+        answer: As for :func:`make_app`.
+        config: Likewise.
+        name: Likewise.
+        host: Address to listen on. Where it is not of the loopback, whoever reaches this machine may use the model.
+        port: 0 for any that is free.
+
+    Raises:
+        FireflyError: If nothing can listen there.
+    """
+    with _listen(host, port) as listening:
+        address, port = listening.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+        local = ipaddress.ip_address(address).is_loopback
+        app = make_app(answer, config, name, [*LOOPBACK, shown] if local else ["*"])
+        if not local:
+            print(f"note: whoever reaches this machine on port {port} may use the model", file=sys.stderr)
+        print(f"http://{shown}:{port} is the chat page; Ctrl-C ends it", file=sys.stderr, flush=True)
+        # An answer that is under way when it ends is cut off after a second.
+        settings = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", timeout_graceful_shutdown=1)
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(settings).run([listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port < 1 << 16:  # getaddrinfo would take what is left after dividing
+        raise FireflyError(f"--port {port}: no port has that number; choose one up to 65535")
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address, family=family)
+    except OSError as error:
+        raise FireflyError(
+            f"--host {host} --port {port}: nothing can listen there ({reason(error)}); choose another"
+        ) from error
+
+
+async def _read(request: Request, offered: Mapping[str, Slider]) -> tuple[list[Turn], str, Decoding]:
+    # A form of a foreign page cannot send this type without asking first, and is not answered then.
+    if request.headers.get("content-type") != "application/json":
+        raise HTTPException(415, "the body must be application/json")
+    try:
+        body = await request.json()
+        turns = [(_text(question), _text(answer)) for question, answer in body["turns"]]
+        question = _text(body["question"])
+        values: Any = {name: _value(name, body["decoding"][name], slider) for name, slider in offered.items()}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise HTTPException(400, f"not a question: {reason(error)}") from error
+    values["do_sample"] = values["temperature"] > 0
+    if not values["do_sample"]:  # settings of sampling say nothing then
+        del values["temperature"], values["top_p"]
+    return turns, question, values
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a text is {type(value).__name__}")
+    return value
+
+
+def _value(name: str, value: Any, slider: Slider) -> float:
+    if not isinstance(value, int | float) or not slider.least <= value <= slider.most:
+        raise ValueError(f"{name} must be a number from {slider.least} to {slider.most}")
+    return int(value) if isinstance(slider.step, int) else float(value)  # transformers refuses a penalty of 1, not 1.0
+
+
+async def _lines(request: Request, pieces: Iterator[str], generating: asyncio.Lock) -> AsyncIterator[str]:
+    async with generating:
+        try:
+            if await request.is_disconnected():
+                return
+            async for piece in iterate_in_threadpool(pieces):
+                if await request.is_disconnected():
+                    return
+                yield _line(piece=piece)
+            yield _line(done=True)
+        except Exception as error:
+            traceback.print_exc()
+            yield _line(error=reason(error))
+        finally:
+            await run_in_threadpool(pieces.close)  # type: ignore[attr-defined]  # a generator's: generation ends
+
+
+def _line(**content: object) -> str:
+    return json.dumps(content, ensure_ascii=False) + "\n"
+
+
+class _Stream(StreamingResponse):
+    """Leaves it to its lines to see that nobody listens: whether Starlette does depends on the release of uvicorn.
+
+    Nor does Starlette close them when the server ends, and an answer would be generated on.
+    """
+
+    body_iterator: Any
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.stream_response(send)
+        finally:
+            await self.body_iterator.aclose()

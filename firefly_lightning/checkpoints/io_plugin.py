@@ -1,0 +1,112 @@
+"""How a trainer's checkpoints are written and read where one process has all of a model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from typing_extensions import override
+
+from firefly_lightning.checkpoints.paths import (
+    TRAINER_FILE,
+    WRITER_KEY,
+    load_file,
+    partial_path,
+    remove,
+    whole_file,
+    whole_folder,
+)
+from firefly_lightning.checkpoints.portable import PortableReader
+from firefly_lightning.checkpoints.unsharded import can_be_portable, read_whole, write_whole
+from firefly_lightning.errors import FireflyError, describe_os_error
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints streamed to disk, and in place only when complete: a failed save costs nothing.
+
+    Lightning's own first copies the whole checkpoint in memory, and runs whatever code a loaded file holds.
+
+    Args:
+        portable: Whether a checkpoint is a folder that every strategy reads, as
+            ``firefly_lightning.checkpoints.portable`` describes it, or the file that Lightning writes. A strategy that
+            shards asks this too.
+    """
+
+    def __init__(self, portable: bool = True) -> None:
+        super().__init__()
+        self.portable = portable
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Writes beside ``path``, then renames.
+
+        Raises:
+            FireflyError: If the disk does not take it; a checkpoint that was there stays as it was.
+        """
+        if storage_options is not None or _is_remote(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        try:
+            if self.portable and can_be_portable(checkpoint):
+                with whole_folder(Path(path)) as folder:
+                    write_whole(checkpoint, folder)
+                return
+            with whole_file(Path(path)) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:
+            os_error = _os_error_behind(error)
+            if os_error is None:
+                raise
+            message = describe_os_error(os_error, path)
+            raise FireflyError(f"{message}; the checkpoint was not saved, earlier ones are untouched") from error
+
+    @override
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable[..., Any] | None = lambda storage, _: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Loads either kind: tensors and plain values; anything that could run code only if ``weights_only`` is False.
+
+        Everything a ``Trainer`` saves for this package is of that kind on every supported release.
+
+        Raises:
+            FireflyError: If there is no such file, it is no checkpoint, is damaged, or holds other objects.
+        """
+        weights_only = weights_only is not False
+        if _is_remote(path):
+            return super().load_checkpoint(path, map_location, weights_only)
+        if PortableReader.is_at(Path(path)):
+            return read_whole(PortableReader(Path(path)))
+        if Path(path).is_dir():
+            engine = load_file(Path(path) / TRAINER_FILE, "cpu").get(WRITER_KEY, {}).get("engine", "another strategy")
+            raise FireflyError(f"{path}: is {engine}'s own; resume under the strategy that saved it")
+        checkpoint = load_file(Path(path), map_location, weights_only)
+        if "pytorch-lightning_version" not in checkpoint:
+            raise FireflyError(f"{path}: is not a checkpoint of a run; name a file that training saved")
+        return checkpoint
+
+    @override
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Removes a checkpoint; one that is half removed is never taken for a checkpoint."""
+        if _is_remote(path):
+            super().remove_checkpoint(path)
+        elif Path(path).exists():
+            hidden = partial_path(Path(path))
+            remove(hidden)
+            Path(path).replace(hidden)
+            remove(hidden)
+
+
+def _os_error_behind(error: BaseException) -> OSError | None:
+    """PyTorch closes its archive after a failed write, fails again, and raises that as a RuntimeError."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
+def _is_remote(path: str | Path) -> bool:
+    return "://" in str(path)

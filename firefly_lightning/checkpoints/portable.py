@@ -1,0 +1,249 @@
+"""The portable checkpoint: a folder that every strategy writes and reads, on any number of processes.
+
+    checkpoint.json          names, sizes and xxh3_128 digests of the other files; written last
+    trainer.ckpt             what Lightning saves but for tensors: loops, schedule, data, format, settings
+    model-*.safetensors      weights by their Hugging Face names, in float32 where the run keeps float32 masters
+    model.safetensors.index.json   in which file each is, as Hugging Face writes it
+    module-*.safetensors     weights of a module around the model, by their names there, if there are any
+    optimizer-*.safetensors  states of the optimizer: ``exp_avg/NAME`` and so on, a tensor shaped like the weight
+
+Every process writes files of its own, a bounded number of bytes at a time.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from firefly_lightning.checkpoints.paths import MANIFEST, TRAINER_FILE, load_file, sync
+from firefly_lightning.errors import FireflyError, describe_os_error
+from firefly_lightning.huggingface import reason
+
+INDEX = "model.safetensors.index.json"
+FORMAT = 1
+FLUSH_BYTES = 256 * 2**20
+"""A process writes its pending tensors once they take so much; one tensor alone may take more."""
+
+MODEL_PREFIX = "model."
+"""What a ``LightningModule`` puts before the names of its Hugging Face model."""
+
+WEIGHT = ""
+"""Key of the weight itself beside the states of the optimizer, in what strategies give and take."""
+
+FileEntry = dict[str, Any]
+"""Of a file that was written: its size, its digest, and the bytes of each tensor by name."""
+
+States = dict[str, Tensor]
+"""Of one parameter, whole: its weight under :data:`WEIGHT`, and the optimizer's tensors of the same shape by key."""
+
+
+class PortableWriter:
+    """Writes one process's share of the tensors.
+
+    Args:
+        folder: The checkpoint, not yet in its place.
+        rank: Of this process; in the names of its files.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder, self._rank = folder, rank
+        self._pending: dict[str, dict[str, Tensor]] = {"model": {}, "module": {}, "optimizer": {}}
+        self._files: dict[str, FileEntry] = {}
+
+    def add(self, name: str, states: Mapping[str, Tensor]) -> None:
+        """Takes the tensors of one parameter, by its name in the ``LightningModule``."""
+        for key, tensor in states.items():
+            kind = "optimizer" if key != WEIGHT else "model" if name.startswith(MODEL_PREFIX) else "module"
+            stored = f"{key}/{name}" if kind == "optimizer" else name.removeprefix(MODEL_PREFIX)
+            pending = self._pending[kind]
+            pending[stored] = tensor.detach().cpu()
+            if sum(tensor.nbytes for tensor in pending.values()) >= FLUSH_BYTES:
+                self._flush(kind)
+
+    def close(self) -> dict[str, FileEntry]:
+        """Writes what is left; returns what was written, by name of the file."""
+        for kind in self._pending:
+            self._flush(kind)
+        return self._files
+
+    def _flush(self, kind: str) -> None:
+        pending, self._pending[kind] = self._pending[kind], {}
+        if not pending:
+            return
+        count = sum(name.startswith(kind) for name in self._files)
+        path = self._folder / f"{kind}-{self._rank}-{count}.safetensors"
+        tensors = {name: tensor.contiguous() for name, tensor in pending.items()}
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            if number := re.search(r"os error (\d+)", str(error)):  # it keeps the system's answer in its text only
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+            raise
+        self._files[path.name] = _written(path) | {"tensors": {name: tensor.nbytes for name, tensor in tensors.items()}}
+
+
+def finish(folder: Path, files: Mapping[str, FileEntry]) -> None:
+    """Adds index and manifest to a folder that has all else; one process does so, last.
+
+    Args:
+        folder: The checkpoint, not yet in its place.
+        files: What the writers of all processes returned.
+    """
+    tensors = {file: entry["tensors"] for file, entry in files.items() if file.startswith("model-")}
+    weight_map = {name: file for file, sizes in tensors.items() for name in sizes}
+    size = sum(sum(sizes.values()) for sizes in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", "utf-8")
+    entries = {file: {name: entry[name] for name in ("bytes", "xxh3_128")} for file, entry in files.items()}
+    entries |= {name: _written(folder / name) for name in (TRAINER_FILE, INDEX)}
+    manifest = {"format": FORMAT, "files": dict(sorted(entries.items()))}
+    manifest["xxh3_128"] = _digest_of(manifest)
+    (folder / MANIFEST).write_bytes(_as_bytes(manifest))
+    sync(folder / MANIFEST)
+    sync(folder)
+
+
+class PortableReader:
+    """A complete and undamaged portable checkpoint; tensors are read when they are asked for.
+
+    Args:
+        folder: The checkpoint.
+
+    Raises:
+        FireflyError: If a file is missing, cut or changed, naming it, or the format is of a later release.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = _check(folder)
+        self._where = {
+            (file.split("-")[0], name): file
+            for file in self._files
+            if file.endswith(".safetensors")
+            for name in self._open(file).keys()  # noqa: SIM118  (no mapping)
+        }
+        self._keys: dict[str, list[str]] = {}
+        for key, _, name in (name.partition("/") for kind, name in self._where if kind == "optimizer"):
+            self._keys.setdefault(name, []).append(key)
+
+    @staticmethod
+    def is_at(path: Path) -> bool:
+        """Whether a portable checkpoint, whole or damaged, is there."""
+        return (path / MANIFEST).is_file() or (path / INDEX).is_file()
+
+    def trainer(self) -> dict[str, Any]:
+        """What Lightning saved but for weights and optimizer states."""
+        return load_file(self.folder / TRAINER_FILE, "cpu")
+
+    def names(self) -> list[str]:
+        """Of all weights, as in the ``LightningModule``; one that has two names bears the first."""
+        stored = [(kind, name) for kind, name in self._where if kind != "optimizer"]
+        return [MODEL_PREFIX + name if kind == "model" else name for kind, name in stored]
+
+    def weight(self, name: str) -> Tensor:
+        """A weight by its name in the ``LightningModule``.
+
+        Raises:
+            FireflyError: If there is none of that name.
+        """
+        kind = "model" if name.startswith(MODEL_PREFIX) else "module"
+        return self._read(kind, name.removeprefix(MODEL_PREFIX), f"the weight {name}")
+
+    def keys(self, name: str) -> list[str]:
+        """Which tensors the optimizer had of a parameter, such as ``exp_avg``; of a frozen one none."""
+        return self._keys.get(name, [])
+
+    def states_like_weights(self) -> Iterator[tuple[int, list[str]]]:
+        """Of each weight that the optimizer had states of, how many dimensions it has, and the keys of its states.
+
+        Raises:
+            FireflyError: If a state has another shape than its weight, so that it cannot be split as that is.
+        """
+        for name, keys in self._keys.items():
+            shape = self.weight(name).shape
+            for key in keys:
+                if self.state(key, name).shape != shape:
+                    raise FireflyError(
+                        f"{self.folder}: the optimizer's {key} of {name} is not shaped like the weight, and cannot be "
+                        "split; resume under auto or ddp, or export the model and train it anew"
+                    )
+            yield len(shape), keys
+
+    def state(self, key: str, name: str) -> Tensor:
+        """A state of the optimizer, such as ``exp_avg``, of a parameter.
+
+        Raises:
+            FireflyError: If the optimizer that was saved has no such state.
+        """
+        return self._read("optimizer", f"{key}/{name}", f"the optimizer's {key} of {name}; resume with its optimizer")
+
+    def _read(self, kind: str, name: str, what: str) -> Tensor:
+        file = self._where.get((kind, name))
+        if file is None:
+            raise FireflyError(f"{self.folder}: lacks {what}")
+        tensor: Tensor = self._open(file).get_tensor(name)
+        return tensor
+
+    @cache  # noqa: B019  (a reader lives as long as its files are open)
+    def _open(self, file: str) -> Any:
+        try:
+            return safe_open(self.folder / file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise FireflyError(f"{self.folder / file}: damaged ({reason(error)}); use an earlier one") from error
+
+
+def _check(folder: Path) -> list[str]:
+    path = folder / MANIFEST
+    try:
+        contents = path.read_bytes()
+        manifest = json.loads(contents)
+        entries, version = manifest["files"], manifest["format"]
+        sound = contents == _as_bytes(manifest) and manifest.pop("xxh3_128") == _digest_of(manifest)
+    except OSError as error:
+        raise FireflyError(describe_os_error(error, path)) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise FireflyError(f"{path}: damaged; use an earlier checkpoint") from error
+    if not sound:
+        raise FireflyError(f"{path}: damaged; use an earlier checkpoint")
+    if version != FORMAT:
+        raise FireflyError(f"{path}: is of format {version}; this release reads {FORMAT}, take a later one")
+    for name, entry in entries.items():
+        file = folder / name
+        if not file.is_file():
+            raise FireflyError(f"{file}: missing; use an earlier checkpoint")
+        if file.stat().st_size != entry["bytes"]:
+            sizes = f"{file.stat().st_size:,} bytes, not {entry['bytes']:,}"
+            raise FireflyError(f"{file}: damaged, it has {sizes}; use an earlier checkpoint")
+        if _digest(file) != entry["xxh3_128"]:
+            raise FireflyError(f"{file}: damaged, its contents have changed; use an earlier checkpoint")
+    return list(entries)
+
+
+def _written(path: Path) -> FileEntry:
+    """Makes a file survive a power failure, and says what it is."""
+    sync(path)
+    return {"bytes": path.stat().st_size, "xxh3_128": _digest(path)}
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _as_bytes(manifest: Any) -> bytes:
+    return (json.dumps(manifest, indent=1) + "\n").encode()
+
+
+def _digest_of(manifest: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())

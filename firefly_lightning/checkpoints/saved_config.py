@@ -1,0 +1,58 @@
+"""The configuration that a checkpoint was saved with, and how that of the run which resumes it differs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from firefly_lightning.checkpoints.paths import TRAINER_FILE, load_file
+
+CONFIGURATION_KEY = "configuration"
+"""Where a checkpoint has the whole configuration of its run, as YAML."""
+
+_OF_THE_START = ("ckpt_path", "config")
+"""What says how a run was begun, not what it does."""
+
+
+def read_configuration(checkpoint: Path) -> str | None:
+    """That of the run which saved a checkpoint; None where another program did.
+
+    Raises:
+        FireflyError: If it is damaged.
+    """
+    file = checkpoint / TRAINER_FILE if checkpoint.is_dir() else checkpoint
+    configuration: str | None = load_file(file, "cpu").get(CONFIGURATION_KEY)
+    return configuration
+
+
+def differences(saved: str | None, now: str) -> str:
+    """A table of what differs between two configurations, in YAML; empty where nothing does."""
+    if saved is None:
+        return ""
+    before, after = (dict(_leaves(yaml.safe_load(text))) for text in (saved, now))
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    names = [name for name in names if name.split(".")[0] not in _OF_THE_START]
+    rows = [
+        ("setting", "checkpoint", "this run"),
+        *((name, _shown(before, name), _shown(after, name)) for name in names),
+    ]
+    if len(rows) == 1:
+        return ""
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(["Resumed with other settings, which hold from here on:", *(f"  {line}" for line in lines)])
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting by its dotted name; lists are settings."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+def _shown(settings: dict[str, Any], name: str) -> str:
+    text = str(settings[name]) if name in settings else "-"
+    return text if len(text) <= 40 else text[:39] + "…"

@@ -1,0 +1,167 @@
+"""A checkpoint as Lightning keeps it in one process, all of a model in one dictionary, to and from a portable one."""
+
+import inspect
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from firefly_lightning.checkpoints.paths import TRAINER_FILE
+from firefly_lightning.checkpoints.portable import WEIGHT, PortableReader, PortableWriter, finish
+from firefly_lightning.errors import FireflyError
+
+NAMES_KEY = "optimizer_parameters"
+"""Where a checkpoint says, for each optimizer, the names of its parameters in the order of their numbers."""
+
+SCALARS_KEY = "optimizer_scalars"
+"""Where ``trainer.ckpt`` has what an optimizer counts, such as ``step``: for all parameters, and those that differ."""
+
+TIED_KEY = "tied"
+"""Where ``trainer.ckpt`` says which names share the tensor of another."""
+
+BY_NAME = "by_name"
+"""Key of an optimizer's state whose parameters go by their names, until :func:`accept_names` numbers them."""
+
+
+def can_be_portable(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether all tensors of a checkpoint have names: weights alone, or those of one optimizer too."""
+    optimizers = checkpoint.get("optimizer_states", [])
+    named = len(optimizers) == 0 or (len(optimizers) == 1 and None not in checkpoint.get(NAMES_KEY, [[None]])[0])
+    return named and NAMES_KEY in checkpoint and "state_dict" in checkpoint
+
+
+def write_whole(checkpoint: Mapping[str, Any], folder: Path) -> None:
+    """Writes a checkpoint for which :func:`can_be_portable`.
+
+    Args:
+        checkpoint: With ``state_dict`` and ``optimizer_states``.
+        folder: To fill; it is not yet in its place.
+    """
+    states, scalars = _by_name(checkpoint)
+    writer, tied = PortableWriter(folder, rank=0), {}
+    seen: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in checkpoint["state_dict"].items():
+        first = seen.setdefault((tensor.data_ptr(), tensor.shape), name) if tensor.numel() else name
+        if first == name:
+            writer.add(name, {WEIGHT: tensor, **states.get(name, {})})
+        else:
+            tied[name] = first
+    dropped = ("state_dict", "optimizer_states", NAMES_KEY)
+    kept = {name: value for name, value in checkpoint.items() if name not in dropped}
+    files = writer.close()
+    torch.save(kept | {TIED_KEY: tied, SCALARS_KEY: summed_up(scalars)}, folder / TRAINER_FILE)
+    finish(folder, files)
+
+
+def read_whole(reader: PortableReader) -> dict[str, Any]:
+    """The same checkpoint again; its optimizer's state needs :func:`accept_names`."""
+    checkpoint = reader.trainer()
+    weights = {name: reader.weight(name) for name in reader.names()}
+    weights |= {name: weights[first] for name, first in checkpoint[TIED_KEY].items()}
+    states = {
+        name: scalars_of(checkpoint, name) | {key: reader.state(key, name) for key in keys}
+        for name in reader.names()
+        if (keys := reader.keys(name))
+    }
+    return checkpoint | {"state_dict": weights, "optimizer_states": [{BY_NAME: states}]}
+
+
+def summed_up(scalars: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What an optimizer counts for each parameter, said once where it is the same for all."""
+    common = dict(next(iter(scalars.values()), {}))
+    own = {name: dict(values) for name, values in scalars.items() if values != common}
+    return {"all": common, "own": own}
+
+
+def scalars_of(trainer: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What the optimizer had counted for a parameter, from what ``trainer.ckpt`` holds."""
+    saved = trainer[SCALARS_KEY]
+    values = saved["own"].get(name, saved["all"])
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in values.items()}
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether an entry of an optimizer's state is counted rather than a tensor of the parameter's."""
+    return not isinstance(value, Tensor) or value.dim() == 0
+
+
+def numbered_names(module: nn.Module, optimizer: Optimizer) -> list[str | None]:
+    """Names of an optimizer's parameters in the order of their numbers; None for those that the module lacks."""
+    names = parameter_names(module)
+    return [names.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def parameter_names(module: nn.Module) -> dict[int, str]:
+    """By ``id``, the names of a module's parameters; of two names, the first."""
+    return {id(parameter): name for name, parameter in module.named_parameters()}
+
+
+def accept_names(module: nn.Module, optimizer: Optimizer) -> None:
+    """Makes ``optimizer.load_state_dict`` take states by name too; its settings then stay its own."""
+
+    def numbered(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
+        if BY_NAME not in state:
+            return None
+        own, saved = optimizer.state_dict(), state[BY_NAME]
+        names = numbered_names(module, optimizer)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        check_states(
+            optimizer,
+            (
+                (parameter.dim(), [key for key, value in saved.get(name, {}).items() if not is_scalar(value)])
+                for name, parameter in zip(names, parameters, strict=True)
+            ),
+        )
+        return own | {"state": {number: saved[name] for number, name in enumerate(names) if name in saved}}
+
+    optimizer.register_load_state_dict_pre_hook(numbered)
+
+
+def check_states(optimizer: Optimizer, saved: Iterable[tuple[int, Collection[str]]]) -> None:
+    """Refuses the states of another kind of optimizer, with which this one could not step.
+
+    Args:
+        optimizer: That is to go on.
+        saved: Of each parameter, how many dimensions it has, which decides what some optimizers keep, and the keys of
+            the tensors that were saved; none of one that was not trained.
+
+    Raises:
+        FireflyError: If they are not what it keeps.
+    """
+    for dimensions, keys in sorted({(dimensions, tuple(sorted(keys))) for dimensions, keys in saved if keys}):
+        kept = _kept_states(optimizer, dimensions)
+        if kept is not None and kept != set(keys):
+            name, has = type(optimizer).__name__, ", ".join(sorted(kept)) or "nothing"
+            raise FireflyError(
+                f"the checkpoint's optimizer keeps {', '.join(keys)} of a weight, {name} keeps {has}; "
+                "resume with the optimizer that it was saved with"
+            )
+
+
+def _kept_states(optimizer: Optimizer, dimensions: int) -> set[str] | None:
+    """Which tensors an optimizer keeps of a parameter, seen by letting one step; None where it needs more for that."""
+    parameter, known = Parameter(torch.zeros([2] * dimensions)), inspect.signature(type(optimizer)).parameters
+    parameter.grad = torch.zeros_like(parameter)
+    settings = {name: value for name, value in optimizer.defaults.items() if name in known}
+    try:
+        example: Any = type(optimizer)([parameter], **settings)
+        example.step()
+    except Exception:  # of any type: a closure, a device or an argument is missing
+        return None
+    return {key for key, value in example.state[parameter].items() if not is_scalar(value)}
+
+
+def _by_name(checkpoint: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
+    """States of the optimizer by name of the parameter: tensors, and what is counted."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for optimizer, names in zip(checkpoint.get("optimizer_states", []), checkpoint[NAMES_KEY], strict=False):
+        for number, state in optimizer["state"].items():
+            name = names[number]
+            tensors[name] = {key: value for key, value in state.items() if not is_scalar(value)}
+            scalars[name] = {key: value for key, value in state.items() if is_scalar(value)}
+    return tensors, scalars

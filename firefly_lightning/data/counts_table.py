@@ -1,0 +1,43 @@
+"""What a set of rows is made of."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.box import SIMPLE
+from rich.cells import cell_len
+from rich.table import Table
+
+from firefly_lightning.console import render
+from firefly_lightning.data.token_cache import COUNTED, Counts
+
+HEADINGS = {
+    "rows": "rows read",
+    "truncated": "truncated",
+    "dropped": "too long, left out",
+    "no_target": "no target left, left out",
+    "unanswered": "last turn not answered",
+    "tokens": "tokens kept",
+    "target_tokens": "tokens learned",
+}
+
+
+def counts_table(names: Sequence[str], counts: Sequence[Counts]) -> str:
+    """A table of what was read, cut, left out and kept, a line a kind and one for all.
+
+    Args:
+        names: Sources, named in the title.
+        counts: Of each source.
+    """
+    kinds = sorted({kind for source in counts for kind in source})
+    totals = {kind: Counter[str]() for kind in [*kinds, "all"]}
+    for source in counts:
+        for kind, numbers in source.items():
+            totals[kind].update(numbers)
+            totals["all"].update(numbers)
+    table = Table(title=", ".join(names), box=SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
+    table.add_column("kind", min_width=max(cell_len(kind) for kind in totals))
+    for name in COUNTED:
+        table.add_column(HEADINGS[name], justify="right", min_width=max(map(len, HEADINGS[name].split())))
+    for kind, numbers in totals.items():
+        table.add_row(kind, *(f"{numbers[name]:,}" for name in COUNTED))
+    return render(table)

@@ -1,0 +1,1 @@
+"""Records of files and datasets, and rows in their three forms."""

@@ -1,0 +1,163 @@
+"""Records of files and Hugging Face datasets, whatever they hold: one at a time, with the place of every mistake."""
+
+import csv
+import glob
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from firefly_lightning.data.sources.json_arrays import not_json, not_utf8, read_json_array
+from firefly_lightning.errors import FireflyError, describe_os_error
+
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+
+
+def find_sources(patterns: Iterable[str]) -> list[str]:
+    """Files named by paths and globs, in order; names of Hugging Face datasets stay as they are.
+
+    Raises:
+        FireflyError: If a path or a glob meets no file.
+    """
+    sources: list[str] = []
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_file():
+            sources.append(str(path))
+        elif any(character in pattern for character in "*?["):
+            # Path.glob wants a relative pattern and a root; a user's pattern may be absolute.
+            matches = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())  # noqa: PTH207
+            if not matches:
+                raise FireflyError(f"{pattern}: no file matches; check the pattern and the working folder")
+            sources += matches
+        elif path.suffix in FILE_SUFFIXES or not (path.is_dir() or re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", pattern)):
+            raise FireflyError(f"{pattern}: no such file; check the path and the working folder")
+        else:
+            sources.append(str(path) if path.is_dir() else pattern)
+    return sources
+
+
+def is_file(source: str) -> bool:
+    """Whether a source is a file, rather than a dataset of the Hugging Face hub."""
+    return Path(source).is_file()
+
+
+def read_records(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Streams (number, fields) of one file or dataset, as they stand.
+
+    Raises:
+        FireflyError: If the source cannot be read or a row is not an object; with file and line.
+    """
+    try:
+        for number, fields in _read(source):
+            if not isinstance(fields, dict):
+                raise FireflyError(
+                    f"{source}:{number}: a row must be a JSON object, this is {type(fields).__name__}; mend the line"
+                )
+            yield number, fields
+    except OSError as error:
+        raise FireflyError(describe_os_error(error, source)) from error
+
+
+def load_hub_dataset(name: str) -> Any:
+    """The train split of a dataset of the Hugging Face hub or of a folder.
+
+    Raises:
+        FireflyError: If ``datasets`` cannot load it.
+    """
+    try:
+        import datasets
+
+        return datasets.load_dataset(name, split="train")
+    except Exception as error:
+        raise FireflyError(f"{name}: neither a file nor a dataset that could be loaded ({error})") from error
+
+
+def _read(source: str) -> Iterator[tuple[int, Any]]:
+    if not is_file(source):
+        return enumerate(load_hub_dataset(source), 1)
+    if source.endswith(".parquet"):
+        return _read_parquet(source)
+    if source.endswith((".csv", ".tsv")):
+        return _read_table(source, "\t" if source.endswith(".tsv") else ",")
+    if source.endswith(".json") and _first_character(source) == b"[":
+        return read_json_array(source)
+    return _read_json_lines(source)
+
+
+def _first_character(source: str) -> bytes:
+    with Path(source).open("rb") as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+
+
+def _read_json_lines(source: str) -> Iterator[tuple[int, Any]]:
+    with Path(source).open("rb") as file:
+        for number, line in enumerate(file, 1):
+            text = _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, source, number)
+            if text.strip():
+                yield number, _load_json(text, source, number)
+
+
+def _decode(line: bytes, source: str, number: int) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise not_utf8(source, number, line[error.start]) from error
+
+
+def _load_json(text: str, source: str, number: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise not_json(source, number, error.colno, error.msg) from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise FireflyError(f"{source}:{number}: not a row, {error}; mend the line") from error
+
+
+def _read_table(source: str, delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Rows of a table whose first line names its columns; a row is numbered by its place.
+
+    In ``.csv`` files quotes hold a cell together, line ends in it too. In ``.tsv`` files they are ordinary text, as in
+    most that are published.
+    """
+    csv.field_size_limit(1 << 30)  # the default refuses a cell of more than 131,072 characters
+    with Path(source).open("rb") as file:
+        lines = (
+            _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, source, number)
+            for number, line in enumerate(file, 1)
+        )
+        reader = csv.reader(
+            lines, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL, strict=True
+        )
+        try:
+            columns = _columns(next(reader, []), source)
+            for number, cells in enumerate(filter(None, reader), 1):
+                if len(cells) != len(columns):
+                    raise FireflyError(
+                        f"{source}:{reader.line_num}: {len(cells)} cells in a table of {len(columns)} columns; "
+                        "mend the line"
+                    )
+                yield number, dict(zip(columns, cells, strict=True))
+        except csv.Error as error:
+            raise FireflyError(f"{source}:{reader.line_num}: not a table, {error}; mend the line") from error
+
+
+def _columns(names: list[str], source: str) -> list[str]:
+    if len(set(names)) < len(names) or not all(names):
+        raise FireflyError(f"{source}:1: the first line must name every column once, this is {', '.join(names)}")
+    return names
+
+
+def _read_parquet(source: str) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=1024):
+            for fields in batch.to_pylist():
+                number += 1
+                yield number, fields
+    except pyarrow.ArrowException as error:
+        raise FireflyError(f"{source}: not a readable Parquet file ({error})") from error

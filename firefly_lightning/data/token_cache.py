@@ -1,0 +1,350 @@
+"""Token ids of a source, made once, kept in an Arrow file and mapped into memory.
+
+One folder of the cache holds one source under one tokenizer, format, length and policy; its name is a hash of all of
+them and of the code that makes it. It appears by a rename when it is complete, so what is there can be used.
+"""
+
+import functools
+import gc
+import inspect
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+from filelock import FileLock
+from tqdm import tqdm
+
+from firefly_lightning import prompt as prompt_module
+from firefly_lightning.data import row_arrays as row_arrays_module
+from firefly_lightning.data.row_arrays import RowArrays, TooLong, cut_rows, join_rows
+from firefly_lightning.data.sources import json_arrays as json_arrays_module
+from firefly_lightning.data.sources import records as records_module
+from firefly_lightning.data.sources import row_forms as rows_module
+from firefly_lightning.data.sources.records import is_file, load_hub_dataset
+from firefly_lightning.data.sources.row_forms import Row, RowFormat, read_rows
+from firefly_lightning.errors import FireflyError, describe_os_error
+from firefly_lightning.prompt import PromptEncoder
+
+# Tokenising in parallel and then forking loader workers is safe here, since workers never tokenise; unset, it warns.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+WHOLE = sys.maxsize
+"""A length that cuts no row."""
+
+ROWS_PER_BATCH = 4096
+SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "target_mask": pa.list_(pa.bool_()),
+        "target_tokens": pa.int32(),
+        "kind": pa.int32(),
+        "number": pa.int64(),
+        "identity": pa.uint64(),
+    }
+)
+Counts = dict[str, dict[str, int]]
+"""By kind, what ``COUNTED`` names: rows read, cut, left out or short of a last answer, and tokens kept."""
+
+COUNTED = ("rows", "truncated", "dropped", "no_target", "unanswered", "tokens", "target_tokens")
+
+
+class TokenizedRow(NamedTuple):
+    """One row: (length,) token ids, and (length,) whether each is learned."""
+
+    input_ids: npt.NDArray[np.int32]
+    target_mask: npt.NDArray[np.bool_]
+
+
+class TokenizedRows:
+    """Rows of several cache folders, one after another.
+
+    Args:
+        folders: From :func:`tokenize`.
+        names: What each is called in messages.
+    """
+
+    def __init__(self, folders: Sequence[Path], names: Sequence[str]) -> None:
+        self.folders, self.names = list(folders), list(names)
+        self.counts: list[Counts] = []
+        self.kinds: list[str] = []
+        self._batches: list[pa.RecordBatch] = []
+        kinds: list[npt.NDArray[np.int32]] = []
+        sizes: list[int] = []
+        for folder in self.folders:
+            report = json.loads((folder / "report.json").read_text("utf-8"))
+            self.counts.append(report["counts"])
+            renumbered = np.array([self._kind_id(kind) for kind in report["kinds"]], np.int32)
+            batches = _map_batches(folder / "rows.arrow")
+            kinds += [renumbered[_numbers(batch.column("kind"))] for batch in batches]
+            sizes.append(sum(batch.num_rows for batch in batches))
+            self._batches += batches
+        self.ends = np.cumsum(sizes)
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        self.lengths = _concatenate([np.diff(_numbers(batch.column("input_ids").offsets)) for batch in self._batches])
+        self.target_tokens = _concatenate([_numbers(batch.column("target_tokens")) for batch in self._batches])
+        self.kind_ids = _concatenate(kinds)
+        self.identities: npt.NDArray[np.uint64] = np.concatenate(
+            [np.zeros(0, np.uint64), *(_numbers(batch.column("identity")) for batch in self._batches)]
+        )
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, row: int) -> TokenizedRow:
+        batch, index = self._locate(row)
+        ids, mask = batch.column("input_ids"), batch.column("target_mask")
+        first, last = ids.offsets[index].as_py(), ids.offsets[index + 1].as_py()
+        return TokenizedRow(_numbers(ids.values[first:last]), _booleans(mask.values[first:last]))
+
+    def of_source(self, index: int) -> npt.NDArray[np.int64]:
+        """Rows of one source."""
+        return np.arange(self.ends[index - 1] if index else 0, self.ends[index])
+
+    def describe(self, row: int) -> str:
+        """Where a row came from: source, line and kind."""
+        batch, index = self._locate(row)
+        source = self.names[int(np.searchsorted(self.ends, row, side="right"))]
+        return f"{source}:{batch.column('number')[index].as_py()} ({self.kinds[self.kind_ids[row]]})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker that is started afresh maps the files itself instead of being sent their content.
+        return type(self), (self.folders, self.names)
+
+    def _locate(self, row: int) -> tuple[pa.RecordBatch, int]:
+        batch = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._batches[batch], int(row - self._starts[batch])
+
+    def _kind_id(self, kind: str) -> int:
+        if kind not in self.kinds:
+            self.kinds.append(kind)
+        return self.kinds.index(kind)
+
+
+def default_cache_dir() -> Path:
+    """``firefly_lightning`` in the user's cache folder (``$XDG_CACHE_HOME``, else ``~/.cache``)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "firefly_lightning"
+
+
+def tokenize(
+    source: str,
+    encoder: PromptEncoder,
+    max_length: int,
+    too_long: TooLong,
+    cache_dir: Path,
+    row_format: RowFormat | None = None,
+) -> Path:
+    """The cache folder of a source, made if it is not there.
+
+    Two processes that need the same folder wait for each other; one of them makes it.
+
+    Raises:
+        FireflyError: If the source is malformed, or the disk does not take the result.
+    """
+    folder = cache_dir / _key(source, encoder, max_length, too_long, row_format)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache_dir / f"{folder.name}.lock"):
+            if not folder.is_dir():
+                _make(folder, lambda path: _write(path, source, encoder, max_length, too_long, row_format))
+    except OSError as error:
+        raise FireflyError(describe_os_error(error, cache_dir)) from error
+    return folder
+
+
+def _key(
+    source: str, encoder: PromptEncoder, max_length: int, too_long: TooLong, row_format: RowFormat | None = None
+) -> str:
+    settings = json.dumps([vars(encoder.prompt), max_length, too_long], sort_keys=True)
+    parts = [settings, encoder.backend.to_str(), _hash_content(source), _hash_files(_CODE)]
+    if row_format:
+        parts += [getattr(row_format, "__qualname__", ""), _hash_files([_file_of(row_format)])]
+    return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
+
+
+def _file_of(row_format: RowFormat) -> str:
+    """The file whose change makes token ids anew."""
+    file = inspect.getsourcefile(row_format) if inspect.isfunction(row_format) else None
+    if file is None or not Path(file).is_file():
+        raise FireflyError(
+            "data.row_format: only a function of a file is taken, since token ids are made anew when the file changes; "
+            "define it in one"
+        )
+    return file
+
+
+_READERS = (prompt_module, rows_module, records_module, json_arrays_module, row_arrays_module)
+_CODE = [__file__, *(str(module.__file__) for module in _READERS)]
+
+
+def _hash_content(source: str) -> str:
+    if is_file(source):
+        # Whether it is read as JSON lines or as Parquet depends on the suffix too.
+        return Path(source).suffix + _hash_once(source)
+    cached = [entry["filename"] for entry in load_hub_dataset(source).cache_files]
+    return source + _hash_files(cached)
+
+
+def _hash_once(path: str) -> str:
+    """Of a file that is asked for by ``prepare_data`` and again by ``setup``; read again only where it has changed."""
+    status = Path(path).stat()
+    return _hash_of_version(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache
+def _hash_of_version(path: str, *version: int) -> str:
+    return _hash_files([path])
+
+
+def _hash_files(paths: Sequence[str]) -> str:
+    digest = xxhash.xxh3_128()
+    for path in paths:
+        try:
+            with Path(path).open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise FireflyError(describe_os_error(error, path)) from error
+    return digest.hexdigest()
+
+
+def _make(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
+    """Fills a temporary folder beside the final one and renames it."""
+    for left_over in folder.parent.glob(f"{folder.name}.tmp*"):
+        shutil.rmtree(left_over)  # of a process that was killed; a living one would hold the lock
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
+    try:
+        report = write(temporary / "rows.arrow")
+        (temporary / "report.json").write_text(json.dumps(report, ensure_ascii=False), "utf-8")
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(
+    path: Path,
+    source: str,
+    encoder: PromptEncoder,
+    max_length: int,
+    too_long: TooLong,
+    row_format: RowFormat | None = None,
+) -> dict[str, Any]:
+    counts: defaultdict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(COUNTED, 0))
+    progress = tqdm(read_rows(source, row_format), desc=f"tokenising {Path(source).name}", unit=" rows", delay=2)
+    with _no_garbage_collection(), pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        for rows, texts in _encode_ahead(_chunks(progress, ROWS_PER_BATCH), encoder):
+            whole = join_rows(texts, [len(row.turns) for row in rows], encoder.controls)
+            writer.write_batch(_count_and_cut(rows, whole, counts, max_length, too_long, len(encoder.controls.start)))
+    return {"source": source, "kinds": list(counts), "counts": counts}
+
+
+def _encode_ahead(chunks: Iterable[list[Row]], encoder: PromptEncoder) -> Iterator[tuple[list[Row], list[list[int]]]]:
+    """Chunks with the ids of their texts; while one is worked on, the next two are being tokenised."""
+    # Two, since the ids of one become Python's while the tokenizer is at the other.
+    with ThreadPoolExecutor(2) as threads:
+        under_way: deque[tuple[list[Row], Future[list[list[int]]]]] = deque()
+        for chunk in chunks:
+            texts = [text for row in chunk for turn in row.turns for text in turn]
+            under_way.append((chunk, threads.submit(encoder.encode_texts, texts)))
+            if len(under_way) == 3:
+                rows, ids = under_way.popleft()
+                yield rows, ids.result()
+        for rows, ids in under_way:
+            yield rows, ids.result()
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A quarter less time: there are no cycles in rows, and the many lists have all that torch holds looked through."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _count_and_cut(
+    rows: Sequence[Row],
+    whole: RowArrays,
+    counts: defaultdict[str, dict[str, int]],
+    max_length: int,
+    too_long: TooLong,
+    start: int,
+) -> pa.RecordBatch:
+    """The rows as they will be learned, without those of which nothing can be."""
+    for row in rows:
+        counts[row.kind]["rows"] += 1
+        counts[row.kind]["unanswered"] += row.unanswered
+    numbers = {kind: number for number, kind in enumerate(counts)}
+    kinds = np.array([numbers[row.kind] for row in rows], np.int32)
+
+    def add(name: str, kinds: npt.NDArray[np.int32], amounts: npt.NDArray[np.integer] | None = None) -> None:
+        for kind, amount in zip(counts, np.bincount(kinds, amounts, len(counts)), strict=True):
+            counts[kind][name] += int(amount)
+
+    longer = whole.lengths > max_length
+    dropped = longer & (too_long == "drop")
+    cut = cut_rows(whole, max_length, too_long, start)
+    taught = cut.target_tokens > 0
+    at = np.flatnonzero(~dropped)
+    add("dropped", kinds[dropped])
+    add("truncated", kinds[longer & ~dropped])
+    add("no_target", kinds[at[~taught]])
+    kept, at = cut.only(taught), at[taught]
+    add("tokens", kinds[at], kept.lengths)
+    add("target_tokens", kinds[at], kept.target_tokens)
+    return _record_batch(kept, kinds[at], [rows[index] for index in at.tolist()])
+
+
+def _record_batch(kept: RowArrays, kinds: npt.NDArray[np.int32], rows: Sequence[Row]) -> pa.RecordBatch:
+    offsets = kept.offsets.astype(np.int32)
+    columns = [
+        pa.ListArray.from_arrays(offsets, pa.array(kept.input_ids)),
+        pa.ListArray.from_arrays(offsets, pa.array(kept.target_mask)),
+        pa.array(kept.target_tokens),
+        pa.array(kinds),
+        pa.array([row.number for row in rows], pa.int64()),
+        pa.array([row.identity for row in rows], pa.uint64()),
+    ]
+    return pa.record_batch(columns, schema=SCHEMA)
+
+
+def _chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    stream = iter(rows)  # once: a progress bar that is iterated anew for every chunk ends with the second
+    while chunk := list(itertools.islice(stream, size)):
+        yield chunk
+
+
+def _map_batches(path: Path) -> list[pa.RecordBatch]:
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    return [reader.get_batch(index) for index in range(reader.num_record_batches)]
+
+
+def _numbers(array: pa.Array) -> npt.NDArray[Any]:
+    """A view; pyarrow's own to_numpy imports pandas, which takes as long as all else that a start with a cache does."""
+    return np.from_dlpack(array)
+
+
+def _booleans(array: pa.BooleanArray) -> npt.NDArray[np.bool_]:
+    """Arrow keeps eight in a byte, the first in its lowest bit."""
+    first, after = array.offset, array.offset + len(array)
+    packed = np.frombuffer(array.buffers()[1], np.uint8)[first // 8 : -(-after // 8)]
+    return np.unpackbits(packed, bitorder="little")[first % 8 :][: len(array)].view(bool)
+
+
+def _concatenate(parts: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
+    return np.concatenate([np.zeros(0, np.int32), *parts])

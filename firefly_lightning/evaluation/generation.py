@@ -1,0 +1,233 @@
+"""Answers of a model: one streamed character by character, or many in a batch."""
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from queue import SimpleQueue
+from threading import Event, Thread
+from typing import Any, TypedDict
+
+import torch
+from tokenizers.decoders import DecodeStream
+from transformers import BloomForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.huggingface import PUBLISHED_DECODING, reason
+from firefly_lightning.prompt import PromptEncoder, Turn
+
+
+def generate_stream(
+    model: BloomForCausalLM,
+    encoder: PromptEncoder,
+    turns: Sequence[Turn],
+    question: str,
+    generation_config: GenerationConfig | None = None,
+    seed: int | None = None,
+) -> Iterator[str]:
+    """Streams an answer in pieces of whole characters, up to ``</s>``. Generation ends when nobody reads on.
+
+    Args:
+        model: Generates, on its device.
+        encoder: Of the format the model was trained with.
+        turns: What was said before.
+        question: What to answer.
+        generation_config: ``default_decoding`` of the model by default.
+        seed: Makes the answer repeatable, and leaves PyTorch's random state as it was.
+    """
+    prompt_ids = torch.tensor([encoder.encode_question(turns, question)], device=model.device)
+    streamer, stopped = _IdStreamer(), Event()
+
+    def run() -> None:
+        try:
+            with _seeded(seed, model.device):
+                model.generate(
+                    prompt_ids,
+                    attention_mask=torch.ones_like(prompt_ids),
+                    generation_config=_decoding(generation_config, model, encoder),
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([_StopWhen(stopped)]),
+                )
+            streamer.results.put(None)
+        except BaseException as error:  # raised again where the answer is read
+            streamer.results.put(error)
+
+    thread = Thread(target=run, name="generate", daemon=True)
+    thread.start()
+    try:
+        yield from _decode_stream(encoder, streamer.ids())
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def generate_batch(
+    model: BloomForCausalLM,
+    encoder: PromptEncoder,
+    questions: Sequence[str],
+    generation_config: GenerationConfig | None = None,
+) -> list[str]:
+    """Answers of first questions, all generated together; greedy ones are those each would get alone.
+
+    Args:
+        model: Generates, on its device.
+        encoder: Of the format the model was trained with.
+        questions: At once in memory, padded to the longest.
+        generation_config: ``default_decoding`` of the model by default.
+    """
+    return answer_prompts(
+        model, encoder, [encoder.encode_question([], question) for question in questions], generation_config
+    )
+
+
+def answer_prompts(
+    model: BloomForCausalLM,
+    encoder: PromptEncoder,
+    prompts: Sequence[Sequence[int]],
+    generation_config: GenerationConfig | None = None,
+    seed: int | None = None,
+    in_step: bool = False,
+    device: torch.device | None = None,
+) -> list[str]:
+    """Answers of prompts, all generated together.
+
+    Args:
+        model: Generates.
+        encoder: Of the format the model was trained with.
+        prompts: Token ids of each, up to where its answer begins.
+        generation_config: ``default_decoding`` of the model by default.
+        seed: Makes the answers repeatable, and leaves PyTorch's random state as it was.
+        in_step: All ranks call this together and run the model equally often, until the last of them is done; one
+            without prompts runs it on a token of padding.
+        device: Where the model runs, which is not always where it lies; ``model.device`` by default.
+    """
+    if not prompts and not in_step:
+        return []
+    stopped = Event()
+    if not prompts:
+        stopped.set()  # at once; transformers goes on running the model while another rank needs it
+    input_ids, attention_mask = _pad_left(prompts or [[encoder.pad_token_id]], encoder.pad_token_id)
+    device = device or model.device
+    with _seeded(seed, device):
+        output = model.generate(
+            input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            generation_config=_decoding(generation_config, model, encoder),
+            stopping_criteria=StoppingCriteriaList([_StopWhen(stopped)]),
+            synced_gpus=in_step,
+        )
+    return [_decode(encoder, ids) for ids in output[: len(prompts), input_ids.shape[1] :].tolist()]
+
+
+def default_decoding(model: BloomForCausalLM) -> GenerationConfig:
+    """The model's own generation config, or the published one where it does not say how long an answer may be."""
+    config = model.generation_config
+    return copy.deepcopy(config) if config.max_new_tokens else GenerationConfig(**PUBLISHED_DECODING)
+
+
+class Decoding(TypedDict, total=False):
+    """Settings of generation, as in Hugging Face's ``GenerationConfig``; what is not set is the model's own."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    no_repeat_ngram_size: int
+    num_beams: int
+    length_penalty: float
+
+
+def change_decoding(config: GenerationConfig, changes: Decoding) -> GenerationConfig:
+    """Another config with some settings changed.
+
+    Raises:
+        FireflyError: If there is no such setting, or it cannot have that value.
+    """
+    changed = copy.deepcopy(config)
+    if changes.get("do_sample") is False:
+        for name in ("temperature", "top_k", "top_p"):  # of sampling; 4.51 warns where they stay
+            setattr(changed, name, getattr(GenerationConfig(), name))
+    try:
+        unknown = changed.update(**changes)
+    except (ValueError, TypeError) as error:
+        raise FireflyError(f"model.decoding: {reason(error).rstrip('.')}; choose another value") from error
+    if unknown:
+        raise FireflyError(f"model.decoding: no setting is called {', '.join(unknown)}; see GenerationConfig")
+    return changed
+
+
+def _decoding(config: GenerationConfig | None, model: BloomForCausalLM, encoder: PromptEncoder) -> GenerationConfig:
+    config = default_decoding(model) if config is None else copy.deepcopy(config)
+    config.eos_token_id, config.pad_token_id = encoder.eos_token_id, encoder.pad_token_id
+    return config
+
+
+def _pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, (prompts, longest).
+
+    On the left: an answer goes on from the last column, and ALiBi measures from the first column attended to.
+    """
+    width = max(map(len, prompts))
+    input_ids = [[pad_token_id] * (width - len(ids)) + list(ids) for ids in prompts]
+    attention_mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+    return torch.tensor(input_ids), torch.tensor(attention_mask)
+
+
+def _decode(encoder: PromptEncoder, ids: list[int]) -> str:
+    length = ids.index(encoder.eos_token_id) if encoder.eos_token_id in ids else len(ids)
+    return str(encoder.backend.decode(ids[:length], skip_special_tokens=True))
+
+
+def _decode_stream(encoder: PromptEncoder, ids: Iterable[int]) -> Iterator[str]:
+    stream, seen, length = DecodeStream(skip_special_tokens=True), [], 0
+    for token in ids:
+        seen.append(token)
+        # None inside a character: its bytes may be spread over several tokens.
+        if piece := stream.step(encoder.backend, token):
+            length += len(piece)
+            yield piece
+    if rest := _decode(encoder, seen)[length:]:
+        yield rest
+
+
+class _IdStreamer(BaseStreamer):  # type: ignore[misc]  # untyped base
+    """Hands ids from the thread that generates to the one that reads."""
+
+    def __init__(self) -> None:
+        self.results: SimpleQueue[list[int] | BaseException | None] = SimpleQueue()
+        self._prompt_is_next = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt_is_next:
+            self.results.put(value.flatten().tolist())
+        self._prompt_is_next = False
+
+    def end(self) -> None:
+        """Nothing: the thread itself says when it is done, also when it failed."""
+
+    def ids(self) -> Iterator[int]:
+        while (result := self.results.get()) is not None:
+            if isinstance(result, BaseException):
+                raise result
+            yield from result
+
+
+class _StopWhen(StoppingCriteria):  # type: ignore[misc]  # untyped base
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

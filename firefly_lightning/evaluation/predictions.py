@@ -1,0 +1,148 @@
+"""Answers to the rows of micro-batches, and the file that they end up in."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import BinaryIO, TypedDict
+
+from transformers import BloomForCausalLM, GenerationConfig
+
+from firefly_lightning.checkpoints.paths import whole_file
+from firefly_lightning.data.batches import MicroBatch, first_turns
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.evaluation.generation import answer_prompts
+from firefly_lightning.files.atomic import check_new_file
+from firefly_lightning.interrupts import before_end
+from firefly_lightning.prompt import PromptEncoder
+
+FILE_NAME = "predictions.jsonl"
+
+
+class Prediction(TypedDict):
+    """A row and the answer to its first input.
+
+    Attributes:
+        row: Which row of the files this is, counted from 0 through all of them.
+        kind: Of the row.
+        input: The text that was answered.
+        target: The first target of the row.
+        generated: What the model answers.
+    """
+
+    row: int
+    kind: str
+    input: str
+    target: str
+    generated: str
+
+
+def predict(
+    model: BloomForCausalLM,
+    encoder: PromptEncoder,
+    batch: MicroBatch,
+    kinds: Sequence[str],
+    generation_config: GenerationConfig | None = None,
+    seed: int | None = None,
+    in_step: bool = False,
+) -> list[Prediction]:
+    """Answers the rows of a micro-batch, all together; the other arguments are those of ``answer_prompts``.
+
+    Texts are what the tokens of the row read: whole where the row was not cut.
+
+    Args:
+        model: Generates.
+        encoder: Of the format of the rows.
+        batch: One without rows gives no answers, but takes part in the step of the others.
+        kinds: Name of each kind in ``batch["kinds"]``.
+        generation_config: ``default_decoding`` of the model by default.
+        seed: Makes the answers repeatable.
+        in_step: Whether all ranks must run the model equally often.
+    """
+    turns, device = first_turns(batch), batch["input_ids"].device
+    prompts = [prompt for prompt, _ in turns]
+    answers = answer_prompts(model, encoder, prompts, generation_config, seed, in_step, device)
+    numbers, kind_ids = batch["rows"].tolist(), batch["kinds"].tolist()
+    texts = [encoder.decode_turn(prompt, target) for prompt, target in turns]
+    return [
+        {"row": row, "kind": kinds[kind], "input": source, "target": target, "generated": answer}
+        for row, kind, (source, target), answer in zip(numbers, kind_ids, texts, answers, strict=True)
+    ]
+
+
+class PredictionFile:
+    """``predictions.jsonl`` of a run: every rank writes its part as it goes, one of them joins the parts.
+
+    Parts are hidden files beside it; they are removed when it is complete. Only a killed run leaves them.
+
+    Args:
+        folder: Of the run, the same for all ranks.
+        rank: This one.
+        inputs: Files of the rows that are answered.
+
+    Raises:
+        FireflyError: If the file is one of them.
+    """
+
+    def __init__(self, folder: Path, rank: int, inputs: Sequence[str]) -> None:
+        self.path = folder / FILE_NAME
+        check_new_file(self.path, inputs)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._part: BinaryIO = self._part_path(rank).open("wb")
+        before_end(self.discard)
+
+    def write(self, predictions: Iterable[Prediction]) -> None:
+        """Adds rows to this rank's part, in any order."""
+        for prediction in predictions:
+            self._part.write(json.dumps(prediction, ensure_ascii=False).encode() + b"\n")
+        self._part.flush()
+
+    def close(self) -> None:
+        """Ends this rank's part."""
+        self._part.flush()
+        os.fsync(self._part.fileno())
+        self._part.close()
+
+    def discard(self) -> None:
+        """Removes this rank's part, of a run that ends early."""
+        self._part.close()
+        Path(self._part.name).unlink(missing_ok=True)
+
+    def join(self, world_size: int) -> None:
+        """Writes all rows in their order, each once, when every rank has closed its part.
+
+        Ranks that split a model have answered the same rows.
+
+        Raises:
+            FireflyError: If a part is missing.
+        """
+        paths = [self._part_path(rank) for rank in range(world_size)]
+        if missing := [path.name for path in paths if not path.is_file()]:
+            raise FireflyError(
+                f"{self.path.parent}: {missing[0]} of another machine is not here; "
+                "choose a trainer.default_root_dir that all machines share"
+            )
+        with whole_file(self.path) as file:
+            for path, start in _in_order(paths):
+                with path.open("rb") as part:
+                    part.seek(start)
+                    prediction = json.loads(part.readline())
+                del prediction["row"]
+                file.write(json.dumps(prediction, ensure_ascii=False).encode() + b"\n")
+        for path in self.path.parent.glob(f".{FILE_NAME}.rank*"):
+            path.unlink()
+
+    def _part_path(self, rank: int) -> Path:
+        return self.path.with_name(f".{FILE_NAME}.rank{rank}")
+
+
+def _in_order(paths: Sequence[Path]) -> list[tuple[Path, int]]:
+    """Where each row begins: the texts themselves need not fit into memory."""
+    found: dict[int, tuple[Path, int]] = {}
+    for path in paths:
+        start = 0
+        with path.open("rb") as part:
+            for line in part:
+                found.setdefault(json.loads(line)["row"], (path, start))
+                start += len(line)
+    return [found[row] for row in sorted(found)]

@@ -1,0 +1,1 @@
+"""A fast Bloom, its loss and its metrics, over target tokens only."""

@@ -1,0 +1,334 @@
+"""A fast, exact forward pass for Hugging Face's Bloom: only what the loss needs is computed.
+
+Rows lie one after another without padding; attention is PyTorch's fused one, with ALiBi as one bias for all rows; of
+the last block, only positions that are followed by a target go on. Weights, names and hooks are those of the stock
+model, whose own path stays what it is for everything else.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+from transformers import BloomForCausalLM
+
+from firefly_lightning.data.batches import MicroBatch
+from firefly_lightning.model.loss import (
+    TargetScores,
+    chunked_target_scores,
+    computing_dtype,
+    embed_tied,
+    fused_target_cross_entropy,
+    target_cross_entropy,
+    target_scores,
+)
+
+
+class PackedRows(NamedTuple):
+    """Where the rows of a micro-batch are when they lie one after another without padding.
+
+    Attributes:
+        lengths: Tokens of each row.
+        positions: (tokens,) where they are in the padded, flattened (rows · length).
+        targets: (targets,) which of the tokens are followed by one that is learned.
+    """
+
+    lengths: list[int]
+    positions: Tensor
+    targets: Tensor
+
+
+class Keeping(NamedTuple):
+    """What the forward pass of a block leaves out of what autograd would keep, because it is computed again quickly.
+
+    Nothing is left out of a block that is recomputed as a whole: what stands in for it would be kept beside its input.
+
+    Attributes:
+        spares: GELU's output, joined contexts, and what 16-bit attention has widened.
+        spares_norms: The output of layer norms, whose weights the backward pass must then find as they were.
+    """
+
+    spares: bool = False
+    spares_norms: bool = False
+
+
+KEEPING_ALL = Keeping()
+
+
+class FastBloom:
+    """The loss of a Bloom on the targets of a micro-batch.
+
+    Args:
+        model: Stock; its blocks learn to take packed rows, beside what they take.
+        heads: Which of the heads this process computes; all by default.
+        whole_weights: Whether this process holds every weight as a whole, all the time; then embedding and head need
+            not be called as modules, and the loss takes less memory and time.
+    """
+
+    def __init__(self, model: BloomForCausalLM, heads: slice = slice(None), whole_weights: bool = True) -> None:
+        self._model, self._whole_weights = model, whole_weights
+        self._bias = AlibiBias(model.config.n_head, heads)
+        for block in model.transformer.h:
+            block.forward = partial(_block_forward, block, block.forward)
+            attention = block.self_attention
+            attention.forward = partial(_attention_forward, attention, attention.forward)
+
+    def target_loss(self, batch: MicroBatch) -> Tensor:
+        """Summed negative log-likelihood of a micro-batch's targets, a scalar in float32."""
+        hidden, weight = self._hidden_and_head(batch)
+        if weight is None:
+            return target_cross_entropy(hidden, self._model.lm_head, batch["target_ids"])
+        return fused_target_cross_entropy(hidden, weight, batch["target_ids"])
+
+    def target_scores(self, batch: MicroBatch) -> TargetScores:
+        """How each target was predicted, without gradients."""
+        hidden, weight = self._hidden_and_head(batch)
+        if weight is None:
+            return target_scores(hidden, self._model.lm_head, batch["target_ids"])
+        return chunked_target_scores(hidden, weight, batch["target_ids"])
+
+    def _hidden_and_head(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        """Last hidden states, (targets, hidden_size), and the weight of the head if it may be used by itself."""
+        positions = batch["token_positions"]
+        input_ids = batch["input_ids"].flatten().index_select(0, positions)
+        rows = PackedRows(batch["lengths"], positions, batch["packed_targets"])
+        embedding, head = self._model.transformer.word_embeddings, self._model.lm_head
+        if not self._whole_weights:
+            return self._hidden(embedding(input_ids), rows), None
+        if head.weight is embedding.weight:
+            embedded, weight = embed_tied(embedding.weight, input_ids)
+        else:
+            embedded, weight = embedding(input_ids), head.weight
+        return self._hidden(embedded, rows), weight
+
+    def _hidden(self, embedded: Tensor, rows: PackedRows) -> Tensor:
+        """Last hidden states, (targets, hidden_size), of (tokens, hidden_size) word embeddings."""
+        transformer = self._model.transformer
+        hidden = transformer.word_embeddings_layernorm(embedded)
+        recomputed = bool(getattr(transformer, "gradient_checkpointing", False)) and transformer.training
+        keeping = Keeping(spares=not recomputed, spares_norms=not recomputed and self._whole_weights)
+        attend = partial(_attend, rows=rows, bias=self._bias, spares=keeping.spares)
+        *blocks, last = transformer.h
+        for block, only in (*((block, None) for block in blocks), (last, rows.targets)):
+            recompute = recomputed and not _recomputes(block)
+            hidden = block(hidden, attend=attend, only=only, keeping=keeping, recompute=recompute)
+        output: Tensor = transformer.ln_f(hidden)
+        return output
+
+
+def _recomputes(block: nn.Module) -> bool:
+    """Whether calling a block recomputes its activations, as in some releases of transformers 5.
+
+    Others do so around the block, or in the forward pass of its class, which that of :class:`FastBloom` replaces.
+    """
+    return type(block).__call__ is not nn.Module.__call__
+
+
+class AlibiBias:
+    """What ALiBi and causality add to attention scores; that of the longest row so far holds those of all shorter ones.
+
+    Relative to a query's own position, which softmax does not see: near positions, the ones that matter, are then exact
+    in bfloat16 too.
+
+    Args:
+        heads: Of the whole model.
+        own: Those of this process.
+    """
+
+    def __init__(self, heads: int, own: slice = slice(None)) -> None:
+        self._slopes = alibi_slopes(heads)[own]
+        self._kept: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def __call__(self, length: int, like: Tensor) -> Tensor:
+        """(1, heads, length, length), of the type and on the device of ``like``."""
+        key = like.device, like.dtype
+        kept = self._kept.get(key)
+        if kept is None or kept.shape[-1] < length:
+            kept = self._kept[key] = self._make(length).to(like)
+        return kept[..., :length, :length]
+
+    def _make(self, length: int) -> Tensor:
+        positions = torch.arange(length)
+        distances = positions - positions[:, None]
+        bias = self._slopes[:, None, None] * distances
+        return bias.masked_fill(distances > 0, -torch.inf)[None]
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """The slope of each head, (heads,): Press, Smith and Lewis, "Train Short, Test Long" (2022).
+
+    A power of two gives a geometric sequence from 2^(-8/heads); other numbers take every second slope of twice the next
+    lower power for the heads that are left.
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
+    slopes += [2.0 ** (-4 * (2 * head + 1) / power) for head in range(heads - power)]
+    return torch.tensor(slopes)
+
+
+def _block_forward(
+    block: Any,
+    stock: Any,
+    hidden: Tensor,
+    *args: Any,
+    attend: Any = None,
+    only: Tensor | None = None,
+    keeping: Keeping = KEEPING_ALL,
+    recompute: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """A block's forward pass: over packed rows if it is told how they attend, else as Hugging Face has it.
+
+    Args:
+        block: Stock.
+        stock: Its own forward pass.
+        hidden: (tokens, hidden_size) of packed rows.
+        args: Of the stock pass.
+        attend: Contexts of the attention module and its fused queries, keys and values, and what joins them.
+        only: (targets,) tokens that go on after attention; all by default.
+        keeping: What is left out of what the backward pass needs.
+        recompute: Whether the backward pass makes activations anew; hooks of the block stay outside and run once.
+        kwargs: Of the stock pass.
+    """
+    if attend is None:
+        return stock(hidden, *args, **kwargs)
+    if recompute:
+        return checkpoint(_packed_forward, block, hidden, attend, only, keeping, use_reentrant=False)
+    return _packed_forward(block, hidden, attend, only, keeping)
+
+
+def _packed_forward(block: Any, hidden: Tensor, attend: Any, only: Tensor | None, keeping: Keeping) -> Tensor:
+    attention, mlp, dropout = block.self_attention, block.mlp, partial(_dropout, block)
+
+    def normed_into(layer: nn.Module, norm: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        normed = norm(hidden)
+        given = normed.to(computing_dtype(normed))  # as autocast would, but known here
+        again = partial(_norm_again, norm, hidden, given.dtype) if keeping.spares_norms else None
+        return _fed(layer, given, again), normed if block.apply_residual_connection_post_layernorm else hidden
+
+    fused, residual = normed_into(attention.query_key_value, block.input_layernorm, hidden)
+    contexts, join = attend(attention, fused)
+    if only is None:
+        context = _fed(attention.dense, join(contexts), partial(join, contexts) if keeping.spares else None)
+    else:
+        context, residual = attention.dense(join(contexts).index_select(0, only)), residual.index_select(0, only)
+    hidden = residual + dropout(context)
+    wide, residual = normed_into(mlp.dense_h_to_4h, block.post_attention_layernorm, hidden)
+    output: Tensor = residual + dropout(
+        _fed(mlp.dense_4h_to_h, _gelu(wide), partial(_gelu, wide) if keeping.spares else None)
+    )
+    return output
+
+
+def _fed(layer: nn.Module, given: Tensor, again: Callable[[], Tensor] | None) -> Tensor:
+    """A layer's output; its input is not kept for the backward pass if that is told how to make it again."""
+    if again is None:
+        output: Tensor = layer(given)
+        return output
+    number = id(given)  # a hook that knew the tensor itself would keep it
+    with saved_tensors_hooks(
+        lambda saved: None if id(saved) == number else saved,
+        lambda saved: again() if saved is None else saved,
+    ):
+        output = layer(given)
+    return output
+
+
+def _norm_again(norm: Any, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    return F.layer_norm(hidden, norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(dtype)
+
+
+def _gelu(inputs: Tensor) -> Tensor:
+    return F.gelu(inputs, approximate="tanh")
+
+
+def _attention_forward(
+    attention: Any, stock: Any, hidden: Tensor, residual: Tensor, alibi: Tensor, attention_mask: Any, **kwargs: Any
+) -> Any:
+    """Attention as generation calls it, with a cache of keys and values, in one kernel; the stock pass otherwise.
+
+    Args:
+        attention: Of a block.
+        stock: Its own forward pass.
+        hidden: (rows, length, hidden_size).
+        residual: Likewise, to add the result to.
+        alibi: (rows · heads, 1, positions) what ALiBi adds to the scores.
+        attention_mask: (rows, 1, length, positions) what causality and padding add.
+        kwargs: Of the stock pass.
+    """
+    cache = kwargs.get("layer_past")
+    if cache is None or attention.training or kwargs.get("output_attentions") or kwargs.get("head_mask") is not None:
+        return stock(hidden, residual, alibi=alibi, attention_mask=attention_mask, **kwargs)
+    query, key, value = attention._reshape(attention.query_key_value(hidden))
+    key, value = cache.update(key, value, attention.layer_idx)
+    bias = alibi.view(len(query), -1, 1, alibi.shape[-1])
+    if attention_mask is not None:
+        bias = bias + attention_mask[..., : key.shape[2]]
+    context = F.scaled_dot_product_attention(query, key, value, bias.to(query), scale=attention.inv_norm_factor)
+    return attention.dense(context.transpose(1, 2).flatten(2)) + residual, cache
+
+
+def _dropout(block: Any, hidden: Tensor) -> Tensor:
+    rate = block.mlp.hidden_dropout
+    return F.dropout(hidden, rate) if block.training and rate else hidden
+
+
+def _attend(
+    attention: Any, fused: Tensor, rows: PackedRows, bias: AlibiBias, spares: bool
+) -> tuple[Sequence[Tensor], Callable[[Sequence[Tensor]], Tensor]]:
+    """Contexts, as the kernel keeps them, of queries, keys and values, (tokens, heads · 3 · head_dim).
+
+    What joins them to (tokens, heads · head_dim) comes with them.
+    """
+    split = fused.view(len(fused), -1, 3, attention.head_dim)
+    dropout = attention.attention_dropout.p if attention.training else 0.0
+    scores = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=attention.inv_norm_factor)
+    if fused.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            # The gradient of the fused kernel is slower in bfloat16 than in float32 on processors.
+            contexts = _attend_row_by_row(split.float(), rows.lengths, bias, scores, fused.dtype if spares else None)
+        return contexts, partial(_join_rows, dtype=fused.dtype)
+    return _attend_padded(split, rows, bias, scores), partial(_join_padded, positions=rows.positions)
+
+
+def _attend_row_by_row(
+    split: Tensor, lengths: list[int], bias: AlibiBias, scores: Any, kept: torch.dtype | None
+) -> list[Tensor]:
+    """On a processor a call costs little, and padding much; `split` and `unbind` have one copy as their gradient."""
+    contexts = []
+    for row, length in zip(torch.split(split, lengths), lengths, strict=True):
+        query, key, value = row.permute(2, 1, 0, 3).unsqueeze(1).unbind()  # each (1, heads, length, head_dim)
+        with _kept_as(kept, query, key, value):
+            contexts.append(scores(query, key, value, attn_mask=bias(length, query)))
+    return contexts
+
+
+def _kept_as(dtype: torch.dtype | None, *tensors: Tensor) -> AbstractContextManager[Any]:
+    """Has float32 tensors whose values come from a narrower type kept in that."""
+    if dtype in (None, torch.float32):
+        return nullcontext()
+    numbers = {id(tensor) for tensor in tensors}
+    return saved_tensors_hooks(lambda saved: saved.to(dtype) if id(saved) in numbers else saved, torch.Tensor.float)
+
+
+def _join_rows(contexts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat([context[0].transpose(0, 1).flatten(1) for context in contexts]).to(dtype)
+
+
+def _attend_padded(split: Tensor, rows: PackedRows, bias: AlibiBias, scores: Any) -> list[Tensor]:
+    """On a GPU one call for all rows. Padding follows a row's last token, so that none of its queries sees it."""
+    count, longest = len(rows.lengths), max(rows.lengths)
+    padded = split.new_zeros(count * longest, *split.shape[1:]).index_copy(0, rows.positions, split)
+    query, key, value = padded.view(count, longest, *split.shape[1:]).permute(3, 0, 2, 1, 4).unbind()
+    return [scores(query, key, value, attn_mask=bias(longest, query))]
+
+
+def _join_padded(contexts: Sequence[Tensor], positions: Tensor) -> Tensor:
+    (context,) = contexts
+    return context.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, positions)

@@ -1,0 +1,167 @@
+"""What a plan is of: a configuration, the sizes of its model, and its rows where they are here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.planning.memory import estimate
+from firefly_lightning.planning.run_config import TrainingRows, devices_of, model_size, read_fit, training_rows
+from firefly_lightning.planning.runs import SHARING_ROWS, Load, ModelSize, Run, check
+from firefly_lightning.planning.tables import Planned
+
+DEVICES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the plan is of.
+
+    Attributes:
+        arguments: Of ``firefly-fit fit`` that make the configuration.
+        fit: The configuration.
+        model: Sizes.
+        rows: The data's, if they are here.
+        counts: Numbers of devices, the configuration's own first.
+        precision: Of all runs.
+    """
+
+    arguments: list[str]
+    fit: Any
+    model: ModelSize
+    rows: TrainingRows | None
+    counts: list[int]
+    precision: str
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of an optimizer step."""
+        return int(self.fit.data.init_args.batch_size)
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether the configuration recomputes activations."""
+        return bool(self.fit.model.init_args.gradient_checkpointing)
+
+    @property
+    def device(self) -> Literal["cuda", "cpu"]:
+        """That of the runs: a GPU, unless the configuration says otherwise."""
+        return "cpu" if self.fit.trainer.accelerator == "cpu" else "cuda"
+
+    def share(self, strategy: str, devices: int) -> int:
+        """Rows of a step that one device works on; 0 where the devices cannot share a step."""
+        ranks = 1 if strategy in SHARING_ROWS else devices
+        return 0 if self.batch_size % ranks else self.batch_size // ranks
+
+    def sizes(self, strategy: str, devices: int, chosen: Sequence[int] | None) -> list[int]:
+        """Micro-batch sizes that divide the share."""
+        share = self.share(strategy, devices)
+        sizes = [size for size in range(1, share + 1) if share % size == 0]
+        return [size for size in sizes if chosen is None or size in chosen]
+
+    def own_rows(self, strategy: str, devices: int) -> int:
+        """Micro-batch size of the configuration, or the whole share."""
+        return int(self.fit.data.init_args.micro_batch_size or self.share(strategy, devices))
+
+    def run(
+        self,
+        strategy: str,
+        devices: int,
+        rows: int,
+        checkpointing: bool,
+        refuse: bool = False,
+        load: Load | None = None,
+    ) -> Run | None:
+        """A run; None where the strategy cannot, unless that is to be refused."""
+        share = self.share(strategy, devices) or rows
+        length = int(self.fit.data.init_args.max_length)
+        load = load or (self.rows.heaviest(rows) if self.rows else Load.full(rows, length))
+        run = Run(self.model, strategy, devices, load, share // rows, self.precision, checkpointing, self.device)
+        try:
+            check(run)
+        except FireflyError:
+            if refuse:
+                raise
+            return None
+        return run
+
+    def planned(self, strategy: str, devices: int, rows: int, checkpointing: bool) -> Planned | None:
+        """A run and what it takes; None where the strategy cannot."""
+        run = self.run(strategy, devices, rows, checkpointing)
+        return Planned(run, rows, estimate(run)) if run else None
+
+
+def read_settings(
+    configs: list[str],
+    model: str | None,
+    sizes: dict[str, int | None],
+    precision: str | None,
+    devices: list[int] | None,
+) -> Settings:
+    """A configuration, or its defaults, with what is said beside it.
+
+    Args:
+        configs: YAML files.
+        model: Replaces the configuration's.
+        sizes: Of the model, by their names; all or none of them are given.
+        precision: Replaces the configuration's.
+        devices: Numbers of devices, if not the usual ones.
+
+    Raises:
+        FireflyError: If the model is not known, or a value is wrong.
+    """
+    described = [name for name, size in sizes.items() if size is not None]
+    if missing := [name for name in sizes if name not in described]:
+        if described:
+            raise FireflyError(f"--{missing[0]} is missing; the sizes of a model are {', '.join(sizes)}")
+        if not configs and not model:
+            raise FireflyError(
+                "no model to plan; give --config FILE, --model FOLDER, or --vocab_size and the other sizes"
+            )
+    arguments = [part for config in configs for part in ("--config", config)]
+    if model or not configs:
+        arguments += ["--model.path", model or "."]
+    fit = read_fit(arguments)
+    for name, number in [*sizes.items(), *(("devices", count) for count in devices or [])]:
+        if number is not None and number < 1:
+            raise FireflyError(f"--{name} is {number}; it must be at least 1")
+    vocab_size, hidden_size, n_layer, n_head = (int(size or 0) for size in sizes.values())
+    size = ModelSize(vocab_size, hidden_size, n_layer, n_head)
+    size = model_size(str(fit.model.init_args.path)) if missing else size
+    own = devices_of(fit.trainer)
+    counts = devices or sorted({*DEVICES, own}, key=lambda count: (count != own, count))
+    rows = None
+    if configs:
+        try:
+            rows = training_rows(fit.data)
+        except FireflyError as error:
+            print(error)
+    if fit.model.init_args.attention == "eager":
+        print("model.attention eager: takes more than what follows, which is planned for sdpa")
+    return Settings(arguments, fit, size, rows, counts, precision or _precision(fit.trainer.precision))
+
+
+def _precision(given: Any) -> str:
+    """Lightning's name of a precision, of those it understands."""
+    return {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(str(given), str(given))
+
+
+def sizes_line(settings: Settings) -> str:
+    """The model and its precision."""
+    return f"{settings.model.parameters:,} parameters, {settings.precision}"
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    """Prints model and data; returns what it has printed, for the report."""
+    print(f"model: {sizes_line(settings)}")
+    about: dict[str, Any] = {"precision": settings.precision, "batch_size": settings.batch_size}
+    if settings.rows is None:
+        length = settings.fit.data.init_args.max_length
+        print(f"rows: each is taken for {length} tokens, all of them learned")
+        return about | {"epoch": None, "max_length": length}
+    epoch = settings.rows.counts()
+    print(
+        f"an epoch: {epoch['steps']:,} steps of {settings.batch_size} rows, {epoch['rows']:,} rows, "
+        f"{epoch['tokens']:,} tokens, {epoch['target_tokens']:,} of them learned"
+    )
+    return about | {"epoch": epoch}

@@ -1,0 +1,1 @@
+"""From raw task rows to instruction rows: ``firefly build``, ``firefly clean`` and ``firefly stats``."""

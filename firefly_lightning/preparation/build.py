@@ -1,0 +1,217 @@
+"""Raw task rows into a file of instruction rows: what is behind ``firefly build``."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from tqdm import tqdm
+
+from firefly_lightning.data.sources.records import find_sources, is_file, load_hub_dataset, read_records
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.files.atomic import check_new_file
+from firefly_lightning.files.resumable import ResumableFile, code_digest
+from firefly_lightning.preparation import columns as columns_module
+from firefly_lightning.preparation.columns import Columns, read_assignments
+from firefly_lightning.preparation.templates import fill as templates_module
+from firefly_lightning.preparation.templates import views as template_views_module
+from firefly_lightning.preparation.templates.fill import Templates, UnusableRowError
+from firefly_lightning.preparation.templates.reader import TEMPLATE_FOLDER, load_templates
+from firefly_lightning.processes import map_in_order
+
+ROWS_PER_CHUNK = 1000
+"""Raw rows that a process works on at a time, and after which a killed build goes on."""
+
+ROWS_LOOKED_AT = 100
+"""Rows of a source whose columns are compared with what the templates read, before anything is built."""
+
+REASONS, OTHERS = 50, "other reasons"
+"""How many reasons are counted apart: with bad rows left out, every row may have its own."""
+
+BadRows = Literal["stop", "skip"]
+"""What a row that cannot be used does: end the command with its line, or be left out and counted."""
+
+
+def build(
+    kind: str,
+    source: list[str],
+    out: str,
+    templates: str | None = None,
+    seed: int = 0,
+    per_row: int | Literal["all"] = 1,
+    rename: list[str] | None = None,
+    constant: list[str] | None = None,
+    only: list[str] | None = None,
+    bad_rows: BadRows = "stop",
+    workers: int | None = None,
+) -> None:
+    """Turns raw task rows into instruction rows through the hand-written templates of their kind.
+
+    Which templates a row gets follows from the seed and the position of the row alone. An existing file is replaced
+    once everything has gone well, and stays as it is otherwise. A build that was killed goes on where it was when the
+    same command is given again.
+
+    Args:
+        kind: The task: one of those that come with the package, or the name of a file in the folder of templates.
+        source: Files of raw rows (.jsonl, .json, .csv, .tsv, .parquet), globs, or datasets of the Hugging Face hub.
+        out: The .jsonl file to write.
+        templates: A folder of your own KIND.yaml files, in place of the package's.
+        seed: Another seed draws other templates.
+        per_row: Instruction rows to make of each raw row, each through another template; ``all`` takes every template
+            that serves the row.
+        rename: COLUMN=FIELD for columns that the templates know by another name.
+        constant: FIELD=TEXT for fields that all rows have alike.
+        only: COLUMN=TEXT to take only rows whose column holds the text; the others are counted.
+        bad_rows: What a row does that lacks a field, or holds what no template knows: ``stop`` the build with its
+            line, or ``skip`` it and count it.
+        workers: Processes to work with; one for each core by default.
+
+    Raises:
+        FireflyError: If templates, rows or the output file are not as they must be; with file and line.
+    """
+    _check_positive(per_row=1 if per_row == "all" else per_row, workers=1 if workers is None else workers)
+    folder = Path(templates).expanduser() if templates else TEMPLATE_FOLDER
+    flags = {"--rename": rename, "--constant": constant, "--only": only}
+    columns = Columns(*(read_assignments(texts, flag) for flag, texts in flags.items()))
+    work = ChunkBuilder(load_templates(kind, folder), columns, seed, per_row, bad_rows)
+    sources = find_sources(source)
+    target = Path(out).expanduser().resolve()
+    template_file = folder / f"{kind}.yaml"
+    check_new_file(target, [*sources, template_file])
+    for name in sources:
+        _check_columns(work, name)
+    identity = [
+        template_file.read_text("utf-8"),
+        seed,
+        per_row,
+        columns,
+        bad_rows,
+        [_identify(name) for name in sources],
+        _CODE,
+    ]
+    with ResumableFile(target, json.dumps(identity)) as file:
+        totals = _write(file, sources, work, kind, workers)
+        if not totals.written:
+            raise FireflyError(f"{', '.join(sources)}: nothing to write: {totals.describe()}")
+    print(f"{out}: {totals.written} {kind} rows from {totals.describe()}")
+
+
+class Totals(NamedTuple):
+    """What became of raw rows: how many were read, instruction rows written, and raw rows lost by reason."""
+
+    read: int = 0
+    written: int = 0
+    lost: dict[str, int] = {}  # noqa: RUF012 (never changed)
+
+    def plus(self, other: "Totals") -> "Totals":
+        """Both together, with the rarest of many reasons under one name."""
+        lost = Counter(self.lost) + Counter(other.lost)
+        rare = [] if len(lost) <= REASONS else lost.most_common()[REASONS - 1 :]
+        for reason, count in rare:
+            del lost[reason]
+            lost[OTHERS] += count
+        return Totals(self.read + other.read, self.written + other.written, lost)
+
+    def describe(self) -> str:
+        """In words; beyond the commonest reasons, only how many rows there are."""
+        common = Counter(self.lost).most_common(10)
+        reasons = [f"{count} ({reason})" for reason, count in common]
+        if others := sum(self.lost.values()) - sum(count for _, count in common):
+            reasons.append(f"{others} ({OTHERS})")
+        return f"{self.read} raw rows, lost {', '.join(reasons) or 'none'}"
+
+
+class Chunk(NamedTuple):
+    """Consecutive raw rows: the position of the first, from 1, and of each where it lies and what it holds."""
+
+    first: int
+    rows: list[tuple[str, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class ChunkBuilder:
+    """Makes the instruction rows of a chunk; a process can be given it."""
+
+    templates: Templates
+    columns: Columns
+    seed: int
+    per_row: int | Literal["all"]
+    bad_rows: BadRows
+
+    def __call__(self, chunk: Chunk) -> tuple[bytes, Totals]:
+        """Instruction rows, a JSON object a line, and what became of the raw rows."""
+        lost: Counter[str] = Counter()
+        lines: list[str] = []
+        for number, (where, row) in enumerate(chunk.rows, chunk.first):
+            try:
+                built = self._fill(row, where, number)
+                lines += [json.dumps(filled, ensure_ascii=False) + "\n" for filled in built]
+            except UnusableRowError as reason:
+                lost[str(reason)] += 1
+            except FireflyError as error:
+                if self.bad_rows == "stop":
+                    raise
+                lost[str(error).removeprefix(f"{where}: ")] += 1
+        return "".join(lines).encode(), Totals(len(chunk.rows), len(lines), lost)
+
+    def _fill(self, row: dict[str, Any], where: str, number: int) -> list[dict[str, str]]:
+        if reason := self.columns.why_not(row):
+            raise UnusableRowError(reason)
+        per_row = None if self.per_row == "all" else self.per_row
+        return self.templates.fill(self.columns.apply(row), where, seed=self.seed, number=number, per_row=per_row)
+
+
+def _write(
+    file: ResumableFile,
+    sources: Sequence[str],
+    work: Callable[[Chunk], tuple[bytes, Totals]],
+    kind: str,
+    workers: int | None,
+) -> Totals:
+    totals = Totals(*(file.state or ()))
+    if totals.read:
+        print(f"{file.target}: going on after {totals.read} raw rows, where an earlier build ended")
+    with tqdm(desc=kind, unit=" rows", delay=2, initial=totals.read) as progress:
+        for text, built in map_in_order(work, _chunks(sources, totals.read), workers):
+            totals = totals.plus(built)
+            file.append(text, totals)
+            progress.update(built.read)
+    return totals
+
+
+def _chunks(sources: Sequence[str], skipped: int) -> Iterator[Chunk]:
+    records = ((f"{source}:{line}", row) for source in sources for line, row in read_records(source))
+    first, rest = skipped + 1, islice(records, skipped, None)
+    while rows := list(islice(rest, ROWS_PER_CHUNK)):
+        yield Chunk(first, rows)
+        first += len(rows)
+
+
+def _check_columns(work: ChunkBuilder, source: str) -> None:
+    looked_at = [row for _, row in islice(read_records(source), ROWS_LOOKED_AT)]
+    if looked_at:
+        columns = list(dict.fromkeys(name for row in looked_at for name in row))
+        work.columns.check(columns, source)
+        work.templates.check_columns(work.columns.apply(dict.fromkeys(columns)), source)
+
+
+def _identify(source: str) -> list[Any]:
+    """What changes when a source does, without reading it."""
+    if is_file(source):
+        status = Path(source).stat()
+        return [str(Path(source).resolve()), status.st_size, status.st_mtime_ns]
+    return [source, load_hub_dataset(source)._fingerprint]
+
+
+def _check_positive(**flags: int) -> None:
+    for name, value in flags.items():
+        if value < 1:
+            raise FireflyError(f"--{name} {value}: must be at least 1")
+
+
+_CODE = code_digest(
+    __file__, *(str(module.__file__) for module in (columns_module, template_views_module, templates_module))
+)

@@ -1,0 +1,225 @@
+"""Rows worth training on, out of many: what is behind ``firefly clean``."""
+
+import json
+from array import array
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rich.box import SIMPLE
+from rich.cells import cell_len
+from rich.table import Table
+from tqdm import tqdm
+
+from firefly_lightning.console import render
+from firefly_lightning.data.sources.records import find_sources, read_records
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.files.atomic import check_new_file, new_file
+from firefly_lightning.preparation.duplicates import Duplicate, DuplicateIndex, Texts, normalise, sign
+from firefly_lightning.preparation.row_checks import kind_of, texts_of, turns_of, what_is_wrong
+
+EXAMPLES = 5
+"""Rows that the report shows of each kind and reason."""
+
+SHOWN = 200
+"""Characters of a text that the report shows."""
+
+
+def clean(
+    files: list[str],
+    out: str,
+    val_files: list[str] | None = None,
+    near_duplicates: float = 0.8,
+    min_characters: int = 0,
+    max_characters: int | None = None,
+    report: str | None = None,
+) -> None:
+    """Leaves out rows that would spoil a training: broken, empty, repeated, or in the validation rows.
+
+    Takes instruction rows in any accepted form and raw task rows; what is kept is written as it was. Of duplicates the
+    first is kept. What is left out is counted by kind and reason, with examples in the report.
+
+    Args:
+        files: Files to clean (.jsonl, .json, .csv, .tsv, .parquet), globs, or datasets of the Hugging Face hub.
+        out: The .jsonl file to write.
+        val_files: Rows that must not be trained on: what equals or nearly equals one of them, or asks the same, is
+            left out.
+        near_duplicates: Jaccard similarity of character 5-grams from which on two rows are near duplicates; 1 leaves
+            out exact ones only.
+        min_characters: Of a row's whole text; shorter rows are left out.
+        max_characters: Likewise; longer rows are left out.
+        report: The .json file with counts and examples; OUT.report.json by default.
+
+    Raises:
+        FireflyError: If a file cannot be read or written, or nothing is left.
+    """
+    if not 0 < near_duplicates <= 1:
+        raise FireflyError(f"--near_duplicates {near_duplicates}: must be above 0 and at most 1")
+    sources = find_sources(files)
+    target = Path(out).expanduser().resolve()
+    validation = find_sources(val_files or [])
+    inputs = [*sources, *validation]
+    reported = Path(report).expanduser().resolve() if report else Path(f"{target}.report.json")
+    check_new_file(target, inputs)
+    check_new_file(reported, inputs)
+    if reported == target:
+        raise FireflyError(f"--report {report}: is also --out; write to another file")
+    lengths = range(min_characters, (max_characters or 2**62) + 1)
+    forbidden = ValidationRows(validation, near_duplicates)
+    findings = Findings()
+    with new_file(target, inputs) as file:
+        kept = KeptRows(file, near_duplicates)
+        for where, row in _progress(sources, "cleaning"):
+            _sort(row, where, lengths, forbidden, kept, findings)
+        if not findings.kept:
+            raise FireflyError(f"{', '.join(sources)}: nothing is left of {findings.read} rows: {findings.reasons()}")
+        with new_file(reported, inputs) as written:
+            written.write(json.dumps(findings.as_json(), ensure_ascii=False, indent=1).encode())
+    print(findings.table(out))
+
+
+class Findings:
+    """What became of rows, by kind and reason."""
+
+    def __init__(self) -> None:
+        self.counts: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
+        self.examples: defaultdict[str, defaultdict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+
+    def count(self, kind: str, reason: str) -> None:
+        """A row more that was ``read``, ``kept``, or left out for a reason."""
+        self.counts[kind][reason] += 1
+
+    def leave_out(self, kind: str, reason: str, where: str, texts: Texts, like: str | None = None) -> None:
+        """A row more that was left out; the first ones become examples."""
+        self.count(kind, reason)
+        if len(self.examples[kind][reason]) < EXAMPLES:
+            # A broken character would break the report.
+            shown = texts.whole[:SHOWN].encode("utf-8", "backslashreplace").decode()
+            self.examples[kind][reason].append({"where": where, "text": shown, **({"like": like} if like else {})})
+
+    @property
+    def read(self) -> int:
+        """Rows read."""
+        return sum(counts["read"] for counts in self.counts.values())
+
+    @property
+    def kept(self) -> int:
+        """Rows kept."""
+        return sum(counts["kept"] for counts in self.counts.values())
+
+    def totals(self) -> dict[str, int]:
+        """Over all kinds, by reason, the commonest first."""
+        totals: defaultdict[str, int] = defaultdict(int)
+        for counts in self.counts.values():
+            for reason, count in counts.items():
+                totals[reason] += count
+        return dict(sorted(totals.items(), key=lambda item: (item[0] not in ("read", "kept"), -item[1])))
+
+    def reasons(self) -> str:
+        """Why rows were left out, in words."""
+        return ", ".join(f"{count} ({name})" for name, count in self.totals().items() if name not in ("read", "kept"))
+
+    def as_json(self) -> dict[str, Any]:
+        """The report."""
+        return {"counts": {"all": self.totals(), **self.counts}, "examples": self.examples}
+
+    def table(self, title: str) -> str:
+        """A line a kind and one for all, a column a reason."""
+        reasons = list(self.totals())
+        table = Table(title=title, box=SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
+        table.add_column("kind", min_width=max(map(cell_len, self.counts)))
+        for reason in reasons:
+            table.add_column(reason, justify="right")
+        for kind, counts in [*sorted(self.counts.items()), ("all", self.totals())]:
+            table.add_row(kind, *(f"{counts.get(reason, 0):,}" for reason in reasons))
+        return render(table)
+
+
+class KeptRows:
+    """Rows written so far, of which places and hashes are in memory.
+
+    Args:
+        file: Where they are written, and read again to be compared with.
+        threshold: Of near duplicates.
+    """
+
+    def __init__(self, file: BinaryIO, threshold: float) -> None:
+        self.file = file
+        self.index = DuplicateIndex(threshold, self._reread)
+        self._starts, self._wheres = array("Q"), array("Q")
+        self._sources: list[str] = []
+
+    def add(self, row: dict[str, Any], where: str, signature: Any) -> None:
+        """Writes a row."""
+        source, _, line = where.rpartition(":")
+        if not self._sources or self._sources[-1] != source:
+            self._sources.append(source)
+        self._wheres.append((len(self._sources) - 1) << 40 | int(line))
+        self._starts.append(self.file.seek(0, 2))
+        self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self.index.add(len(self._starts) - 1, signature)
+
+    def where(self, key: int) -> str:
+        """Where the row of a key was read."""
+        place = self._wheres[key]
+        return f"{self._sources[place >> 40]}:{place & (1 << 40) - 1}"
+
+    def _reread(self, key: int) -> Texts:
+        self.file.seek(self._starts[key])
+        return texts_of(json.loads(self.file.readline()))
+
+
+class ValidationRows:
+    """Rows that must not be trained on; they are few, and in memory."""
+
+    def __init__(self, sources: Sequence[str], threshold: float) -> None:
+        self.index = DuplicateIndex(threshold, lambda key: self._texts[key])
+        self._texts: list[Texts] = []
+        self._wheres: list[str] = []
+        self._questions: dict[str, int] = {}
+        for where, row in _progress(sources, "validation rows"):
+            texts = texts_of(row)
+            self.index.add(len(self._texts), sign(texts.whole))
+            for question, _ in turns_of(row)[:1]:
+                self._questions.setdefault(normalise(question), len(self._texts))
+            self._texts.append(texts)
+            self._wheres.append(where)
+
+    def find(self, row: dict[str, Any], texts: Texts, signature: Any) -> str | None:
+        """Where the validation row is that a row repeats, or None."""
+        if not self.index.size:
+            return None
+        for question, _ in turns_of(row)[:1]:
+            if (asked := self._questions.get(normalise(question))) is not None:
+                return self._wheres[asked]
+        duplicate = self.index.find(texts, signature)
+        return self._wheres[duplicate.key] if duplicate else None
+
+
+def _sort(
+    row: dict[str, Any], where: str, lengths: range, forbidden: ValidationRows, kept: KeptRows, findings: Findings
+) -> None:
+    """Keeps a row, or leaves it out for the first reason there is."""
+    kind, texts = kind_of(row, where), texts_of(row)
+    findings.count(kind, "read")
+    if reason := what_is_wrong(row, kind, texts, lengths):
+        findings.leave_out(kind, reason, where, texts)
+        return
+    signature = sign(texts.whole)
+    if like := forbidden.find(row, texts, signature):
+        findings.leave_out(kind, "in the validation rows", where, texts, like)
+    elif duplicate := kept.index.find(texts, signature):
+        findings.leave_out(kind, _name(duplicate), where, texts, kept.where(duplicate.key))
+    else:
+        findings.count(kind, "kept")
+        kept.add(row, where, signature)
+
+
+def _name(duplicate: Duplicate) -> str:
+    return "duplicate" if duplicate.exact else "near duplicate"
+
+
+def _progress(sources: Sequence[str], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    records = ((f"{source}:{line}", row) for source in sources for line, row in read_records(source))
+    yield from tqdm(records, desc=name, unit=" rows", delay=2)

@@ -1,0 +1,78 @@
+"""What a row says, in whatever form it is, and what may be wrong with it alone."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from firefly_lightning.preparation.duplicates import Texts, normalise
+
+BROKEN = re.compile(
+    # control characters, halves of surrogate pairs, private use, marks of a wrong decoding, invisible characters
+    "[\0-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\ud800-\udfff\ue000-\uf8ff\ufffd\ufeff\u200b\U000f0000-\U0010ffff]"
+    "|锟斤拷|烫烫烫|屯屯屯"
+)
+# Not tags that rows about web pages have: a question for a <div> is answered with one.
+MARKUP = re.compile(r"</?(?:br|strong|em|font|nowiki|ref)\b[^<>]*>|&(?:nbsp|lt|gt|amp|quot|#\d+);|-\{[^{}]*\}-")
+REPEATED = 10
+"""Characters from which on a target that begins with the whole input repeats it."""
+
+
+def what_is_wrong(row: dict[str, Any], kind: str, texts: Texts, lengths: range) -> str | None:
+    """The first thing that is wrong with a row itself."""
+    turns = turns_of(row)
+    if not texts.whole.strip() or any(not target.strip() for _, target in turns):
+        return "empty"
+    if BROKEN.search(texts.whole):
+        return "broken characters"
+    if kind != "Program" and MARKUP.search(texts.whole):
+        return "left-over markup"
+    if len(texts.whole) < lengths.start:
+        return "too short"
+    if len(texts.whole) >= lengths.stop:
+        return "too long"
+    if any(_repeats(normalise(question), normalise(target)) for question, target in turns):
+        return "target repeats input"
+    return None
+
+
+def _repeats(question: str, target: str) -> bool:
+    return question == target or (len(question) >= REPEATED and target.startswith(question))
+
+
+def kind_of(row: dict[str, Any], where: str) -> str:
+    """The kind that a row names, else what its form is called, else the name of its file."""
+    if isinstance(kind := row.get("kind"), str) and kind:
+        return kind
+    if "conversation" in row:
+        return "Conversation"
+    return "Belle" if {"instruction", "output"} <= row.keys() else Path(where.rpartition(":")[0]).stem
+
+
+def turns_of(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """Questions and answers of an instruction row in any form; none of a raw row."""
+    if {"input", "target"} <= row.keys():
+        pairs = [(row["input"], row["target"])]
+    elif {"instruction", "output"} <= row.keys():
+        pairs = [("\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"])]
+    else:
+        talk = row.get("conversation")
+        talk = [turn for turn in talk if isinstance(turn, dict)] if isinstance(talk, list) else []
+        pairs = [(turn.get("human"), turn.get("assistant")) for turn in talk]
+    return [(str(question or ""), str(target or "")) for question, target in pairs]
+
+
+def texts_of(row: dict[str, Any]) -> Texts:
+    """All text of a row but its kind, and the targets in it."""
+    whole = "\n".join(text for name, value in row.items() if name != "kind" for text in _flat(value))
+    return Texts(whole, "\n".join(target for _, target in turns_of(row)))
+
+
+def _flat(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _flat(item)
+    elif value is not None:
+        yield str(value)

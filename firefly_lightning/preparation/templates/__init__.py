@@ -1,0 +1,1 @@
+"""Hand-written templates that turn a raw row into an instruction row."""

@@ -1,0 +1,166 @@
+"""Templates of one kind: raw task rows into instruction rows."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import xxhash
+
+from firefly_lightning.data.sources.row_forms import TURN_SEPARATOR
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.preparation.templates.views import Listing, Template, ValueMap, plain_text
+
+
+class UnusableRowError(Exception):
+    """A raw row, rightly made, that has no instruction row; the message is the reason."""
+
+
+class TemplateGroup(NamedTuple):
+    """Inputs, and the targets any of which answers any of them.
+
+    Attributes:
+        inputs: Texts of the questions.
+        targets: Texts of the answers.
+        without: What must be empty in a row.
+        equal: What must hold the same text, or nothing.
+        unequal: What must not hold the same text, or nothing.
+    """
+
+    inputs: tuple[Template, ...]
+    targets: tuple[Template, ...]
+    without: frozenset[str] = frozenset()
+    equal: frozenset[str] = frozenset()
+    unequal: frozenset[str] = frozenset()
+
+    @property
+    def names(self) -> set[str]:
+        """What the templates of the group name."""
+        return {name for template in self.inputs + self.targets for name in template.names}
+
+    @property
+    def used(self) -> set[str]:
+        """What must be known of a row to say whether the group serves it."""
+        return self.names | self.without | self.equal | self.unequal
+
+    def serves(self, texts: Mapping[str, str]) -> bool:
+        """Whether nothing the group names is empty, everything under ``without`` is, and fields agree as they must."""
+        return self.has_texts(texts) and self.agrees(texts)
+
+    def has_texts(self, texts: Mapping[str, str]) -> bool:
+        """Whether nothing the group names is empty, and everything under ``without`` is."""
+        return all(texts[name] for name in self.names) and not any(texts[name] for name in self.without)
+
+    def agrees(self, texts: Mapping[str, str]) -> bool:
+        """Whether fields hold the same text, or do not, as the group asks."""
+        if len({texts[name] for name in self.equal}) > 1:
+            return False
+        return not self.unequal or len({texts[name] for name in self.unequal}) > 1
+
+
+@dataclass(frozen=True)
+class Templates:
+    """The templates of one kind; the head of ``reader.py`` says what each part means."""
+
+    kind: str
+    fields: Mapping[str, str]
+    optional: frozenset[str]
+    views: Mapping[str, ValueMap | Listing]
+    groups: tuple[TemplateGroup, ...]
+    unusable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def check_columns(self, columns: Iterable[str], where: str) -> None:
+        """Checks that a source has what the templates read.
+
+        Raises:
+            FireflyError: If it lacks a field that is not optional; with both lists.
+        """
+        columns = list(columns)
+        missing = [name for name in self.fields if name not in columns and name not in self.optional]
+        if missing:
+            needed = ", ".join(name for name in self.fields if name not in self.optional)
+            raise FireflyError(
+                f"{where}: {self.kind} needs the field {', '.join(missing)}; its templates read {needed}, "
+                f"the row has {', '.join(columns)}; map names with --rename COLUMN=FIELD"
+            )
+
+    def fill(
+        self, row: Mapping[str, Any], where: str = "the row", *, seed: int = 0, number: int = 1, per_row: int | None = 1
+    ) -> list[dict[str, str]]:
+        """Instruction rows ``{"kind", "input", "target"}`` of one raw row.
+
+        Which templates it gets follows from ``seed`` and ``number`` alone, on every machine and in every release of
+        Python; a template added at the end leaves most rows as they were.
+
+        Args:
+            row: The raw row; fields that the file does not name are left alone.
+            where: File and line, for messages.
+            seed: Another seed draws other templates.
+            number: Position of the row.
+            per_row: How many input templates, all different; fewer where fewer serve the row, all of them where None.
+
+        Raises:
+            FireflyError: If a field is missing, of the wrong type, unknown to a view, or too empty for every template.
+            UnusableRowError: If a value brings ``</s>`` into the target, where it would part two turns, a field
+                holds what the file calls unusable, or no template serves fields that agree as these do.
+        """
+        texts = self.texts(row, where)
+        self._check_usable(row)
+        choices = [(source, group.targets) for group in self.groups if group.serves(texts) for source in group.inputs]
+        if not choices:
+            self._check_agreement(texts)
+            blank = dict.fromkeys(self._field(name) for name, text in texts.items() if not text)
+            raise FireflyError(
+                f"{where}: no template serves a row in which {', '.join(blank)} is empty; fill it or remove the row"
+            )
+        # The lowest hashes win, and the winner's hash picks the target.
+        draws = sorted((_hash(seed, number, at), at) for at in range(len(choices)))[:per_row]
+        drawn = [(*choices[at], draw) for draw, at in draws]
+        return [self._row(source, targets[draw % len(targets)], texts) for source, targets, draw in drawn]
+
+    def texts(self, row: Mapping[str, Any], where: str) -> dict[str, str]:
+        """What every field and view that a template names is in a row.
+
+        Raises:
+            FireflyError: If a field is missing, of the wrong type or unknown to a view.
+        """
+        self.check_columns(row, where)
+        return {name: self._text(name, row, where) for name in self._used}
+
+    def _check_agreement(self, texts: Mapping[str, str]) -> None:
+        for group in self.groups:
+            if group.has_texts(texts):
+                names = " and ".join(sorted(group.unequal or group.equal))
+                raise UnusableRowError(f"{names} are {'the same' if group.unequal else 'different'}")
+
+    @cached_property
+    def _used(self) -> list[str]:
+        used = {name for group in self.groups for name in group.used}
+        return [name for name in (*self.fields, *self.views) if name in used]
+
+    def _check_usable(self, row: Mapping[str, Any]) -> None:
+        for name, marks in self.unusable.items():
+            for mark in marks:
+                if mark in str(row.get(name, "")):
+                    raise UnusableRowError(f"{name} holds {mark}")
+
+    def _text(self, name: str, row: Mapping[str, Any], where: str) -> str:
+        view, value = self.views.get(name), row.get(self._field(name))
+        if value is None or value == "":
+            return ""
+        text = view.write(value, where) if view else plain_text(value, name, where)
+        return text if text.strip() else ""
+
+    def _field(self, name: str) -> str:
+        return self.views[name].of if name in self.views else name
+
+    def _row(self, source: Template, target: Template, texts: Mapping[str, str]) -> dict[str, str]:
+        filled = {"kind": self.kind, "input": source.fill(texts), "target": target.fill(texts)}
+        # A template may hold several turns; a value never does. In an input </s> is ordinary text and does no harm.
+        if filled["target"].count(TURN_SEPARATOR) != target.fill(dict.fromkeys(texts, "")).count(TURN_SEPARATOR):
+            raise UnusableRowError("turn separator in text")
+        return filled
+
+
+def _hash(seed: int, number: int, index: int) -> int:
+    return xxhash.xxh3_64_intdigest(f"{seed}:{number}:{index}".encode())

@@ -1,0 +1,187 @@
+"""Bloom's weights where they lie: which files hold which tensors, and where in them.
+
+Files are not mapped to be read: their pages would count as memory of the process.
+"""
+
+import json
+import math
+import pickle
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.files.direct_io import FileRange
+
+EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a file.
+
+    Attributes:
+        key: What the file calls it, with or without ``transformer.`` before it.
+        file: The file.
+        start: Where in the file its bytes begin; they lie there row by row.
+        dtype: As `safetensors` calls it.
+        shape: Its shape.
+    """
+
+    key: str
+    file: Path
+    start: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes an element."""
+        return _DTYPES[self.dtype].itemsize
+
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def range(self) -> FileRange:
+        """Its bytes."""
+        return FileRange(self.file, self.start, self.numel() * self.itemsize)
+
+
+Checkpoint = dict[str, StoredTensor]
+"""Tensors by the names of ``BloomForCausalLM``; ``lm_head.weight`` only where it is not the embedding again."""
+
+
+def open_checkpoint(folder: Path, tied: bool) -> Checkpoint:
+    """Finds the tensors of a Bloom, saved with or without ``transformer.`` before their names.
+
+    Args:
+        folder: Has ``model.safetensors`` or ``pytorch_model.bin``, in one piece or several with an index.
+        tied: Whether the configuration ties the head to the embedding.
+
+    Raises:
+        FireflyError: If there are no weights, a file of them is missing or broken, or they are not a whole Bloom's.
+    """
+    tensors = {}
+    for file in _weight_files(folder):
+        for stored in _list_tensors(file):
+            key = stored.key
+            tensors[key if key == HEAD else f"transformer.{key.removeprefix('transformer.')}"] = stored
+    if EMBEDDING not in tensors:
+        raise FireflyError(f"{folder}: its weights hold no word_embeddings.weight; use a complete Bloom checkpoint")
+    if HEAD not in tensors and not tied:
+        raise FireflyError(
+            f"{folder}: config.json says tie_word_embeddings is false, but the weights hold no {HEAD}; set it to true"
+        )
+    if tied or _same(tensors[EMBEDDING], tensors[HEAD]):
+        tensors.pop(HEAD, None)
+    return tensors
+
+
+def count_parameters(tensors: Checkpoint, vocabulary: int) -> int:
+    """Unique parameters of the model when its vocabulary has that many rows."""
+    return sum(math.prod(pruned_shape(name, stored, vocabulary)) for name, stored in tensors.items())
+
+
+def pruned_shape(name: str, stored: StoredTensor, vocabulary: int) -> tuple[int, ...]:
+    """Shape of a tensor when the model's vocabulary has that many rows."""
+    return (vocabulary, *stored.shape[1:]) if name in (EMBEDDING, HEAD) else stored.shape
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return [folder / part for part in _indexed(index)]
+    raise FireflyError(f"{folder}: has no weights (model.safetensors or pytorch_model.bin); download them")
+
+
+def _indexed(index: Path) -> list[str]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise FireflyError(f"{index}: is no index of weights ({error}); download it again") from error
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise FireflyError(f"{index.parent}: {', '.join(missing)} of {index.name} missing; download the rest")
+    return names
+
+
+def _list_tensors(file: Path) -> Iterator[StoredTensor]:
+    if file.suffix != ".safetensors":
+        yield from _list_bin(file)
+        return
+    try:
+        with safe_open(file, "pt"):  # checks the sizes that the header gives
+            pass
+    except SafetensorError as error:
+        raise FireflyError(f"{file}: is no complete safetensors file ({error}); download it again") from error
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    for key, entry in header.items():
+        if key != "__metadata__":
+            dtype = _known(entry["dtype"] if entry["dtype"] in _DTYPES else None, file, key)
+            yield StoredTensor(key, file, 8 + size + entry["data_offsets"][0], dtype, tuple(entry["shape"]))
+
+
+def _list_bin(file: Path) -> Iterator[StoredTensor]:
+    try:
+        tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise FireflyError(f"{file}: is no complete PyTorch checkpoint ({reason}); download it again") from error
+    base = _mapped_at(file, tensors)
+    for key, tensor in tensors.items():
+        dtype = _known(_DTYPE_NAMES.get(tensor.dtype), file, key)
+        if not tensor.is_contiguous():
+            raise FireflyError(f"{file}: {key} is a view whose rows are not one after another; save it contiguous")
+        yield StoredTensor(key, file, tensor.data_ptr() - base, dtype, tuple(tensor.shape))
+
+
+def _mapped_at(file: Path, tensors: Mapping[str, Tensor]) -> int:
+    """Address in memory of a mapped file's first byte: its tensors are parts of an archive that is not compressed."""
+    starts = []
+    with zipfile.ZipFile(file) as archive, file.open("rb") as opened:
+        for entry in archive.infolist():
+            if "/data/" in entry.filename:
+                opened.seek(entry.header_offset + 26)  # of the two lengths that end an entry's own header of 30 bytes
+                starts.append(entry.header_offset + 30 + sum(struct.unpack("<HH", opened.read(4))))
+    addresses = sorted({tensor.untyped_storage().data_ptr() for tensor in tensors.values()})
+    base: int = addresses[0] - min(starts)
+    if [address - base for address in addresses] != sorted(starts):
+        raise FireflyError(f"{file}: holds more than the tensors of a model; save its state_dict alone")
+    return base
+
+
+def _known(dtype: str | None, file: Path, key: str) -> str:
+    if dtype is None:
+        raise FireflyError(f"{file}: {key} has a quantised type; use a checkpoint in float32, float16 or bfloat16")
+    return dtype
+
+
+def _same(one: StoredTensor, other: StoredTensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return all(np.array_equal(*pair) for pair in zip(one.range.pieces(), other.range.pieces(), strict=True))

@@ -1,0 +1,180 @@
+"""Bloom's weights copied from file to file, with rows of the vocabulary gathered on the way.
+
+What is in memory of the model, whatever its size, are the rows that stay of its embedding, those of a head that is not
+tied to it, and 300 MB of buffers. A model of many files keeps their division, so that what does not change can share
+the disk with the old: as one and the same file where the user links, as blocks where the file system shares them.
+"""
+
+import json
+import math
+import os
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.files.direct_io import BLOCK, Bytes, FileRange, read_rows, write_file
+from firefly_lightning.pruning.tensor_files import EMBEDDING, HEAD, Checkpoint, StoredTensor, pruned_shape
+
+ONE_FILE_BYTES = 5_000_000_000
+"""Most bytes of tensors of a model that is written as one file, as `transformers` 4 does."""
+
+
+class CheckpointWriter:
+    """A context that writes weights as `safetensors`, in several files and an index if they are many.
+
+    Of many, one holds what depends on the vocabulary, and each other what else a file of the large model held. Those
+    are copied from the beginning of the context on, while it is being found out which tokens stay; a context that ends
+    early stops that. Tensors keep the names that the large model's files give them.
+
+    Args:
+        tensors: The large model's.
+        out: Folder to write into.
+        link: Gives a file in which nothing changes a second name, instead of copying it.
+
+    Attributes:
+        linked: Files that got a second name, by this name.
+
+    Raises:
+        FireflyError: If files are to be linked and there is none in which nothing changes, or one cannot be.
+    """
+
+    def __init__(self, tensors: Checkpoint, out: Path, link: bool = False) -> None:
+        self._out = out
+        vocabulary = {name: tensors[name] for name in (EMBEDDING, HEAD) if name in tensors}
+        rest = {name: tensors[name] for name in tensors if name not in vocabulary}
+        files = {stored.file for stored in tensors.values()}
+        many = len(files) > 1 or sum(stored.range.size for stored in tensors.values()) > ONE_FILE_BYTES
+        self._copied = _by_file(rest) if many else []
+        self._last = _widest_first(vocabulary if many else tensors)
+        whole = {self._name(number): _whole_file(shard) for number, shard in enumerate(self._copied) if link}
+        self.linked = {name: file for name, file in whole.items() if file}
+        if link and not self.linked:
+            raise FireflyError(
+                f"--link: every file of {min(files).parent} holds rows of the vocabulary or is no .safetensors file; "
+                "leave --link out"
+            )
+        self._thread = ThreadPoolExecutor(1)
+        self._ended = threading.Event()
+        self._copying: Future[None]
+
+    def __enter__(self) -> "CheckpointWriter":
+        for name, file in self.linked.items():
+            try:
+                os.link(file.resolve(), self._out / name)  # not the link that a hub cache has in its place
+            except OSError as error:
+                raise FireflyError(
+                    f"--link: {file} cannot be linked into the new folder ({error.strerror}); leave --link out"
+                ) from error
+        self._copying = self._thread.submit(self._copy)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.shutdown()
+
+    def finish(self, rows: Tensor) -> None:
+        """Writes what depends on the vocabulary, and waits for the rest.
+
+        Args:
+            rows: Row of the large vocabulary for each row of the new; ``(vocabulary,)``.
+        """
+        self._write(len(self._copied), self._last, rows)
+        self._copying.result()
+        if self._copied:
+            shards = [*self._copied, self._last]
+            _write_index({self._name(number): shard for number, shard in enumerate(shards)}, len(rows), self._out)
+
+    def _copy(self) -> None:
+        for number, shard in enumerate(self._copied):
+            if self._name(number) not in self.linked:
+                self._write(number, shard, torch.empty(0, dtype=torch.int64))
+
+    def _write(self, number: int, shard: Checkpoint, rows: Tensor) -> None:
+        total = sum(_size(name, stored, len(rows)) for name, stored in shard.items())
+        name = self._name(number)
+        with tqdm(desc=f"writing {name}", total=total, unit="B", unit_scale=True, delay=2) as progress:
+            for written in write_file(self._out / name, _parts(shard, rows)):
+                progress.update(written)
+                if self._ended.is_set():
+                    return
+
+    def _name(self, number: int) -> str:
+        files = len(self._copied) + 1
+        return f"model-{number + 1:05}-of-{files:05}.safetensors" if files > 1 else "model.safetensors"
+
+
+def _size(name: str, stored: StoredTensor, vocabulary: int) -> int:
+    return math.prod(pruned_shape(name, stored, vocabulary)) * stored.itemsize
+
+
+def _by_file(tensors: Checkpoint) -> list[Checkpoint]:
+    shards: dict[Path, Checkpoint] = {}
+    for name, stored in tensors.items():
+        shards.setdefault(stored.file, {})[name] = stored
+    return [_widest_first(shard) for shard in shards.values()]
+
+
+def _widest_first(tensors: Checkpoint) -> Checkpoint:
+    """Every tensor then begins at a multiple of its element size, which readers that map need; else as they lie."""
+    return dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[1].file, item[1].start)))
+
+
+def _whole_file(shard: Checkpoint) -> Path | None:
+    """The `safetensors` file that holds these tensors of it and nothing else."""
+    file = next(iter(shard.values())).file
+    if file.suffix != ".safetensors":
+        return None
+    with file.open("rb") as opened:
+        header = 8 + int.from_bytes(opened.read(8), "little")
+    return file if header + sum(stored.range.size for stored in shard.values()) == file.stat().st_size else None
+
+
+def _parts(shard: Checkpoint, rows: Tensor) -> list[Bytes | FileRange]:
+    """What the file of a shard consists of; tensors that lie one after another are one range."""
+    parts: list[Bytes | FileRange] = [np.frombuffer(_header(shard, len(rows)), np.uint8)]
+    for name, stored in shard.items():
+        before = parts[-1]
+        if name in (EMBEDDING, HEAD):
+            width = stored.range.size // stored.shape[0]
+            parts.append(read_rows(stored.range, rows.numpy(), width).reshape(-1))
+        elif isinstance(before, FileRange) and (before.file, before.start + before.size) == stored.range[:2]:
+            parts[-1] = before._replace(size=before.size + stored.range.size)
+        else:
+            parts.append(stored.range)
+    return parts
+
+
+def _header(shard: Checkpoint, vocabulary: int) -> bytes:
+    """Opens a file: 8 bytes of length, then JSON (https://huggingface.co/docs/safetensors/index#format).
+
+    Its end is padded so that the first tensor lies as it did, counted from the beginning of a block: blocks can then be
+    shared.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, stored in shard.items():
+        end = begin + _size(name, stored, vocabulary)
+        shape = pruned_shape(name, stored, vocabulary)
+        header[stored.key] = {"dtype": stored.dtype, "shape": shape, "data_offsets": (begin, end)}
+        begin = end
+    text = json.dumps(header).encode()
+    first = next(iter(shard.values())).start
+    text += b" " * ((first - 8 - len(text)) % BLOCK if first % 8 == 0 else -len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_index(shards: dict[str, Checkpoint], vocabulary: int, out: Path) -> None:
+    total = sum(_size(name, stored, vocabulary) for shard in shards.values() for name, stored in shard.items())
+    weight_map = {stored.key: file for file, shard in shards.items() for stored in shard.values()}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    text = json.dumps(index, indent=2)
+    (out / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,126 @@
+"""Checkpoints of ColossalAI's ``Booster``: the weights as one, the optimizer's states as each process has them."""
+
+import contextlib
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file as load_weights
+from torch import Tensor
+from typing_extensions import override
+
+from firefly_lightning.checkpoints.paths import load_file
+from firefly_lightning.checkpoints.portable import MODEL_PREFIX
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.huggingface import DESCRIPTION_KEY, reason
+from firefly_lightning.strategies.colossalai import padded_vocabulary
+from firefly_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
+
+WEIGHTS = "weights"
+"""Folder of the weights in a checkpoint; beside it, each process keeps its part of the optimizer's states."""
+
+
+class BoosterCheckpoints(ShardedCheckpoints):
+    """Mixed into a strategy around a ``Booster``.
+
+    Attributes:
+        name: Of the strategy.
+        booster: ColossalAI's.
+        wrapper: The boosted model.
+    """
+
+    name: ClassVar[str]
+    booster: Any
+    wrapper: Any
+
+    @abstractmethod
+    def full_precision(self) -> contextlib.AbstractContextManager[None]:
+        """While it lasts, weights that are saved or loaded are the float32 masters."""
+
+    @abstractmethod
+    def layout(self) -> dict[str, Any]:
+        """What must be the same where an optimizer's states are read again; the model is boosted."""
+
+    @override
+    def optimizer_steps(self) -> int:
+        from firefly_lightning.strategies.colossalai.states import steps_done
+
+        return steps_done(self.boosted_optimizer)
+
+    @override
+    def scaler_state(self) -> dict[str, Any]:
+        from firefly_lightning.strategies.colossalai.fixes import scaler_state
+
+        return scaler_state(self.boosted_optimizer)
+
+    @override
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        from firefly_lightning.strategies.colossalai.fixes import load_scaler_state
+
+        load_scaler_state(self.boosted_optimizer, state)
+
+    @override
+    def whole_tensors(self) -> dict[str, Tensor]:
+        """Also the weights around the model, which ColossalAI leaves alone."""
+        module: Any = self.lightning_module
+        around = {name: parameter for name, parameter in module.named_parameters() if not name.startswith(MODEL_PREFIX)}
+        return super().whole_tensors() | around
+
+    @property
+    def boosted_optimizer(self) -> Any:
+        """ColossalAI's; None while evaluating."""
+        return self.optimizers[0] if self.optimizers else None
+
+    @override
+    def save_shards(self, folder: Path) -> None:
+        with self.full_precision():
+            self.booster.save_model(self.wrapper, str(folder / WEIGHTS), shard=True, use_safetensors=True)
+        if self.optimizers:
+            # ColossalAI would gather them, one weight after another, on the first process.
+            torch.save(self.boosted_optimizer.optim.state_dict(), folder / self._states_file)
+
+    @override
+    def load_shards(self, folder: Path, fitting: bool) -> None:
+        try:
+            with self.full_precision():
+                # Not strict: the tied head is one name more than there are weights.
+                self.booster.load_model(self.wrapper, str(folder / WEIGHTS), strict=False)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise FireflyError(f"{folder}: damaged ({reason(error)}); use an earlier one") from error
+        if fitting:
+            self.boosted_optimizer.optim.load_state_dict(load_file(folder / self._states_file, "cpu"))
+
+    @override
+    def writer(self) -> dict[str, Any]:
+        strategy: Any = self
+        return {"engine": "colossalai", "strategy": self.name, "processes": strategy.world_size, **self.layout()}
+
+    @property
+    def _states_file(self) -> str:
+        strategy: Any = self
+        return f"optimizer-{strategy.global_rank}.ckpt"
+
+
+def read_weights(folder: Path, trainer: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of a checkpoint, without what was added to the vocabulary.
+
+    Args:
+        folder: The checkpoint.
+        trainer: What its ``trainer.ckpt`` holds.
+
+    Returns:
+        Weights by name, as in a ``LightningModule``.
+
+    Raises:
+        FireflyError: If they are damaged.
+    """
+    weights: dict[str, Tensor] = {}
+    try:
+        for file in sorted((folder / WEIGHTS).glob("*.safetensors")):
+            weights.update({f"model.{name}": weight for name, weight in load_weights(file).items()})
+    except SafetensorError as error:
+        raise FireflyError(f"{folder}: damaged ({reason(error)}); use an earlier one") from error
+    vocab_size = trainer[DESCRIPTION_KEY]["config.json"]["vocab_size"]
+    return {name: padded_vocabulary.strip(name, weight, vocab_size) for name, weight in weights.items()}

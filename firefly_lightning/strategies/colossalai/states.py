@@ -1,0 +1,179 @@
+"""Models that ColossalAI trains, one whole parameter after another, as portable checkpoints hold them.
+
+ColossalAI's own access to what is split does the work. Importing this imports ColossalAI.
+"""
+
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from colossalai.checkpoint_io.hybrid_parallel_checkpoint_io import HybridParallelCheckpointIO
+from colossalai.checkpoint_io.utils import gather_distributed_param
+from colossalai.tensor.d_tensor import (
+    distribute_tensor,
+    get_device_mesh,
+    get_global_shape,
+    get_sharding_spec,
+    is_distributed_tensor,
+)
+from torch import Tensor
+from torch.nn import Parameter
+from transformers import BloomForCausalLM
+
+from firefly_lightning.checkpoints.portable import MODEL_PREFIX, WEIGHT, PortableReader, States
+from firefly_lightning.checkpoints.unsharded import check_states, scalars_of
+from firefly_lightning.strategies.colossalai import padded_vocabulary
+from firefly_lightning.strategies.colossalai.fixes import gemini_masters, hybrid_masters
+
+STEP = "step"
+
+
+def steps_done(optimizer: Any) -> int:
+    """Steps of a boosted optimizer; 0 before the first, and where there is none."""
+    states = optimizer.optim.state.values() if optimizer else ()
+    return int(max((float(state.get(STEP, 0)) for state in states), default=0))
+
+
+def read_gemini(wrapper: Any, optimizer: Any) -> Iterator[tuple[str, States]]:
+    """Weights, float32 masters where there are any, and states of the optimizer.
+
+    Args:
+        wrapper: The boosted model.
+        optimizer: Boosted; None where there is none.
+    """
+    numbers = {id(parameter): number for number, parameter in optimizer.id_to_real_params.items()} if optimizer else {}
+    with gemini_masters(wrapper):
+        held = wrapper.fp32_params if wrapper.chunk_manager.reuse_fp16_chunk else wrapper.fp16_params
+        parameters = {id(tensor): parameter for tensor, parameter in zip(held, wrapper.fp16_params, strict=True)}
+        for chunk in wrapper.chunk_manager.get_chunks(held):
+            for tensor, weight in wrapper._get_chunk_to_save_data(chunk, only_rank_0=False).items():
+                parameter = parameters[id(tensor)]
+                number = numbers.get(id(parameter))
+                states = {} if number is None else optimizer.collect_states(number, only_rank_0=False)
+                kept = {key: state for key, state in states.items() if key != STEP}
+                # A clone: the weight is a part of the chunk, and a bias that waits for its file would keep all of it.
+                yield MODEL_PREFIX + wrapper.param2name[parameter], {WEIGHT: weight.clone(), **kept}
+
+
+def write_gemini(wrapper: Any, optimizer: Any, reader: PortableReader) -> None:
+    """Sets what :func:`read_gemini` gives."""
+    with gemini_masters(wrapper):
+        # Not strict: the tied head is one name more than there are weights.
+        wrapper.load_state_dict(_Weights(reader), strict=False)
+    if not optimizer:
+        return
+    check_states(optimizer.optim, reader.states_like_weights())
+    trainer = reader.trainer()
+    for number in optimizer.id_to_fake_params:
+        name = MODEL_PREFIX + wrapper.param2name[optimizer.id_to_real_params[number]]
+        if keys := reader.keys(name):
+            states = {key: reader.state(key, name) for key in keys}
+            optimizer.load_single_param_states(number, {STEP: scalars_of(trainer, name)[STEP], **states})
+
+
+class _Weights(Mapping[str, Tensor]):
+    """Weights of a Bloom by name, each read when Gemini asks for it; of a ``state_dict`` it needs no more."""
+
+    def __init__(self, reader: PortableReader) -> None:
+        self._reader = reader
+        self._names = {name.removeprefix(MODEL_PREFIX) for name in reader.names() if name.startswith(MODEL_PREFIX)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._reader.weight(MODEL_PREFIX + name)
+
+    def __contains__(self, name: object) -> bool:  # without reading it
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def copy(self) -> "_Weights":
+        """Itself: nothing in it changes."""
+        return self
+
+
+def read_hybrid(bloom: BloomForCausalLM, optimizer: Any, plugin: Any) -> Iterator[tuple[str, States]]:
+    """Weights, float32 masters where there are any, and states of the optimizer, without what pads the vocabulary.
+
+    Args:
+        bloom: Boosted.
+        optimizer: Likewise; None where there is none.
+        plugin: That boosted them.
+    """
+    for name, parameter in bloom.named_parameters():
+        with hybrid_masters([parameter], optimizer, plugin.dp_group):
+            weight = gather_distributed_param(parameter).clone()
+        states = HybridParallelCheckpointIO.gather_from_sharded_optimizer_state(
+            {key: state for key, state in _state(optimizer, parameter).items() if key != STEP},
+            parameter,
+            original_shape=_whole_shape(parameter),
+            dp_group=plugin.dp_group,
+            tp_group=plugin.tp_group,
+            use_zero=plugin.zero_stage > 0,
+            inplace=False,
+        )
+        full, vocab_size = MODEL_PREFIX + name, bloom.config.vocab_size
+        whole = {WEIGHT: weight, **states}
+        yield full, {key: padded_vocabulary.strip(full, tensor, vocab_size) for key, tensor in whole.items()}
+
+
+def write_hybrid(
+    bloom: BloomForCausalLM, optimizer: Any, plugin: Any, files: HybridParallelCheckpointIO, reader: PortableReader
+) -> None:
+    """Sets what :func:`read_hybrid` gives.
+
+    Args:
+        bloom: Boosted.
+        optimizer: Likewise; None where there is none.
+        plugin: That boosted them.
+        files: The plugin's, which knows how states are split.
+        reader: Of the checkpoint.
+    """
+    trainer = reader.trainer() if optimizer else {}
+    if optimizer:
+        check_states(optimizer.optim, reader.states_like_weights())
+    for name, parameter in bloom.named_parameters():
+        full, shape = MODEL_PREFIX + name, _whole_shape(parameter)
+        with torch.no_grad(), hybrid_masters([parameter], optimizer, plugin.dp_group):
+            parameter.data.copy_(_part(padded_vocabulary.fill_up(reader.weight(full), shape), parameter))
+            if optimizer:
+                optimizer.update_master_params(SimpleNamespace(parameters=lambda one=parameter: [one]))
+        if optimizer and (keys := reader.keys(full)):
+            master = _master(optimizer, parameter)
+            states = {key: padded_vocabulary.fill_up(reader.state(key, full), shape) for key in keys}
+            optimizer.optim.state[master] = scalars_of(trainer, full) | files.shard_from_complete_optimizer_state(
+                states,
+                current_shape=parameter.shape,
+                original_shape=shape,
+                device=master.device,
+                dtype=master.dtype,
+                inplace=True,
+            )
+
+
+def _master(optimizer: Any, parameter: Parameter) -> Tensor:
+    """What the optimizer steps on; the parameter itself where it has no master."""
+    masters: dict[int, Tensor] = optimizer.get_working_to_master_map() or {}
+    return masters.get(id(parameter), parameter)
+
+
+def _state(optimizer: Any, parameter: Parameter) -> dict[str, Any]:
+    return dict(optimizer.optim.state.get(_master(optimizer, parameter), {})) if optimizer else {}
+
+
+def _whole_shape(parameter: Parameter) -> torch.Size:
+    """Of a parameter before it was split, rows that pad the vocabulary included."""
+    return torch.Size(get_global_shape(parameter)) if is_distributed_tensor(parameter) else parameter.shape
+
+
+def _part(whole: Tensor, parameter: Parameter) -> Tensor:
+    """This process's part of a weight."""
+    whole = whole.to(parameter.device)
+    if not is_distributed_tensor(parameter):
+        return whole
+    part: Tensor = distribute_tensor(whole, get_device_mesh(parameter), get_sharding_spec(parameter))
+    return part

@@ -1,0 +1,5 @@
+"""ZeRO by DeepSpeed."""
+
+from firefly_lightning.moved import names_of
+
+__getattr__ = names_of(__name__)

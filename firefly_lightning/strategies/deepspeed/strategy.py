@@ -1,0 +1,284 @@
+"""ZeRO stages 1, 2 and 3 by DeepSpeed, with optimizer and parameters in host memory or on NVMe where wanted."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from transformers import BloomConfig, BloomForCausalLM
+from typing_extensions import override
+
+from firefly_lightning.checkpoints.portable import PortableReader, States
+from firefly_lightning.data.batches import PlannedBatches
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.strategies.agreement import agreed
+from firefly_lightning.strategies.deepspeed.checkpoints import TAG, fill_sharded, plain_values_only, read_lazily
+from firefly_lightning.strategies.deepspeed.config import (
+    check_zero,
+    device_of,
+    read_config,
+    settle,
+    settle_precision,
+    without_auto,
+)
+from firefly_lightning.strategies.deepspeed.init import sharded_hugging_face
+from firefly_lightning.strategies.deepspeed.machine import compute_on_cpu, cpu_adam, keep_quiet, require_deepspeed
+from firefly_lightning.strategies.hooks import StrategyHooks
+from firefly_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
+
+
+class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
+    """Lightning's ``DeepSpeedStrategy``, on CPU processes too, with exact accumulation and initialisation.
+
+    Args:
+        kwargs: Those of Lightning's strategy; among them ``config``, a DeepSpeed configuration or the JSON file of
+            one, which holds in place of the others. What follows from the plan and the trainer (rows at a time,
+            accumulation, clipping, precision) need not be in it.
+
+    Raises:
+        FireflyError: If DeepSpeed is not installed, or has not what is asked for.
+    """
+
+    norm_follows_step = True
+    config: dict[str, Any]
+
+    def __init__(self, **kwargs: Any) -> None:
+        require_deepspeed()
+        keep_quiet()
+        super().__init__(**kwargs)
+        if self.load_full_weights:
+            raise FireflyError("load_full_weights: export the checkpoint and name the folder as model.path instead")
+        self._given = without_auto(self.config or {})
+        check_zero(self._given)
+        self._given.setdefault("zero_allow_untested_optimizer", True)
+        self.config = self._given
+
+    @property
+    def generates_in_step(self) -> bool:  # type: ignore[override]
+        """Stage 3 gathers the weights of a layer from all ranks while it computes."""
+        return self.zero_stage_3
+
+    @property
+    def whole_weights(self) -> bool:  # type: ignore[override]
+        """Stages 1 and 2 shard what belongs to the optimizer only."""
+        return not self.zero_stage_3
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        # DeepSpeed asks for the number of the device, and Lightning's CPU has none.
+        return torch.device("cpu", self.local_rank) if self._on_cpu else super().root_device
+
+    @override
+    def setup_environment(self) -> None:
+        # Each run has a plan of its own; Lightning would complete the configuration once.
+        self.config, self._config_initialized = deepcopy(self._given), False
+        if self._on_cpu:
+            compute_on_cpu()
+            super(DeepSpeedStrategy, self).setup_environment()
+        else:
+            super().setup_environment()
+
+    @override
+    def setup_distributed(self) -> None:
+        if not self._on_cpu:
+            super().setup_distributed()
+            return
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @contextmanager
+    @override
+    def model_sharded_context(self) -> Iterator[None]:
+        """Shards parameters as they are made, and initialises or loads them rightly, under stage 3."""
+        self._init_config_if_needed()
+        if not self.zero_stage_3:
+            yield
+            return
+        with super().model_sharded_context(), sharded_hugging_face(self.config):
+            yield
+
+    @override
+    def check_model(self, config: BloomConfig) -> None:
+        self._init_config_if_needed()
+
+    @override
+    def build_model(self, config: BloomConfig, build: Callable[[], BloomForCausalLM]) -> BloomForCausalLM:
+        return agreed(build)
+
+    @override
+    def convert_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        return cpu_adam(optimizer) if self._needs_cpu_adam else optimizer
+
+    @override
+    def gradient_norm(self, parameters: Iterable[Parameter]) -> Tensor:
+        norm = torch.as_tensor(self.deepspeed_engine.get_global_grad_norm() or 0.0, dtype=torch.float32)
+        return norm if norm >= 0 else torch.full((), torch.inf)  # DeepSpeed says -1 for what is not finite
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        # Lightning has divided by the number of micro-batches already; DeepSpeed would do so again.
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    @override
+    def portable_states(self) -> Iterator[tuple[str, States]]:
+        from firefly_lightning.strategies.deepspeed.states import read_states
+
+        module: Any = self.lightning_module
+        return read_states(self._zero, module)
+
+    @override
+    def optimizer_steps(self) -> int:
+        from firefly_lightning.strategies.deepspeed.states import steps_done
+
+        return steps_done(self._zero)
+
+    @override
+    def scaler_state(self) -> dict[str, Any]:
+        from firefly_lightning.strategies.deepspeed.states import scaler_state
+
+        return scaler_state(self._zero)
+
+    @override
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        from firefly_lightning.strategies.deepspeed.states import load_scaler_state
+
+        load_scaler_state(self._zero, state)
+
+    @override
+    def load_portable(self, reader: PortableReader, fitting: bool) -> None:
+        from firefly_lightning.strategies.deepspeed.states import write_states, write_weights
+
+        module: Any = self.lightning_module
+        if fitting:
+            write_states(self._zero, module, reader)
+        else:
+            write_weights(module, reader)
+
+    @override
+    def save_shards(self, folder: Path) -> None:
+        self.deepspeed_engine.save_checkpoint(
+            str(folder), tag=TAG, exclude_frozen_parameters=self.exclude_frozen_parameters
+        )
+
+    @override
+    def load_shards(self, folder: Path, fitting: bool) -> None:
+        module: Any = self.lightning_module
+        if self.zero_stage_3 and not fitting:
+            fill_sharded(module, agreed(lambda: read_lazily(folder) if self.is_global_zero else {}))
+            return
+        with plain_values_only(folder):
+            self.deepspeed_engine.load_checkpoint(
+                str(folder),
+                tag=TAG,
+                load_optimizer_states=fitting,
+                load_lr_scheduler_states=False,  # Lightning restores the schedule
+                load_module_strict=module.strict_loading,
+            )
+
+    @override
+    def writer(self) -> dict[str, Any]:
+        zero = self.config["zero_optimization"]
+        offload = {name: device_of(zero, name) for name in ("offload_optimizer", "offload_param")}
+        return {"engine": "deepspeed", "stage": zero["stage"], **offload, "processes": self.world_size}
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's optimizer around the module's; None while evaluating, where stage 3 has something else there."""
+        module: Any = self.lightning_module
+        return self.deepspeed_engine.optimizer if module.trainer.state.fn == TrainerFn.FITTING else None
+
+    @property
+    def _needs_cpu_adam(self) -> bool:
+        forced = self.config.get("zero_force_ds_cpu_optimizer", True)
+        return bool(forced) and device_of(self.config["zero_optimization"], "offload_optimizer") != "none"
+
+    @property
+    def _on_cpu(self) -> bool:
+        return isinstance(self.accelerator, CPUAccelerator)
+
+    @override
+    def _load_config(self, config: Any) -> dict[str, Any] | None:
+        loaded = super()._load_config(read_config(config) if isinstance(config, str | Path) else config)
+        return without_auto(loaded) if loaded is not None else None
+
+    @override
+    def _format_config(self) -> None:
+        module: Any = self.lightning_module
+        if module.trainer.gradient_clip_algorithm == "value":
+            raise FireflyError("trainer.gradient_clip_algorithm: DeepSpeed clips by norm only; leave it out")
+        settle_precision(self.config, str(self.precision_plugin.precision))
+        super()._format_config()
+        from deepspeed.accelerator import get_accelerator
+
+        if self.config.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
+            name = self.precision_plugin.precision
+            raise FireflyError(f"trainer.precision {name}: DeepSpeed has no fp16 on this processor; take bf16-mixed")
+
+    @override
+    def _format_batch_size_and_grad_accum_config(self) -> None:
+        """What follows from the plan and the trainer; an evaluation has neither steps nor gradients."""
+        module: Any = self.lightning_module
+        trainer, config = module.trainer, self.config
+        if trainer.state.fn != TrainerFn.FITTING:
+            config.pop("train_batch_size", None)
+            config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+            return
+        data: Any = getattr(trainer, "datamodule", None)
+        accumulated = trainer.accumulate_grad_batches
+        settle(config, "gradient_accumulation_steps", accumulated, "the plan of steps")
+        if isinstance(getattr(data, "train", None), PlannedBatches):
+            settle(config, "train_micro_batch_size_per_gpu", data.train.micro_batch_size, "the plan of steps")
+        micro = config.setdefault("train_micro_batch_size_per_gpu", self._auto_select_batch_size())
+        settle(config, "train_batch_size", micro * accumulated * self.world_size, "the plan of steps")
+        if trainer.gradient_clip_val is not None:
+            settle(config, "gradient_clipping", trainer.gradient_clip_val, "the trainer")
+
+    @override
+    def _auto_select_batch_size(self) -> int:
+        try:
+            return super()._auto_select_batch_size()
+        except AttributeError:  # a loader whose data set makes the batches itself; the number is for logs only
+            return 1
+
+    @override
+    def _init_optimizers(self) -> tuple[Optimizer, Any]:
+        """Those of the module; without offload any, with it DeepSpeed's own only.
+
+        Raises:
+            FireflyError: If it is another.
+        """
+        optimizer, scheduler = super()._init_optimizers()
+        if self._needs_cpu_adam and type(optimizer).__name__ != "DeepSpeedCPUAdam":
+            raise FireflyError(
+                f"offload_optimizer needs DeepSpeedCPUAdam, not {type(optimizer).__name__}; "
+                "in configure_optimizers, take self.trainer.strategy.convert_optimizer(optimizer)"
+            )
+        return optimizer, scheduler
+
+
+def _register(name: str, description: str, **options: Any) -> None:
+    StrategyRegistry.register(name, ZeroStrategy, description, **options)
+
+
+_register("zero1", "DeepSpeed, optimizer states sharded", stage=1)
+_register("zero2", "DeepSpeed, optimizer states and gradients sharded", stage=2)
+_register("zero3", "DeepSpeed, optimizer states, gradients and weights sharded", stage=3)
+_register("zero2_offload", "zero2 with optimizer states in host memory", stage=2, offload_optimizer=True)
+_register(
+    "zero3_offload",
+    "zero3 with optimizer states and weights in host memory",
+    stage=3,
+    offload_optimizer=True,
+    offload_parameters=True,
+)

@@ -1,0 +1,5 @@
+"""FSDP2 and tensor parallelism by PyTorch itself."""
+
+from firefly_lightning.moved import names_of
+
+__getattr__ = names_of(__name__)

@@ -1,0 +1,229 @@
+"""Checkpoints of strategies that hold a model in parts: portable ones, and an engine's own."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from firefly_lightning.checkpoints.paths import (
+    TRAINER_FILE,
+    WRITER_KEY,
+    load_file,
+    partial_folder,
+    partial_path,
+    remove,
+    replace,
+)
+from firefly_lightning.checkpoints.portable import WEIGHT, FileEntry, PortableReader, PortableWriter, States, finish
+from firefly_lightning.checkpoints.unsharded import NAMES_KEY, SCALARS_KEY, TIED_KEY, parameter_names, summed_up
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.strategies.agreement import agreed
+
+SCALER_KEY = MixedPrecision.__qualname__
+"""Where a checkpoint has what the scaler of a float16 loss has learned: where Lightning keeps that of its own."""
+
+
+class ShardedCheckpoints(Strategy):
+    """Mixed into a strategy that shards. Either kind of checkpoint is a folder, whole or absent.
+
+    A portable one goes on under any strategy, an engine's own under the same strategy and number of processes; the
+    ``portable`` of the trainer's ``AtomicCheckpointIO`` says which is written.
+    """
+
+    _reader: PortableReader | None = None
+
+    @abstractmethod
+    def portable_states(self) -> Iterator[tuple[str, States]]:
+        """All parameters, each once, one after another, by their names in the ``LightningModule``.
+
+        Called by all processes together, each of which gets every tensor whole, in memory of its own that the next
+        parameter does not reuse. Weights are the float32 masters where there are any, without rows that only pad the
+        vocabulary; states of the optimizer are there while fitting.
+        """
+
+    @abstractmethod
+    def optimizer_steps(self) -> int:
+        """Steps that the optimizer has done, for each parameter."""
+
+    @abstractmethod
+    def load_portable(self, reader: PortableReader, fitting: bool) -> None:
+        """Sets what :meth:`portable_states` gave, on whatever strategy; called by all processes.
+
+        Args:
+            reader: Of the checkpoint; each process reads whole tensors and keeps its part.
+            fitting: Whether there is an optimizer, whose states and number of steps are set too.
+        """
+
+    def scaler_state(self) -> dict[str, Any]:
+        """Of the scaler of a float16 loss, with the keys of PyTorch's ``GradScaler``; empty where nothing scales."""
+        return {}
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        """Sets what :meth:`scaler_state` gave, on whatever strategy, or what a ``GradScaler`` saved."""
+
+    def whole_tensors(self) -> dict[str, Tensor]:
+        """What every process holds whole beside :meth:`portable_states`, by name: buffers that are to be saved."""
+        return dict(_kept_buffers(self.lightning_module))
+
+    @abstractmethod
+    def save_shards(self, folder: Path) -> None:
+        """Writes weights and, while fitting, optimizer states; called by all processes with the same folder."""
+
+    @abstractmethod
+    def load_shards(self, folder: Path, fitting: bool) -> None:
+        """Reads what :meth:`save_shards` wrote, optimizer states only if ``fitting``; called by all processes."""
+
+    @abstractmethod
+    def writer(self) -> dict[str, Any]:
+        """What must be the same where an engine's own checkpoint is read: plain values by name."""
+
+    @property
+    def saves_portable(self) -> bool:
+        """Whether :meth:`save_checkpoint` writes a portable checkpoint."""
+        return bool(getattr(self.checkpoint_io, "portable", True))
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Fills a hidden folder beside ``filepath``, then gives it that name."""
+        target = Path(self.broadcast(str(filepath)))
+        agreed(lambda: partial_folder(target) if self.is_global_zero else None)
+        partial = partial_path(target)
+        kept = {
+            name: value
+            for name, value in checkpoint.items()
+            if name not in ("state_dict", "optimizer_states", NAMES_KEY)
+        }
+        if self.optimizers and (scaler := self.scaler_state()):
+            kept[SCALER_KEY] = scaler
+        files: dict[str, FileEntry] = {}
+        if self.saves_portable:
+            try:
+                files = self._write_tensors(partial)
+            except (FireflyError, OSError):
+                agreed(lambda: remove(partial) if self.is_global_zero else None)
+                raise
+            kept |= {TIED_KEY: self._tied(), SCALARS_KEY: summed_up({"": self._scalars()})}
+        else:
+            self.save_shards(partial)
+            self.barrier()
+            kept |= {WRITER_KEY: self.writer()}
+
+        def complete() -> None:
+            torch.save(kept, partial / TRAINER_FILE)
+            if self.saves_portable:
+                finish(partial, files)
+            replace(partial, target)
+
+        agreed(complete if self.is_global_zero else _nothing)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads what Lightning saved; the shards follow once hooks have seen that.
+
+        Raises:
+            FireflyError: If it is no such checkpoint, or an engine's own of another strategy or number of processes.
+        """
+        self._folder = Path(checkpoint_path)
+        self._reader = None
+        if PortableReader.is_at(self._folder):
+            self._reader = agreed(lambda: PortableReader(self._folder))
+            return self._reader.trainer()
+        if not (self._folder / TRAINER_FILE).is_file():
+            raise FireflyError(f"{checkpoint_path}: was not saved by this strategy; resume with the one that saved it")
+        checkpoint = load_file(self._folder / TRAINER_FILE, "cpu")
+        saved, now = checkpoint.get(WRITER_KEY, {}), self.writer()
+        changed = [f"{name} {saved.get(name)} → {now[name]}" for name in now if saved.get(name) != now[name]]
+        if changed:
+            raise FireflyError(f"{checkpoint_path}: was saved otherwise ({', '.join(changed)}); resume as it was saved")
+        return checkpoint
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        module: Any = self.lightning_module
+        fitting = module.trainer.state.fn == TrainerFn.FITTING
+        if self._reader is not None:
+            self.load_portable(self._reader, fitting)
+            self._load_whole_tensors(self._reader)
+        else:
+            self.load_shards(self._folder, fitting)
+        if fitting:
+            self.load_scaler_state(checkpoint.get(SCALER_KEY, {}))
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        """Not: it is done with the weights."""
+        return False
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing: :meth:`save_checkpoint` writes the weights."""
+        return {}
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Nothing: :meth:`save_checkpoint` writes it."""
+        return {}
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    def _write_tensors(self, folder: Path) -> dict[str, FileEntry]:
+        """Every process writes each so many-th parameter; returns what all of them wrote."""
+        writer, failure = PortableWriter(folder, dist.get_rank()), None
+        for number, (name, states) in enumerate(self.portable_states()):
+            if number % dist.get_world_size() == dist.get_rank() and failure is None:
+                try:
+                    writer.add(name, states)
+                except Exception as error:  # raised below: the others wait in this process's next gathering
+                    failure = error
+
+        def close() -> dict[str, FileEntry]:
+            if failure:
+                raise failure
+            if self.is_global_zero:
+                for name, tensor in self.whole_tensors().items():
+                    writer.add(name, {WEIGHT: tensor})
+            return writer.close()
+
+        written: list[dict[str, FileEntry]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(written, agreed(close))
+        return {name: entry for files in written for name, entry in files.items()}
+
+    def _load_whole_tensors(self, reader: PortableReader) -> None:
+        saved = set(reader.names())
+        with torch.no_grad():
+            for name, tensor in self.whole_tensors().items():
+                if name in saved:  # a buffer may be newer than the checkpoint
+                    tensor.copy_(reader.weight(name))
+
+    def _tied(self) -> dict[str, str]:
+        module: Any = self.lightning_module
+        first = parameter_names(module)
+        named = module.named_parameters(remove_duplicate=False)
+        return {name: first[id(parameter)] for name, parameter in named if name != first[id(parameter)]}
+
+    def _scalars(self) -> dict[str, Tensor]:
+        return {"step": torch.tensor(float(self.optimizer_steps()))} if self.optimizers else {}
+
+
+def _kept_buffers(module: Any) -> Iterator[tuple[str, Tensor]]:
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in owner._non_persistent_buffers_set:
+                yield name, buffer
+
+
+def _nothing() -> None:
+    pass

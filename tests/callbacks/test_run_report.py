@@ -1,0 +1,178 @@
+"""What a run shows while it trains and leaves for people to read."""
+
+import re
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.image
+import numpy as np
+import pytest
+import yaml
+from lightning import __version__ as lightning_version
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from firefly_lightning.callbacks.progress_bar import RunProgressBar
+from firefly_lightning.callbacks.run_figures import draw_kinds, read_metrics
+from firefly_lightning.callbacks.sample_answers import PROMPTS
+from tests.conftest import write_rows
+from tests.support.helpers import fit, logged, run
+from tests.support.predicting import DECODING
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory, reviews):
+    kinds = ["对联", "Summary", "a|b$c"]
+    texts = [
+        {"kind": kinds[at % 3], "input": text[:30], "target": text[30:42] or "好"} for at, text in enumerate(reviews)
+    ]
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", texts[:60])
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory, model_folder, rows):
+    """A run of four steps and two validations, and what it printed, on a wide terminal."""
+    root = tmp_path_factory.mktemp("shown")
+    every = [
+        "--trainer.val_check_interval",
+        2,
+        "--trainer.check_val_every_n_epoch",
+        "null",
+        "--data.micro_batch_size",
+        4,
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "250")
+        printed = run(
+            "firefly-fit", "fit", "--model.path", model_folder, "--data.train_files", rows, "--data.val_fraction", 0.4,
+            "--trainer.default_root_dir", root, "--trainer.accelerator", "cpu", "--trainer.max_steps", 4,
+            "--model.warmup_steps", 2, "--data.batch_size", 8, *every, *DECODING,
+        ).stdout  # fmt: skip
+    return root, printed
+
+
+def test_the_bar_shows_what_is_logged(shown):
+    root, printed = shown
+    last = next(line for line in reversed(printed.splitlines()) if line.startswith("Training"))
+    assert re.search(r"━+ 4/4 0:00:\d\d loss: ", last)
+    rate, memory = (float(logged(root, name)[3]) for name in ("target_tokens_per_second", "memory_gb"))
+    for part in (
+        f"loss: {float(logged(root)[3]):.3f}",
+        f"val: {float(logged(root, 'val_loss')[3]):.3f}",
+        f"lr: {float(logged(root, 'lr')[3]):.1e}",
+        f"tokens/s: {rate:,.0f}",
+        f"wait: {float(logged(root, 'data_wait')[3]):.0%}",
+        f"memory: {memory:.1f} GB",
+        f"MFU: {float(logged(root, 'mfu')[3]):.0%}",
+        "left: 0:00:00",
+    ):
+        assert part in last
+
+
+def test_time_left_follows_from_the_steps_of_this_run():
+    bar = RunProgressBar()
+    bar._trainer = trainer = SimpleNamespace(global_step=10, estimated_stepping_batches=100)
+    bar._started, bar._first_step = time.monotonic() - 30, 10
+    assert bar.seconds_left(trainer) is None
+    trainer.global_step = 20
+    assert bar.seconds_left(trainer) == pytest.approx(3 * 80, rel=0.01)
+    trainer.estimated_stepping_batches = float("inf")
+    assert bar.seconds_left(trainer) is None
+
+
+def test_answers_to_three_prompts_are_on_the_console_and_in_tensorboard(shown):
+    root, printed = shown
+    steps = re.split(r"Answers at step (\d+):\n", printed)[1:]
+    assert steps[::2] == ["2", "4"]
+    (events,) = (root / "lightning_logs" / "version_0").glob("events*")
+    board = EventAccumulator(str(events)).Reload()
+    for at, prompt in enumerate(PROMPTS):
+        texts = board.Tensors(f"samples/{at}/text_summary")
+        assert [event.step for event in texts] == [2, 4]
+        for event, text in zip(texts, steps[1::2], strict=True):
+            (written,) = event.tensor_proto.string_val
+            asked, answer = written.decode().split("\n\n", 1)
+            assert asked == f"**{prompt}**"
+            assert f"  {prompt}\n    {answer.splitlines()[0] if answer else ''}" in text
+
+
+def test_no_prompts_no_answers(model_folder, rows, tmp_path):
+    own = ["--data.val_fraction", 0.4, "--trainer.max_steps", 1, "--trainer.val_check_interval", 1]
+    assert "Answers at" not in fit(model_folder, rows, tmp_path, *own).stdout
+
+
+def test_the_report_of_a_training(shown):
+    root, _ = shown
+    folder = root / "lightning_logs" / "version_0"
+    text = (folder / "report.md").read_text("utf-8")
+    assert re.findall("^#+ (.*)$", text, re.MULTILINE)[:3] == ["version_0", "Results", "Data"]
+    figures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert figures == ["loss.png", "kinds.png"]
+    assert all((folder / figure).read_bytes().startswith(b"\x89PNG") for figure in figures)
+    losses, validated = logged(root), logged(root, "val_loss")
+    best = min(validated, key=lambda step: float(validated[step]))
+    table = cells(text)
+    assert table["steps"] == ["4"]
+    assert table["training loss, first and last"] == [f"{float(losses[0]):.4f}, {float(losses[3]):.4f}"]
+    assert table["lowest validation loss"] == [f"{float(validated[best]):.4f} at step {best}"]
+    assert table["perplexity"] == [f"{float(logged(root, 'val_perplexity')[3]):,.4g}"]
+    for kind in ("对联", "Summary", "a|b$c"):
+        names = (f"val_{name}/{kind}" for name in ("accuracy", "eos_accuracy", "perplexity"))
+        values = [logged(root, name).get(3) for name in names]
+        assert table[kind.replace("|", "\\|")] == [f"{float(value):,.4g}" if value else "" for value in values]
+    assert table["lightning"] == [lightning_version]
+    assert re.search("^ all +60 ", text, re.MULTILINE)
+    assert "\x1b" not in text
+    saved = re.search(r"^## Configuration\n\n```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[1]
+    assert yaml.safe_load(saved) == yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+
+
+def test_the_reports_of_a_validation_and_a_test(model_folder, rows, tmp_path):
+    common = ["--model.path", model_folder, "--data.val_files", rows, "--trainer.default_root_dir", tmp_path]
+    for version, stage in enumerate(("validate", "test")):
+        run(
+            "firefly-fit",
+            stage,
+            *common,
+            "--trainer.accelerator",
+            "cpu",
+            "--trainer.enable_progress_bar",
+            "false",
+            *DECODING,
+        )
+        table = cells((tmp_path / "lightning_logs" / f"version_{version}" / "report.md").read_text("utf-8"))
+        name = {"validate": "val", "test": "test"}[stage]
+        ((_, loss),) = logged(tmp_path, f"{name}_loss", version).items()
+        assert table["loss"] == [f"{float(loss):,.4g}"]
+        assert "steps" not in table
+        columns = ["accuracy", "eos_accuracy", "perplexity"] + (["bleu", "chrf", "rouge_l"] if stage == "test" else [])
+        assert sorted(table["kind"]) == sorted(columns)
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    """Of the tables of a report: by the first cell of a row, the others."""
+    rows = [
+        re.split(r" (?<!\\)\| ", line.removeprefix("| ").removesuffix(" |"))
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+    return {first: others for first, *others in rows}
+
+
+def test_kinds_are_drawn_each_by_its_line(tmp_path):
+    draw_kinds({"对联": {10: 100.0, 20: 10.0}, "b$": {10: 10.0, 20: 100.0}}, tmp_path / "kinds.png")
+    pixels = matplotlib.image.imread(tmp_path / "kinds.png")[..., :3]
+    heights = []
+    for color in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):  # the one that ends higher comes first
+        found = np.abs(pixels - np.array(color) / 255).max(-1) < 0.02
+        rows, columns = np.nonzero(found[:, : int(0.7 * found.shape[1])])
+        heights.append([rows[columns < columns.min() + 5].mean(), rows[columns > columns.max() - 5].mean()])
+    (blue_start, blue_end), (orange_start, orange_end) = heights
+    assert blue_end < blue_start, "up"
+    assert orange_end > orange_start, "down"
+    # Up to where the legend begins, on a scale on which a hundredfold is as far up as down.
+    assert blue_start - blue_end == pytest.approx(orange_end - orange_start, abs=6)
+
+
+def test_metrics_of_a_run_that_left_none(tmp_path):
+    assert read_metrics(Path(tmp_path / "version_0")) == {"train_loss": {}}

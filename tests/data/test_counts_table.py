@@ -1,0 +1,18 @@
+"""The table of what was kept of each kind."""
+
+from firefly_lightning.data.counts_table import HEADINGS, counts_table
+from firefly_lightning.data.token_cache import COUNTED
+
+
+def test_the_table_adds_sources_up_and_cuts_no_word():
+    first = {"SentimentAnalyze": dict(zip(COUNTED, (1_650_000, 20, 3, 4, 5, 300_000_000, 100_000_000), strict=True))}
+    second = {
+        "SentimentAnalyze": dict.fromkeys(COUNTED, 1),
+        "Belle": dict.fromkeys(COUNTED, 2),
+    }
+    lines = [line.split() for line in counts_table(["a.jsonl", "b.jsonl"], [first, second]).splitlines()]
+    assert ["SentimentAnalyze", "1,650,001", "21", "4", "5", "6", "300,000,001", "100,000,001"] in lines
+    assert ["Belle", *["2"] * 7] in lines
+    assert ["all", "1,650,003", "23", "6", "7", "8", "300,000,003", "100,000,003"] in lines
+    words = [word for line in lines for word in line]
+    assert all(word in words for heading in HEADINGS.values() for word in heading.split())

@@ -1,0 +1,216 @@
+import builtins
+import io
+import sys
+import threading
+
+import pytest
+import torch
+from transformers import BloomForCausalLM, GenerationConfig
+
+from firefly_lightning.chat.command import chat
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.evaluation.generation import default_decoding, generate_batch, generate_stream
+from firefly_lightning.prompt import PRESETS, PromptEncoder
+from tests.conftest import ANSWERS
+
+GREEDY = GenerationConfig(max_new_tokens=40, do_sample=False)
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer):
+    return PromptEncoder(tokenizer, PRESETS["firefly"])
+
+
+@pytest.fixture(scope="module")
+def bloom(fluent_bloom):
+    return fluent_bloom
+
+
+@pytest.fixture(scope="module")
+def folder(fluent_folder):
+    return fluent_folder
+
+
+def stock_answer(bloom, tokenizer, question, config):
+    """Ids that stock Hugging Face generates for a first question."""
+    ids = tokenizer(f"<s>{question}</s></s>", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    output = bloom.generate(
+        ids, attention_mask=torch.ones_like(ids), generation_config=config, eos_token_id=2, pad_token_id=3
+    )
+    return output[0, ids.shape[1] :]
+
+
+@pytest.mark.parametrize("question", ANSWERS)
+def test_streamed_pieces_are_whole_characters_and_make_the_answer(bloom, encoder, question):
+    pieces = list(generate_stream(bloom, encoder, [], question, GREEDY))
+    assert "".join(pieces) == ANSWERS[question]
+    assert "\ufffd" not in "".join(pieces)
+
+
+def test_characters_come_as_soon_as_they_are_whole(bloom, encoder):
+    # Neither is in the vocabulary: three and four tokens of one byte each.
+    assert list(generate_stream(bloom, encoder, [], "hello", GREEDY))[:2] == ["龘", "𠮷"]
+
+
+def test_pieces_of_an_answer_cut_inside_a_character_still_make_the_answer(bloom, encoder, tokenizer):
+    cut = 0
+    for length in range(1, 12):
+        config = GenerationConfig(max_new_tokens=length, do_sample=False)
+        pieces = list(generate_stream(bloom, encoder, [], "你好", config))
+        expected = tokenizer.decode(stock_answer(bloom, tokenizer, "你好", config), skip_special_tokens=True)
+        assert "".join(pieces) == expected
+        assert all("\ufffd" not in piece for piece in pieces[:-1])
+        cut += expected.endswith("\ufffd")
+    assert cut > 2
+
+
+def test_random_bytes_stream_as_they_decode(encoder, tokenizer, bloom):
+    torch.manual_seed(1)
+    untaught = BloomForCausalLM(bloom.config).eval()
+    config = GenerationConfig(max_new_tokens=60, do_sample=True, top_k=0, temperature=2.0)
+    for seed in range(5):
+        pieces = list(generate_stream(untaught, encoder, [], "你好", config, seed))
+        torch.manual_seed(seed)
+        ids = stock_answer(untaught, tokenizer, "你好", config)
+        assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_a_seed_repeats_the_answer_and_leaves_the_random_state_alone(bloom, encoder):
+    config = GenerationConfig(max_new_tokens=30, do_sample=True, temperature=3.0)
+    state = torch.get_rng_state()
+    first, again, other = ("".join(generate_stream(bloom, encoder, [], "你", config, seed)) for seed in (1, 1, 2))
+    assert first == again != other
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_error_of_generation_reaches_the_reader(bloom, encoder, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("broken")
+
+    monkeypatch.setattr(bloom.lm_head, "forward", broken)
+    with pytest.raises(ValueError, match="broken"):
+        list(generate_stream(bloom, encoder, [], "你好", GREEDY))
+
+
+def test_generation_ends_when_nobody_reads_on(bloom, encoder):
+    steps = []
+    hook = bloom.lm_head.register_forward_hook(lambda *_: steps.append(1))
+    config = GenerationConfig(max_new_tokens=5000, min_new_tokens=5000, do_sample=False)
+    answer = generate_stream(bloom, encoder, [], "你好", config)
+    next(answer)
+    answer.close()
+    hook.remove()
+    assert len(steps) < 1000
+    assert not [thread for thread in threading.enumerate() if thread.name == "generate"]
+
+
+def test_a_greedy_batch_is_its_questions_one_by_one(bloom, encoder, tokenizer):
+    questions = [*ANSWERS, "江南，江南，江南，江南岸", ""]
+    alone = [stock_answer(bloom, tokenizer, question, GREEDY) for question in questions]
+    expected = [tokenizer.decode(ids, skip_special_tokens=True) for ids in alone]
+    assert generate_batch(bloom, encoder, questions, GREEDY) == expected
+    assert expected[: len(ANSWERS)] == list(ANSWERS.values())
+    assert [generate_batch(bloom, encoder, [question], GREEDY)[0] for question in questions] == expected
+    assert generate_batch(bloom, encoder, [], GREEDY) == []
+
+
+def test_a_model_that_names_no_length_answers_as_published(bloom, folder):
+    published = {
+        "max_new_tokens": 200,
+        "do_sample": True,
+        "top_p": 0.85,
+        "temperature": 0.35,
+        "repetition_penalty": 1.2,
+    }
+    assert default_decoding(bloom).to_dict().items() >= published.items()
+    loaded = BloomForCausalLM.from_pretrained(folder)
+    loaded.generation_config.max_new_tokens = 7
+    assert default_decoding(loaded).max_new_tokens == 7
+
+
+def test_one_answer_is_all_of_stdout(folder, capsys):
+    chat(str(folder), prompt="你好", device="cpu", seed=0)
+    assert capsys.readouterr().out == ANSWERS["你好"] + "\n"
+
+
+def test_longest_answer_is_the_callers(folder, capsys):
+    chat(str(folder), prompt="春风又绿江南岸", device="cpu", seed=0, max_new_tokens=1)
+    assert len(capsys.readouterr().out) < len(ANSWERS["春风又绿江南岸"])
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", "utf-8"), ("latin-1", "utf-8"), ("gb18030", "gb18030")])
+def test_terminals_of_any_encoding(folder, monkeypatch, encoding, shown):
+    terminal = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding=encoding))
+    # How Python hands over a command line that the locale cannot decode.
+    question = "你好".encode().decode("ascii", "surrogateescape")
+    monkeypatch.setattr("os.fsencode", lambda text: text.encode("ascii", "surrogateescape"))
+    chat(str(folder), prompt=question, device="cpu", seed=0)
+    assert terminal.getvalue().decode(shown) == ANSWERS["你好"] + "\n"
+
+
+def type_in(monkeypatch, *lines):
+    typed = iter(lines)
+
+    def read(prompt):
+        line = next(typed, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr(builtins, "input", read)
+
+
+def asked_ids(monkeypatch):
+    """What every answer was generated from."""
+    asked, generate = [], BloomForCausalLM.generate
+
+    def record(self, inputs, **kwargs):
+        asked.append(inputs[0].tolist())
+        return generate(self, inputs, **kwargs)
+
+    monkeypatch.setattr(BloomForCausalLM, "generate", record)
+    return asked
+
+
+def test_a_conversation_remembers_until_cleared(folder, tokenizer, monkeypatch, capsys):
+    asked = asked_ids(monkeypatch)
+    type_in(monkeypatch, "你好", KeyboardInterrupt, "", "hello", "/clear", "hello", "/exit", "你好")
+    chat(str(folder), device="cpu", seed=0)
+    first = f"<s>你好</s></s>{ANSWERS['你好']}</s>hello</s>"
+    assert asked == [tokenizer.encode(text) for text in ("<s>你好</s></s>", first, "<s>hello</s></s>")]
+    assert capsys.readouterr().out.endswith(ANSWERS["hello"] + "\n")
+
+
+def test_an_interrupt_ends_the_answer_and_not_the_conversation(folder, tokenizer, monkeypatch, capsys):
+    asked = asked_ids(monkeypatch)
+    real_print = builtins.print
+
+    def interrupted_once(*args, **kwargs):
+        real_print(*args, **kwargs)
+        if len(asked) == 1 and kwargs.get("end") == "":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(builtins, "print", interrupted_once)
+    type_in(monkeypatch, "春风又绿江南岸", "hello")
+    chat(str(folder), device="cpu", seed=0)
+    assert asked[1] == tokenizer.encode("<s>春风又绿江南岸</s></s></s>hello</s>")
+    assert not [thread for thread in threading.enumerate() if thread.name == "generate"]
+
+
+def test_chat_without_a_saved_format_says_what_it_assumes(folder, tmp_path, capsys):
+    for file in folder.iterdir():
+        if file.name != "prompt_format.json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    chat(str(tmp_path), prompt="你好", device="cpu", seed=0)
+    captured = capsys.readouterr()
+    assert captured.out == ANSWERS["你好"] + "\n"
+    note = captured.err.splitlines()[-1]
+    assert note == f"note: {tmp_path} has no prompt_format.json; the format 'firefly' is used"
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(folder, device):
+    with pytest.raises(FireflyError, match=f"device {device}: not on this machine") as raised:
+        chat(str(folder), prompt="你好", device=device)
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,111 @@
+"""SIGINT and SIGTERM end every command soon, at any moment, once or twice, and leave neither processes nor files."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.conftest import write_rows
+from tests.support.helpers import PATIENCE, ROOT
+from tests.support.ranks import BIN
+
+MOMENTS = int(os.environ.get("FIREFLY_MOMENTS", 2))
+"""In which each command is told to end; a release is tried with 20."""
+
+SECONDS = 3.0 * float(os.environ.get("FIREFLY_SLOWNESS", 2))
+"""In which it must have ended: three on a machine with nothing else to do."""
+
+WEATHER = "今天很好，" * 20
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, model_folder, rows_file) -> dict[str, Path]:
+    """What the commands read: enough rows that no part of them is over at once."""
+    folder = tmp_path_factory.mktemp("signals")
+    rows = [{"kind": "NLI", "input": f"第{number}天：{WEATHER}", "target": f"好{number}"} for number in range(40000)]
+    raw = [{"text": f"{row['input']}", "label": "positive"} for row in rows]
+    run = {
+        "model": {"path": str(model_folder)},
+        "data": {"train_files": str(rows_file), "val_files": str(rows_file), "micro_batch_size": 1},
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "max_steps": 2},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(run), "utf-8")
+    return {
+        "rows": write_rows(folder / "rows.jsonl", rows),
+        "raw": write_rows(folder / "raw.jsonl", raw),
+        "model": model_folder,
+        "config": folder / "run.yaml",
+    }
+
+
+COMMANDS = {
+    "build": "firefly build --kind SentimentAnalyze --source {raw} --out {out} --workers 2",
+    "build alone": "firefly build --kind SentimentAnalyze --source {raw} --out {out} --workers 1",
+    "clean": "firefly clean --files {rows} --out {out}",
+    "stats": "firefly stats --files {rows} --tokenizer {model} --out {out}",
+    "prune": "firefly prune --model {model} --corpus {rows} --out {out} ",
+    "plan": "firefly plan --config {config} --out {out}",
+    "validate": "firefly-fit validate --config {config} --trainer.default_root_dir {out}",
+    "predict": "firefly-fit predict --config {config} --trainer.default_root_dir {out}",
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_signal_ends_a_command(name, number, places, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    whole, _ = ended(name, places, tmp_path / "whole", None, 0)
+    imported = time.monotonic()
+    subprocess.run([str(BIN / COMMANDS[name].split()[0]), "--help"], check=True, stdout=subprocess.DEVNULL)
+    imported = time.monotonic() - imported
+    drawn = random.Random(f"{name} {number}")
+    for moment in range(MOMENTS):
+        after = drawn.uniform(imported, max(whole, imported))
+        took, process = ended(name, places, tmp_path / str(moment), number, after, twice=moment % 2 == 1)
+        if took is None:
+            continue  # it had ended before
+        said = process.stderr.read().decode("utf-8", "replace")
+        assert process.returncode in (128 + number, -number), f"{after}: {process.returncode}\n{said}"
+        assert took < SECONDS, f"{after}: {took}\n{said}"
+        assert "Traceback" not in said, said
+        left = {path.name for path in (tmp_path / str(moment)).rglob(".*")}
+        assert left <= {".out.partial", ".out.journal"}, "a build goes on from these, nothing else is left"
+
+
+def ended(name: str, places: dict[str, Path], folder: Path, number: int | None, after: float, twice: bool = False):
+    """Runs a command until it ends, or a signal after some seconds ends it; how long that took, and the process."""
+    folder.mkdir()
+    words = [word.format(**places, out=folder / "out") for word in COMMANDS[name].split()]
+    started = time.monotonic()
+    with (folder.parent / f"{folder.name}.err").open("w+b") as errors:
+        process = subprocess.Popen(
+            [str(BIN / words[0]), *words[1:]],
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            cwd=ROOT,
+            start_new_session=True,
+        )
+    process.stderr = (folder.parent / f"{folder.name}.err").open("rb")
+    if number is None:
+        assert process.wait(PATIENCE) == 0, process.stderr.read().decode()
+        return time.monotonic() - started, process
+    time.sleep(after)
+    if process.poll() is not None:
+        return None, process
+    family = psutil.Process(process.pid).children(recursive=True)
+    told = time.monotonic()
+    process.send_signal(number)
+    if twice:
+        time.sleep(0.1)
+        process.send_signal(number)
+    process.wait(60)
+    took = time.monotonic() - told
+    _, alive = psutil.wait_procs(family, timeout=1)
+    assert not alive, f"{after}: {alive}"
+    return took, process

@@ -1,0 +1,308 @@
+"""Every command and snippet of the README, run in the order in which a reader meets them."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from functools import partial
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, BloomForCausalLM
+
+from firefly_lightning.checkpoints.paths import find_checkpoint
+from firefly_lightning.data.sources.row_forms import read_rows
+from tests.conftest import write_rows
+from tests.support.helpers import BIN, ROOT, logged, run, run_forked
+from tests.support.readme import ENGLISH, NOT_HERE, read_blocks, write_file
+
+SHORT = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+SHORT += ["--model.decoding.max_new_tokens", "8"]
+
+
+@pytest.fixture
+def box(tmp_path, model_folder, reviews, monkeypatch):
+    """A folder with what the README says a reader has: raw rows, a Bloom, a smaller tokenizer, the clone's configs."""
+    shutil.copytree(model_folder, tmp_path / "bloom-1b7")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "raw").mkdir()
+    example = next(json.loads(block.code) for block in read_blocks(ENGLISH) if block.language == "json")
+    rows = [{"text": text[:60], "label": ["positive", "negative"][at % 2]} for at, text in enumerate(reviews[:60])]
+    write_rows(tmp_path / "raw" / "reviews.jsonl", [example, *rows])
+    weather = [{"weather": name, "advice": f"{name}天要小心。"} for name in ("下雨", "下雪", "刮风", "炎热")]
+    write_rows(tmp_path / "raw" / "weather.jsonl", weather)
+    said = [{"role": "user", "content": "在吗？"}, {"role": "assistant", "content": "在，请讲。"}]
+    write_rows(tmp_path / "raw" / "messages.jsonl", [{"messages": said}, {"kind": "Greeting", "messages": said * 2}])
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(reviews[:20]), "utf-8")
+    run("firefly", "prune", "--model", model_folder, "--corpus", corpus, "--out", tmp_path / "smaller")
+    (tmp_path / "small-tokenizer").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "smaller" / name, tmp_path / "small-tokenizer")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in ("my_project", "my_rows", "my_strategy"):
+        sys.modules.pop(name, None)
+
+
+def test_every_command_and_snippet_of_the_readme(box, monkeypatch):
+    done = []
+    for block in read_blocks(ENGLISH):
+        if block.path:
+            write_file(box, block)
+        elif block.language == "python":
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                exec(compile(block.code, "README.md", "exec"), {"__name__": "__main__"})
+            check_snippet(block.code, box, out.getvalue())
+        elif block.language == "bash":
+            for command in block.code.splitlines():
+                if not command.startswith(NOT_HERE):
+                    done.append(check_command(command, box, monkeypatch))
+    assert sorted(done) == sorted(CHECKS), "each check belongs to one command"
+
+
+def check_command(command: str, box: Path, monkeypatch) -> str:
+    """Runs a command as it stands, a training with fewer steps; returns what its check is called."""
+    names = [start for start in CHECKS if re.match(start, command)]
+    assert len(names) == 1, f"{command}: has the checks {names}; write one for it"
+    name, *args = (part for part in shlex.split(command) if part != "PYTHONPATH=.")
+    if "firefly-fit" in command and not args[-1].endswith("help"):
+        args += SHORT
+    if re.search("firefly-fit fit .*[^p]$", command):  # no --help
+        last = next(step for part, step in LAST_STEPS.items() if part in command)
+        args += ["--trainer.max_steps", last, "--trainer.val_check_interval", "2"]
+    if "--web" in args:
+        check_page([name, *args], box)
+        return names[0]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n/exit\n"))
+    ranks = partial(run_forked, whole=True) if name != "torchrun" and "--trainer.devices" in args else None
+    result = run(name, *args, process=name == "torchrun", cwd=box, how=ranks)
+    CHECKS[names[0]](box, result.stdout)
+    return names[0]
+
+
+LAST_STEPS = {"runs/back": "9", "runs/moved": "7", "--ckpt_path last": "5", "": "3"}
+"""By a part of the command, the first that it has; runs that go on elsewhere go further each time."""
+
+
+def check_snippet(code: str, box: Path, out: str) -> None:
+    if "chat-model" in code:
+        assert out.strip()
+    elif "build(" in code:
+        asked = [row.turns[0][0] for row in read_rows(str(box / "weather-all.jsonl"))]
+        assert len(set(asked)) == len(asked) == 8, "two templates, four rows"
+    elif "cross_entropy" in code:
+        losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)$", out, re.MULTILINE)]
+        assert len(losses) == len(out.splitlines()) == 8, "61 rows, eight a step"
+        assert losses[-1] < losses[0]
+    else:
+        assert list((box / "runs" / "python").rglob("*step=4.ckpt"))
+
+
+def check_help(*flags: str):
+    def check(box: Path, out: str) -> None:
+        assert all(flag in out for flag in flags)
+
+    return check
+
+
+def check_rows(name: str, kind: str, count: int):
+    def check(box: Path, out: str) -> None:
+        assert [row.kind for row in read_rows(str(box / "data" / name))] == [kind] * count
+
+    return check
+
+
+def check_pruned(name: str, verified: bool):
+    def check(box: Path, out: str) -> None:
+        report = json.loads((box / name / "pruning.json").read_text("utf-8"))
+        assert report["vocabulary"]["after"] < report["vocabulary"]["before"]
+        assert ("verified" in report) == verified
+        assert BloomForCausalLM.from_pretrained(box / name).config.vocab_size == report["vocabulary"]["after"]
+
+    return check
+
+
+def check_run(name: str, steps: range, version: int = 0, **columns: int):
+    def check(box: Path, out: str) -> None:
+        root = box / "runs" / name
+        assert sorted(logged(root, version=version)) == list(steps)
+        for column in ("lr", "grad_norm", "target_tokens_per_second", "data_wait", "memory_gb", "mfu", "epoch"):
+            assert logged(root, column, version).keys() >= set(steps), column
+        for column, count in {
+            "val_loss": 1,
+            "val_perplexity": 1,
+            "val_accuracy": 1,
+            "val_eos_accuracy": 1,
+            **columns,
+        }.items():
+            assert len(logged(root, column, version)) == count, column
+        folder = root / "lightning_logs" / f"version_{version}"
+        assert {"config.yaml", "loss.png", "kinds.png", "report.md", "metrics.csv"} <= {
+            file.name for file in folder.iterdir()
+        }
+        assert list(folder.glob("events.out.tfevents.*"))
+        assert find_checkpoint(str(root / "checkpoints")).name == "last.ckpt"
+        assert list((root / "checkpoints").glob("best-step=*-val_loss=*.ckpt"))
+
+    return check
+
+
+def check_watched(box: Path, out: str) -> None:
+    check_run("watched", range(3))(box, out)
+    assert out.count("  今天下雨，出门要注意什么？\n    ") == 1
+
+
+def check_messages(box: Path, out: str) -> None:
+    check_run("messages", range(3))(box, out)
+    report = (box / "runs" / "messages" / "lightning_logs" / "version_0" / "report.md").read_text("utf-8")
+    assert {"Chat": "1", "Greeting": "1", "SentimentAnalyze": "61"}.items() <= dict(
+        re.findall(r"^ (\w+) +(\d+) ", report, re.MULTILINE)
+    ).items()
+
+
+def check_half(box: Path, out: str) -> None:
+    """The same rows and losses as plain DDP; gradients that were rounded on their way."""
+    check_run("half", range(3))(box, out)
+    roots = box / "runs" / "half", box / "runs" / "two"
+    assert float(logged(roots[0])[0]) == pytest.approx(float(logged(roots[1])[0]), rel=1e-5)
+    half, whole = (float(logged(root, "grad_norm")[0]) for root in roots)
+    assert half == pytest.approx(whole, rel=1e-3)
+    assert half != whole
+
+
+def check_page(command: list[str], box: Path) -> None:
+    """Serves the page in a process of its own on a free port, asks it for what a browser would, and ends it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [str(BIN / command[0]), *command[1:], "--port", "0"]
+    with subprocess.Popen(command, cwd=box, env=environment, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            lines = (re.match(r"(http://127\.0\.0\.1:\d+) is the chat page", line) for line in server.stderr)
+            address = next(filter(None, lines))[1]
+            with urllib.request.urlopen(f"{address}/", timeout=20) as page:
+                assert "Firefly" in page.read().decode()
+            with urllib.request.urlopen(f"{address}/settings", timeout=20) as settings:
+                assert json.load(settings)["model"] == "chat-model"
+        finally:
+            server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=30) == 0
+
+
+def check_moved(name: str, steps: range):
+    def check(box: Path, out: str) -> None:
+        assert sorted(logged(box / "runs" / name)) == list(steps)
+
+    return check
+
+
+def check_evaluation(stage: str, *scores: str):
+    def check(box: Path, out: str) -> None:
+        versions = sorted((box / "runs" / "first" / "lightning_logs").glob("version_*"))
+        for name in (f"{stage}_{metric}" for metric in ("loss", "perplexity", "accuracy", "eos_accuracy", *scores)):
+            assert logged(box / "runs" / "first", name, len(versions) - 1), name
+
+    return check
+
+
+def check_predictions(box: Path, out: str) -> None:
+    written = sorted((box / "runs" / "first" / "lightning_logs").glob("version_*/predictions.jsonl"))
+    assert len(written) == 2, "a test's, and these"
+    rows = [json.loads(line) for line in written[1].read_text("utf-8").splitlines()]
+    assert [row["target"] for row in rows] == [
+        row.turns[0][1] for row in read_rows(str(box / "data" / "reviews.jsonl"))
+    ]
+
+
+def check_exported(box: Path, out: str) -> None:
+    assert BloomForCausalLM.from_pretrained(box / "chat-model").config.vocab_size
+    assert AutoTokenizer.from_pretrained(box / "chat-model").chat_template
+
+
+def check_answer(box: Path, out: str) -> None:
+    assert out.endswith("\n")
+
+
+def check_conversation(box: Path, out: str) -> None:
+    assert out.count("> ") >= 2
+
+
+def check_cleaned(box: Path, out: str) -> None:
+    kept = [row.kind for row in read_rows(str(box / "cleaned.jsonl"))]
+    report = json.loads((box / "cleaned.jsonl.report.json").read_text("utf-8"))
+    assert report["counts"]["all"]["read"] == 65
+    assert report["counts"]["all"]["kept"] == len(kept) > 50
+    assert set(kept) == {"SentimentAnalyze", "Weather"}
+
+
+def check_counted(box: Path, out: str) -> None:
+    assert {path.name for path in (box / "stats").iterdir()} == {"tasks.png", "lengths.png", "stats.json"}
+    kinds = json.loads((box / "stats" / "stats.json").read_text("utf-8"))["kinds"]
+    assert {kind: of["rows"] for kind, of in kinds.items()} == {"all": 65, "SentimentAnalyze": 61, "Weather": 4}
+
+
+def check_planned(box: Path, out: str) -> None:
+    assert {path.name for path in (box / "plan").iterdir()} == {"plan.json", "memory.png"}
+    plan = json.loads((box / "plan" / "plan.json").read_text("utf-8"))
+    assert plan["epoch"]["rows"] == 66, "58 of 61 reviews are trained on, and four rows of weather twice"
+
+
+def check_measured(box: Path, out: str) -> None:
+    assert re.search(r"^ auto, 1 × 4 +\d+ +\d+ +[+-]\d+\.\d%", out, re.MULTILINE)
+
+
+def check_sizes(parameters: str):
+    def check(box: Path, out: str) -> None:
+        assert f"model: {parameters} parameters, bf16-mixed" in out
+
+    return check
+
+
+CHECKS = {
+    "firefly --help": check_help("prune", "build", "clean", "stats", "plan", "export", "chat"),
+    "firefly prune --help": check_help("--corpus", "--tokenizer", "--min_count", "--keep", "--pad_multiple"),
+    "firefly-fit fit --model.help": check_help("--model.path", "--model.learning_rate"),
+    "firefly-fit fit --data.help": check_help("--data.train_files", "--data.too_long"),
+    "firefly-fit fit --help": check_help("--model", "--data", "--trainer.max_steps", "--checkpoint.every_n_steps"),
+    "firefly build .*Sentiment": check_rows("reviews.jsonl", "SentimentAnalyze", 61),
+    "firefly build .*Weather": check_rows("weather.jsonl", "Weather", 4),
+    "firefly clean": check_cleaned,
+    "firefly stats": check_counted,
+    "firefly plan --config train.yaml --out": check_planned,
+    "firefly plan --config train.yaml .*--measure": check_measured,
+    "firefly plan .*firefly-1b4.*--vocab_size": check_sizes("1,303,111,680"),
+    "firefly plan .*firefly-2b6.*--vocab_size": check_sizes("2,478,435,840"),
+    "firefly prune .*--corpus": check_pruned("bloom-1b4-zh", verified=True),
+    "firefly prune .*--tokenizer": check_pruned("bloom-small", verified=False),
+    "firefly-fit fit --config train.yaml$": check_run("first", range(3)),
+    "firefly-fit fit .*configs/firefly-1b4.yaml": check_run("firefly-1b4", range(3)),
+    "firefly-fit fit .*ddp": check_run("two", range(3)),
+    "firefly-fit fit .*runs/watched$": check_watched,
+    "firefly-fit fit .*zero2$": check_run("zero2", range(3)),
+    "firefly-fit fit .*native_tp.yaml": check_run("native", range(3)),
+    "firefly-fit fit .*gemini.yaml": check_run("gemini", range(3)),
+    "torchrun .*ddp": check_run("torchrun", range(3)),
+    "firefly-fit predict": check_predictions,
+    "firefly-fit fit .*sgd.yaml": check_run("sgd", range(3)),
+    "firefly-fit fit .*--ckpt_path last": check_run("first", range(3, 5), version=1),
+    "firefly-fit fit .*runs/moved$": check_moved("moved", range(5, 7)),
+    "firefly-fit fit .*runs/back$": check_moved("back", range(7, 9)),
+    "firefly-fit validate": check_evaluation("val"),
+    "firefly-fit test": check_evaluation("test", "bleu/Weather", "chrf/Weather", "rouge_l/Weather"),
+    "firefly export": check_exported,
+    "firefly chat .*--prompt": check_answer,
+    "firefly chat --model chat-model$": check_conversation,
+    "firefly chat .*--web$": check_page,
+    "PYTHONPATH=. firefly-fit fit .*my_project": check_run("mine", range(3), penalty=3),
+    "PYTHONPATH=. firefly-fit fit .*my_rows": check_messages,
+    "PYTHONPATH=. firefly-fit fit .*my_strategy": check_half,
+}
+"""By a pattern that one command matches from its start: what it must have made."""

@@ -1,0 +1,64 @@
+"""No process holds a second copy of what is saved, under any strategy."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import BloomConfig
+
+from firefly_lightning import FireflyModule
+from firefly_lightning.checkpoints import portable
+from firefly_lightning.huggingface import load_tokenizer
+from tests.integration.test_moving import command
+from tests.integration.test_parity import REFUSED, STRATEGIES
+from tests.support.helpers import memory_taken, run_ranks
+
+HIDDEN, LAYERS = 320, 12
+
+# Gemini gathers chunks; these are not much larger than the largest weight.
+SMALL_CHUNKS = json.dumps(
+    {"class_path": "firefly_lightning.strategies.GeminiStrategy", "init_args": {"min_chunk_size_m": 0.5}}
+)
+OPTIONS = {"gemini": ["--trainer.strategy", SMALL_CHUNKS]}
+CHECKED = ("auto", "zero2", "zero3", "gemini", "tensor_parallel", "fsdp2")
+
+
+class Saving(FireflyModule):
+    """Saves once more when it has trained, a megabyte at a time, and tells how much memory that took at its peak."""
+
+    def on_train_end(self):
+        portable.FLUSH_BYTES = 2**20
+        root = Path(self.trainer.default_root_dir)
+        with memory_taken(0.005, trims=True) as taken:  # what engines have freed is no copy
+            self.trainer.save_checkpoint(root / "again.ckpt")
+        (root / f"taken-{self.global_rank}.json").write_text(json.dumps(taken[0]))
+
+
+@pytest.fixture(scope="module")
+def larger_folder(odd_folder, tmp_path_factory) -> Path:
+    """A configuration of about 15 million parameters, its largest a thirtieth of them; weights are drawn."""
+    folder = tmp_path_factory.mktemp("larger")
+    load_tokenizer(str(odd_folder)).save_pretrained(folder)
+    BloomConfig(vocab_size=1499, hidden_size=HIDDEN, n_layer=LAYERS, n_head=10, pad_token_id=3).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("strategy", [name for name in CHECKED if name not in REFUSED])
+def test_saving_takes_a_small_part_of_what_is_saved(strategy, larger_folder, fit_args, tmp_path):
+    processes, _ = STRATEGIES[strategy]
+    drawn = ["--model.from_scratch", "true", "--model.path", larger_folder, "--trainer.enable_checkpointing", "false"]
+    own = [
+        "--model",
+        "tests.integration.test_saving.Saving",
+        *drawn,
+        "--trainer.max_steps",
+        1,
+        *OPTIONS.get(strategy, []),
+    ]
+    print(run_ranks(processes, command(fit_args, strategy, "32-true", tmp_path, *own)))
+    saved = sum(file.stat().st_size for file in (tmp_path / "again.ckpt").glob("*.safetensors"))
+    assert saved > 3 * 4 * LAYERS * 12 * HIDDEN**2, "weights and two moments, in float32"
+    for rank in range(processes):
+        taken = json.loads((tmp_path / f"taken-{rank}.json").read_text())
+        print(f"{strategy}, rank {rank}: {taken / 2**20:.0f} MiB of {saved / 2**20:.0f} MiB")
+        assert taken < saved / 4

@@ -1,0 +1,195 @@
+"""What is left out, why, and that nothing else is."""
+
+import json
+import re
+import unicodedata
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.preparation.clean import clean
+from firefly_lightning.preparation.duplicates import jaccard, normalise, shingles, sign
+from tests.conftest import write_rows
+from tests.support.helpers import raised_line
+
+LONG = "西湖位于浙江省杭州市西部，是中国著名的淡水湖，湖中有苏堤、白堤和小瀛洲，四周群山环抱，风景秀丽，游人很多。"
+OTHER = "武夷山在福建省北部，有九曲溪和三十六峰，历代文人多有题咏，山中出产岩茶，茶农依山开园，春天采茶的人往来不绝。"
+
+
+def row(question, answer, kind="MRC"):
+    return {"kind": kind, "input": question, "target": answer}
+
+
+def cleaned(folder, rows, **arguments):
+    """Kept rows, and the report."""
+    source = write_rows(folder / "rows.jsonl", rows)
+    out = folder / "out" / "clean.jsonl"
+    clean([str(source)], str(out), **arguments)
+    report = json.loads((out.parent / "clean.jsonl.report.json").read_text("utf-8"))
+    return [json.loads(line) for line in out.read_text("utf-8").splitlines()], report
+
+
+def test_each_reason_is_counted_by_kind_with_an_example(tmp_path, capsys):
+    good = [row(LONG + "西湖在哪里？", "杭州"), row("1+1=?", "2", "Cot"), row("说你好", "你好", "Cot")]
+    bad = {
+        "empty": row("问", " "),
+        "broken characters": row("问\ufffd题", "答", "Cot"),
+        "left-over markup": row("第一行<br>第二行", "答"),
+        "target repeats input": row("请把这句话译成英文。", "请把这句话译成英文！"),
+        "too long": row("长" * 400, "答", "Cot"),
+        "too short": row("", "b"),
+        "duplicate": row(LONG + " 西湖在哪里?", "杭州。"),
+        "near duplicate": row(LONG + "西湖在哪儿？", "杭州"),
+    }
+    kept, report = cleaned(tmp_path, [*good, *bad.values()], min_characters=3, max_characters=399)
+    assert kept == good
+    assert report["counts"]["all"] == {"read": 11, "kept": 3, **dict.fromkeys(bad, 1)}
+    assert report["counts"]["Cot"] == {"read": 4, "kept": 2, "broken characters": 1, "too long": 1}
+    for at, (reason, left_out) in enumerate(bad.items(), 4):
+        (example,) = report["examples"][left_out["kind"]][reason]
+        assert example["where"] == f"{tmp_path / 'rows.jsonl'}:{at}"
+        like = f"{tmp_path / 'rows.jsonl'}:1" if "duplicate" in reason else None
+        assert example.get("like") == like
+    table = capsys.readouterr().out
+    for heading in ("read", "kept", *bad):
+        assert all(word in table for word in heading.split())
+
+
+def test_questions_about_one_passage_are_no_duplicates(tmp_path):
+    rows = [
+        row(f"{LONG}\n{question}", answer)
+        for question, answer in (("湖在哪里？", "杭州市"), ("有什么堤？", "苏堤、白堤"))
+    ]
+    assert cleaned(tmp_path, rows)[0] == rows
+    same_answer = [rows[0], row(f"{LONG}\n湖在哪？", "杭州市")]
+    assert cleaned(tmp_path, same_answer)[0] == rows[:1]
+
+
+def test_what_validation_rows_hold_is_left_out(tmp_path):
+    val = write_rows(tmp_path / "val.jsonl", [row(LONG, "一段介绍西湖的文字"), {"instruction": "说好", "output": "好"}])
+    rows = [
+        row(LONG, "另一个回答"),  # the same question
+        row(LONG[:-1] + "！", "一段介绍西湖的文字"),
+        row("请看：" + LONG, "一段介绍西湖的文字"),  # nearly
+        row("说好", "好的"),  # in another form
+        row(OTHER, "一段介绍武夷山的文字"),
+    ]
+    kept, report = cleaned(tmp_path, rows, val_files=[str(val)])
+    assert kept == rows[-1:]
+    assert report["counts"]["MRC"] == {"read": 5, "kept": 1, "in the validation rows": 4}
+    likes = [example["like"] for example in report["examples"]["MRC"]["in the validation rows"]]
+    assert likes == [f"{val}:1", f"{val}:1", f"{val}:1", f"{val}:2"]
+
+
+def test_rows_of_every_form_and_raw_rows_are_cleaned(tmp_path):
+    talk = {"conversation": [{"human": "在吗", "assistant": "在"}, {"human": "好", "assistant": "嗯"}]}
+    rows = [
+        {"instruction": "翻译", "input": "hello", "output": "你好"},
+        {"instruction": "翻译", "input": "hello", "output": ""},
+        talk,
+        {**talk, "kind": "Chat"},
+        {"text": "林舟到了大理", "entities": [["林舟", "PER"]], "n": 3, "none": None},
+        {"text": "林舟到了大理。", "entities": [["林舟", "PER"]], "n": 3},
+    ]
+    kept, report = cleaned(tmp_path, rows)
+    assert kept == [rows[0], rows[2], rows[4]]
+    assert {kind: counts.get("kept", 0) for kind, counts in report["counts"].items()} == {
+        "all": 3, "Belle": 1, "Conversation": 1, "Chat": 0, "rows": 1,
+    }  # fmt: skip
+
+
+def test_code_keeps_what_looks_like_markup(tmp_path):
+    rows = [row("写网页", "<p>&nbsp;</p>", "Program"), row("写网页吧", "<p>&nbsp;</p>", "OpenQA")]
+    assert cleaned(tmp_path, rows)[0] == rows[:1]
+    page = row("用网页写标题", "<div><p>标题</p></div>", "Belle")
+    assert cleaned(tmp_path, [page])[0] == [page]
+
+
+PIECES = st.lists(
+    st.sampled_from(["春眠不觉晓，", "处处闻啼鸟。", "夜来风雨声，", "花落知多少。", "Ａ b", "😀", "</s>{x}"]),
+    max_size=6,
+)
+
+
+TEXT_ROWS = st.lists(st.builds(lambda *parts: row(*map("".join, parts)), PIECES, PIECES), min_size=1, max_size=8)
+
+
+@given(TEXT_ROWS, st.sampled_from([0.5, 0.8, 1.0]))
+def test_rows_are_left_out_only_for_a_reason_that_holds(tmp_path_factory, rows, threshold):
+    first = row("一个谁也不会重复的问题", "和它的回答")
+    kept, report = cleaned(tmp_path_factory.mktemp("clean"), [first, *rows], near_duplicates=threshold)
+
+    def plain(text):
+        return re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", text).casefold()) or text.strip()
+
+    def grams(text):
+        return {text[at : at + 5] for at in range(max(1, len(text) - 4))}
+
+    def alike(one, two):
+        same, similar = True, 1.0
+        for of in (lambda r: r["input"] + "\n" + r["target"], lambda r: r["target"]):
+            a, b = plain(of(one)), plain(of(two))
+            same &= a == b
+            similar = min(similar, len(grams(a) & grams(b)) / len(grams(a) | grams(b)))
+        return same or (threshold < 1 and similar >= threshold)
+
+    def spoilt(one):
+        question, answer = plain(one["input"]), plain(one["target"])
+        return not one["target"].strip() or question == answer or (len(question) >= 10 and answer.startswith(question))
+
+    remaining = iter([first, *rows])
+    assert all(any(one == other for other in remaining) for one in kept), "kept rows are as they were, in their order"
+    assert sum(report["counts"]["all"].values()) == 2 * len([first, *rows])
+    for one in rows:
+        assert one in kept or spoilt(one) or any(alike(one, other) for other in kept)
+    for one, two in combinations(kept, 2):
+        assert not (plain(one["input"] + one["target"]) == plain(two["input"] + two["target"]) and alike(one, two))
+
+
+@pytest.mark.parametrize(("share", "found"), [(0.02, True), (0.6, False)])
+def test_near_duplicates_of_real_text_are_found(tmp_path, reviews, share, found):
+    """Each review beside itself with characters left out: few make a near duplicate, many do not."""
+    reviews = [review for review in reviews if len(review) > 150][:40]
+    assert len(reviews) == 40
+    rows = []
+    for review in reviews:
+        step = round(1 / share)
+        changed = "".join(character for at, character in enumerate(review) if at % step)
+        rows += [row(review, "好评"), row(changed, "好评")]
+    report = cleaned(tmp_path, rows)[1]
+    near = report["counts"]["all"].get("near duplicate", 0)
+    assert near >= 36 if found else near == 0
+
+
+def test_similarity_is_that_of_jaccard():
+    assert shingles("abcdefg") == {"abcde", "bcdef", "cdefg"}
+    assert shingles("abc") == {"abc"}
+    assert jaccard({"a", "b", "c"}, {"b", "c", "d"}) == 0.5
+    assert normalise("Ａ，b 　C!") == "abc"
+    assert normalise("！？") == "！？"
+    assert sign("一二三四五六").jaccard(sign("一二三，四五六！")) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "message"),
+    [
+        ([row("问", "")], {}, r"nothing is left of 1 rows: 1 \(empty\)"),
+        ([row("问", "答")], {"near_duplicates": 0.0}, "--near_duplicates 0.0: must be above 0"),
+        ([row("问", "答")], {"val_files": ["missing.jsonl"]}, "missing.jsonl: no such file"),
+        ([row("问", "答"), [1]], {}, r"rows.jsonl:2: a row must be a JSON object"),
+    ],
+)
+def test_mistakes_leave_nothing_behind(tmp_path, rows, arguments, message):
+    with pytest.raises(FireflyError, match=message) as raised:
+        cleaned(tmp_path, rows, **arguments)
+    raised_line(raised)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["rows.jsonl"]
+
+
+def test_a_source_is_not_overwritten(tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", [row("问", "答")])
+    with pytest.raises(FireflyError, match="is also an input"):
+        clean([str(source)], str(source))

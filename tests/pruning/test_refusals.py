@@ -1,0 +1,117 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.pruning.command import prune
+from tests.support.pruning_fixtures import EMBEDDING, reviews, save_weights, small_bloom, weights, write
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return small_bloom(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def copied(model, tmp_path):
+    """A copy to spoil."""
+    return Path(shutil.copytree(model, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return [str(write(tmp_path_factory.mktemp("corpus") / "corpus.txt", "\n".join(reviews()[1000:1020])))]
+
+
+def edit(file: Path, **changes) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **changes}), "utf-8")
+
+
+def drop_embedding(folder: Path) -> None:
+    save_weights(
+        {name: tensor for name, tensor in weights(folder).items() if name != EMBEDDING}, folder, "safetensors", 1
+    )
+
+
+def lose_a_shard(folder: Path) -> None:
+    save_weights(weights(folder), folder, "bin", 2)
+    (folder / "pytorch_model-00002-of-00002.bin").unlink()
+
+
+def shrink(folder: Path) -> None:
+    tensors = weights(folder)
+    save_weights({**tensors, EMBEDDING: tensors[EMBEDDING][:700]}, folder, "safetensors", 1)
+    edit(folder / "config.json", vocab_size=700)
+
+
+def cut(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def other_kind(folder: Path) -> None:
+    words = {"type": "WordLevel", "vocab": {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3}, "unk_token": "<unk>"}
+    edit(folder / "tokenizer.json", model=words, added_tokens=[], post_processor=None)
+
+
+BROKEN_MODELS = {
+    "has no config.json": lambda folder: (folder / "config.json").unlink(),
+    "config.json: is not JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "its model_type is 'gpt2'": lambda folder: edit(folder / "config.json", model_type="gpt2"),
+    "has no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "pytorch_model-00002-of-00002.bin of pytorch_model.bin.index.json missing": lose_a_shard,
+    "is no complete safetensors file": cut,
+    "is no complete PyTorch checkpoint": lambda folder: (folder / "model.safetensors").rename(
+        folder / "pytorch_model.bin"
+    ),
+    "hold no word_embeddings.weight": drop_embedding,
+    "hold no lm_head.weight": lambda folder: edit(folder / "config.json", tie_word_embeddings=False),
+    "has no pad_token <pad>": lambda folder: edit(folder / "tokenizer_config.json", pad_token=None),
+    "the tokenizer has 806 tokens, the model's vocabulary only 700": shrink,
+    "says vocab_size is 999, the weights have 1,000": lambda folder: edit(folder / "config.json", vocab_size=999),
+    "has no tokenizer.json": lambda folder: (folder / "tokenizer.json").unlink(),
+    "the tokenizer cannot be read": lambda folder: (folder / "tokenizer.json").write_text("{}"),
+    r"is no byte-level BPE tokenizer \(WordLevel\)": other_kind,
+}
+
+
+@pytest.mark.parametrize("message", BROKEN_MODELS)
+def test_broken_models_are_refused(copied, corpus, tmp_path, message):
+    BROKEN_MODELS[message](copied)
+    with pytest.raises(FireflyError, match=message) as caught:
+        prune(str(copied), str(tmp_path / "out"), corpus)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"corpus": None}, "neither is given"),
+        ({"tokenizer": "x"}, "both are given"),
+        ({"corpus": None, "tokenizer": "x", "keep": "y"}, "belong to --corpus"),
+        ({"min_count": 0}, "--min_count: 0 is less than 1"),
+        ({"pad_multiple": 0}, "--pad_multiple: 0 is less than 1"),
+        ({"corpus": ["missing.txt"]}, "missing.txt: No such file"),
+        ({"corpus": ["missing.jsonl"]}, "missing.jsonl: no such file"),
+        ({"keep": "missing.txt"}, "missing.txt: No such file"),
+        ({"verify": "missing.txt"}, "missing.txt: No such file"),
+        ({"verify": "empty.txt"}, "empty.txt: has no text to verify with"),
+        ({"corpus": ["gbk.txt"]}, "gbk.txt:2: byte 0xba is not UTF-8"),
+        ({"corpus": ["empty.txt"]}, "empty.txt: no text to count tokens in"),
+        ({"out": "gbk.txt"}, "gbk.txt: is a file"),
+        ({"out": "full"}, "full: is not empty"),
+    ],
+)
+def test_wrong_arguments_are_refused(model, corpus, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gbk.txt").write_bytes(b"ok\n" + "好".encode("gbk"))
+    write(tmp_path / "empty.txt", "\n\n")
+    (tmp_path / "full").mkdir()
+    write(tmp_path / "full" / "mine", "precious")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FireflyError, match=message):
+        prune(**{"model": str(model), "out": "out", "corpus": corpus, **arguments})
+    assert sorted(tmp_path.rglob("*")) == before

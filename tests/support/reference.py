@@ -1,0 +1,57 @@
+"""What training must give: stock Bloom, one row at a time, and PyTorch's own AdamW in one process."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import BloomForCausalLM, get_cosine_schedule_with_warmup
+
+from firefly_lightning.data.sources.row_forms import read_rows
+from firefly_lightning.huggingface import load_tokenizer
+
+
+def labelled(folder: Path, rows_file: Path) -> list[tuple[list[int], list[int]]]:
+    """Token ids and labels of every row of a file, put together here."""
+    tokenizer = load_tokenizer(str(folder))
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    rows = []
+    for row in read_rows(str(rows_file)):
+        ids, labels = [1], [-100]
+        for index, (source, target) in enumerate(row.turns):
+            given, learned = encode(source) + [2] * (1 if index else 2), [*encode(target), 2]
+            ids, labels = ids + given + learned, labels + [-100] * len(given) + learned
+        rows.append((ids, labels))
+    return rows
+
+
+def backward(model: BloomForCausalLM, rows: Sequence[tuple[list[int], list[int]]]) -> float:
+    """The loss of a step by stock logits and a masked cross-entropy, row by row; gradients are left in the model."""
+    count = sum(label != -100 for _, labels in rows for label in labels)
+    total = 0.0
+    for ids, labels in rows:
+        logits = model(torch.tensor([ids])).logits[0, :-1].float()
+        loss = F.cross_entropy(logits, torch.tensor(labels[1:]), ignore_index=-100, reduction="sum") / count
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+class Trained:
+    """A stock Bloom trained on given rows a step; ``losses`` and ``norms`` (before clipping) by step, and ``model``."""
+
+    def __init__(self, folder: Path, rows_file: Path, steps: Sequence[Sequence[int]], lr, warmup, clip, eps):
+        self.model = BloomForCausalLM.from_pretrained(folder).float().train()
+        self.losses, self.norms = [], []
+        rows = labelled(folder, rows_file)
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, eps=eps, weight_decay=0.01)
+        schedule = get_cosine_schedule_with_warmup(optimizer, warmup, len(steps))
+        for numbers in steps:
+            optimizer.zero_grad()
+            self.losses.append(backward(self.model, [rows[number] for number in numbers]))
+            self.norms.append(float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)))
+            optimizer.step()
+            schedule.step()
