@@ -1,23 +1,30 @@
-"""Firefly on Lightning: prune Bloom, train it on instruction rows, resume, export, chat."""
+"""Firefly on Lightning: prune Bloom, train it on instruction rows, resume, export, chat.
 
-import contextlib
+Importing it imports none of PyTorch, Lightning and transformers, which take seconds: a name brings what it needs when
+it is first asked for.
+"""
+
+import logging
 import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-# Where DeepSpeed is installed, transformers imports it, and it logs to standard output, which belongs to answers.
-with contextlib.redirect_stdout(sys.stderr):
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.moved import OldNames
+
+if TYPE_CHECKING:
     from firefly_lightning import strategies
+    from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
     from firefly_lightning.data.datamodule import FireflyDataModule, Source
     from firefly_lightning.data.plan import StepPlan
-    from firefly_lightning.errors import FireflyError
     from firefly_lightning.module import FireflyModule
-    from firefly_lightning.moved import OldNames
     from firefly_lightning.prompt import PromptEncoder, PromptFormat
-
-sys.meta_path.insert(0, OldNames())
+    from firefly_lightning.strategies.hooks import StrategyHooks
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AtomicCheckpointIO",
     "FireflyDataModule",
     "FireflyError",
     "FireflyModule",
@@ -25,5 +32,45 @@ __all__ = [
     "PromptFormat",
     "Source",
     "StepPlan",
+    "StrategyHooks",
     "strategies",
 ]
+
+_HOMES = {
+    "AtomicCheckpointIO": "checkpoints.io_plugin",
+    "FireflyDataModule": "data.datamodule",
+    "FireflyModule": "module",
+    "PromptEncoder": "prompt",
+    "PromptFormat": "prompt",
+    "Source": "data.datamodule",
+    "StepPlan": "data.plan",
+    "StrategyHooks": "strategies.hooks",
+}
+"""By a public name, the module that has it."""
+
+sys.meta_path.insert(0, OldNames())
+
+
+def __getattr__(name: str) -> Any:
+    if name == "strategies":
+        return import_module(f"{__name__}.strategies")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def _log_to_stderr(record: logging.LogRecord) -> bool:
+    """Where DeepSpeed is installed, transformers imports it, and it logs to standard output, which is for answers."""
+    for handler in logging.getLogger("DeepSpeed").handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+            handler.setStream(sys.stderr)
+    return True
+
+
+logging.getLogger("DeepSpeed").addFilter(_log_to_stderr)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -26,7 +26,7 @@ from firefly_lightning.checkpoints.saved_config import CONFIGURATION_KEY, differ
 from firefly_lightning.cli_errors import OneLineErrors
 from firefly_lightning.data.datamodule import FireflyDataModule
 from firefly_lightning.errors import FireflyError, one_line_errors
-from firefly_lightning.interrupts import ends_on_signals, leave_to_system
+from firefly_lightning.interrupts import ends_on_signals
 from firefly_lightning.module import FireflyModule
 
 
@@ -148,12 +148,6 @@ def main() -> None:
     _quiet_lightning()
     with ends_on_signals("firefly-fit"), one_line_errors("firefly-fit", MisconfigurationException):
         FireflyCLI()
-
-
-def command() -> None:
-    """The program ``firefly-fit``: a process that does nothing else."""
-    main()
-    leave_to_system()
 
 
 def _quiet_lightning() -> None:

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import psutil
-
 GRACE = 2.0
 """Seconds in which a command that was told to end may tidy up; then it is ended."""
 
@@ -78,6 +76,17 @@ def listen() -> None:
         _watch.listen()
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """In its block Ctrl-C raises ``KeyboardInterrupt`` and nothing more: in a conversation it stops an answer."""
+    if _watch is not None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        listen()
+
+
 def end_now(number: int) -> None:
     """Ends this process, and those that it started, as a command that a signal ends."""
     (_watch or _Watch("firefly")).end(number)
@@ -91,6 +100,8 @@ def leave_to_system() -> None:
 
 def end_children() -> None:
     """Kills the processes that this one has started, and theirs."""
+    import psutil  # where there is something to end: a start does without
+
     with suppress(psutil.Error):
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):

@@ -4,11 +4,12 @@ import copy
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from firefly_lightning.errors import FireflyError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Turn = tuple[str, str]
 """One exchange: (input, target)."""
@@ -114,7 +115,7 @@ class PromptEncoder:
         FireflyError: If the tokenizer lacks what the format needs, or a control string borders on an ordinary token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt: PromptFormat) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", prompt: PromptFormat) -> None:
         check_special_tokens(tokenizer)
         self.prompt = prompt
         self.eos_token_id: int = tokenizer.eos_token_id
@@ -182,7 +183,7 @@ def _between(before: list[int], ids: list[int], after: list[int]) -> list[int]:
     return ids[first:last]
 
 
-def check_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def check_special_tokens(tokenizer: "PreTrainedTokenizerFast") -> None:
     """Checks that Bloom's four special tokens are there and differ.
 
     Raises:

@@ -1,54 +1,66 @@
-"""firefly: the commands around training, each a plain function whose signature and docstring are its flags and help."""
+"""firefly: the commands around training, each a plain function whose signature and docstring are its flags and help.
+
+A command's module imports what is heavy only when the command runs, so that its help is there at once.
+"""
 
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from importlib import import_module
+from inspect import signature
+from typing import Any, get_args, get_origin, get_type_hints
 
-from jsonargparse import CLI
-
-from firefly_lightning.chat.command import chat
-from firefly_lightning.cli_errors import OneLineErrors
+from firefly_lightning import __version__
 from firefly_lightning.errors import one_line_errors
-from firefly_lightning.export import export
 from firefly_lightning.interrupts import ends_on_signals, leave_to_system
-from firefly_lightning.planning.command import plan
-from firefly_lightning.preparation.build import build
-from firefly_lightning.preparation.clean import clean
-from firefly_lightning.preparation.stats import stats
-from firefly_lightning.pruning.command import prune
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "prune": prune,
-    "build": build,
-    "clean": clean,
-    "stats": stats,
-    "plan": plan,
-    "export": export,
-    "chat": chat,
+COMMANDS = {
+    "prune": "pruning.command",
+    "build": "preparation.build",
+    "clean": "preparation.clean",
+    "stats": "preparation.stats",
+    "plan": "planning.command",
+    "export": "export",
+    "chat": "chat.command",
 }
+"""Each command, and the module whose function of that name it is."""
 
-LISTS = (
-    "--corpus", "--source", "--rename", "--constant", "--only", "--files", "--val_files", "--configs", "--strategies",
-    "--devices", "--micro_batch_sizes", "--memory",
-)  # fmt: skip
-"""Flags that take several values, as in ``--corpus a.txt b.txt``."""
-
-SWITCHES = ("--measure", "--web", "--link")
-"""Flags that may stand alone."""
+Function = Callable[..., None]
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of ``firefly``."""
+    """Runs a command of ``firefly``.
+
+    Args:
+        args: What stands after ``firefly`` on the command line; by default that of the process.
+    """
     with ends_on_signals("firefly"), one_line_errors("firefly"):
-        arguments = list(gather_lists(join_configs(sys.argv[1:] if args is None else args)))
-        CLI(components=dict[str, Any](COMMANDS), args=arguments, as_positional=False, parser_class=OneLineErrors)
+        from jsonargparse import CLI
+
+        from firefly_lightning.cli_errors import OneLineErrors
+
+        given = list(sys.argv[1:] if args is None else args)
+        if given == ["--version"]:
+            print(f"firefly {__version__}")
+            return
+        # Where one is named, nothing of the others is needed.
+        names = given[:1] if given[:1] and given[0] in COMMANDS else [*COMMANDS]
+        components: dict[str, Any] = {name: command_function(name) for name in names}
+        if len(names) == 1:
+            given = list(gather_lists(join_configs(given), components[names[0]]))
+        CLI(components=components, args=given or ["--help"], as_positional=False, parser_class=OneLineErrors)
 
 
 def command() -> None:
     """The program ``firefly``: a process that does nothing else."""
     main()
     leave_to_system()
+
+
+def command_function(name: str) -> Function:
+    """What runs a command."""
+    function: Function = getattr(import_module(f"firefly_lightning.{COMMANDS[name]}"), name)
+    return function
 
 
 def join_configs(args: Sequence[str]) -> list[str]:
@@ -69,8 +81,14 @@ def join_configs(args: Sequence[str]) -> list[str]:
     return [*others, "--configs", *files] if files else others
 
 
-def gather_lists(args: Sequence[str]) -> Iterator[str]:
-    """Joins ``--corpus a b`` into the one value ``["a", "b"]`` that jsonargparse reads; gives switches a value."""
+def gather_lists(args: Sequence[str], function: Function) -> Iterator[str]:
+    """Joins ``--corpus a b`` into the one value ``["a", "b"]`` that jsonargparse reads; gives switches a value.
+
+    Args:
+        args: A command and its flags.
+        function: Of the command; what its annotations call a list takes several values, a ``bool`` may stand alone.
+    """
+    lists, switches = _flags(function, list), _flags(function, bool)
     values: list[str] | None = None
     for arg, following in zip(args, [*args[1:], "--"], strict=True):
         if values is not None and not arg.startswith("--"):
@@ -78,9 +96,20 @@ def gather_lists(args: Sequence[str]) -> Iterator[str]:
             continue
         if values is not None:
             yield json.dumps(values)
-        values = [] if arg in LISTS else None
+        values = [] if arg in lists else None
         yield arg
-        if arg in SWITCHES and following.startswith("--"):
+        if arg in switches and following.startswith("--"):
             yield "true"
     if values is not None:
         yield json.dumps(values)
+
+
+def _flags(function: Function, kind: type) -> set[str]:
+    """Flags of a command whose annotation is a type, or may be one."""
+    hints = get_type_hints(function)
+    found = set()
+    for name in signature(function).parameters:
+        types = get_args(hints[name]) or (hints[name],)
+        if kind in (get_origin(hints[name]), *types, *map(get_origin, types)):
+            found.add(f"--{name}")
+    return found

@@ -9,13 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from transformers import BloomForCausalLM, GenerationConfig
-
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.evaluation.generation import default_decoding, generate_stream
-from firefly_lightning.huggingface import check_sizes, load_bloom, load_prompt_format, load_tokenizer, reason
-from firefly_lightning.prompt import PRESETS, PromptEncoder, Turn
+from firefly_lightning.interrupts import interruptible
+from firefly_lightning.prompt import Turn
 
 
 def chat(
@@ -49,19 +45,16 @@ def chat(
         _require_web(prompt)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         _take_any_character(stream)
-    bloom, encoder = _load(model, device, dtype)
-    config = default_decoding(bloom)
-    config.max_new_tokens = max_new_tokens or config.max_new_tokens
+    from firefly_lightning.chat.answering import Answering
 
-    def answer(turns: Sequence[Turn], question: str, config: GenerationConfig = config) -> Iterator[str]:
-        return generate_stream(bloom, encoder, turns, question, config, seed)
-
+    answer = Answering(model, device, dtype, seed, max_new_tokens)
     if web:
         from firefly_lightning.chat.server import serve
 
-        serve(answer, config, Path(model).name or model, host, port)
+        serve(answer, answer.config, Path(model).name or model, host, port)
     elif prompt is None:
-        _converse(answer)
+        with interruptible():
+            _converse(answer)
     else:
         # What the locale could not decode from the command line is UTF-8 after all.
         _show(answer([], os.fsencode(prompt).decode("utf-8", "replace")), [])
@@ -74,26 +67,6 @@ def _require_web(prompt: str | None) -> None:
     for package in ("starlette", "uvicorn"):
         if find_spec(package) is None:
             raise FireflyError(f'{package} is not installed; run pip install "firefly-lightning[web]"')
-
-
-def _load(path: str, device: str, dtype: str) -> tuple[BloomForCausalLM, PromptEncoder]:
-    place = _device(device)
-    default = "bfloat16" if place.type == "cuda" else "float32"
-    bloom, tokenizer = load_bloom(path, getattr(torch, default if dtype == "auto" else dtype)), load_tokenizer(path)
-    check_sizes(bloom.config, tokenizer, path)
-    prompt = load_prompt_format(path)
-    if prompt is None:
-        print(f"note: {path} has no prompt_format.json; the format 'firefly' is used", file=sys.stderr)
-    return bloom.to(place).eval(), PromptEncoder(tokenizer, prompt or PRESETS["firefly"])
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: this torch was built without CUDA
-        raise FireflyError(f"device {name}: not on this machine ({reason(error)}); try cpu") from error
 
 
 def _converse(answer: Callable[[Sequence[Turn], str], Iterator[str]]) -> None:

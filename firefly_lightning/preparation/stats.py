@@ -1,29 +1,20 @@
-"""What a set of rows is made of, in figures: what is behind ``firefly stats``."""
+"""``firefly stats``: what a set of rows is made of, in figures."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 from rich.box import SIMPLE
 from rich.cells import cell_len
 from rich.table import Table
-from tqdm import tqdm
 
 from firefly_lightning.console import render
-from firefly_lightning.data.plan import StepPlan, WeightedRows, check_shares
-from firefly_lightning.data.row_arrays import TooLong
 from firefly_lightning.data.sources.records import find_sources
-from firefly_lightning.data.token_cache import WHOLE, TokenizedRows, default_cache_dir, tokenize
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.files.atomic import check_new_folder, new_folder
-from firefly_lightning.huggingface import load_tokenizer
-from firefly_lightning.preparation.figures import draw_lengths, draw_tasks, find_font
 from firefly_lightning.prompt import PromptEncoder, prompt_format
 
 ALL = "all"
-QUANTILES = (0.5, 0.9, 0.99)
 COLUMNS = {
     "rows": "rows",
     "share": "share",
@@ -44,7 +35,7 @@ def stats(
     tokenizer: str,
     out: str,
     max_length: int = 512,
-    too_long: TooLong = "truncate",
+    too_long: Literal["truncate", "truncate_keep_end", "drop"] = "truncate",
     prompt: str = "firefly",
     batch_size: int = 16,
     micro_batch_size: int | None = None,
@@ -73,18 +64,22 @@ def stats(
     """
     if max_length < 1 or batch_size < 1:
         raise FireflyError("--max_length and --batch_size must be at least 1")
-    micro_batch_size = check_shares(batch_size, 1, micro_batch_size)
-    folder = Path(out).expanduser()
-    sources, cache = find_sources(files), default_cache_dir()
+    folder, sources = Path(out).expanduser(), find_sources(files)
     inputs = [*sources, tokenizer, *([font] if font else [])]
     check_new_folder(folder, inputs)
+    from firefly_lightning.data.plan import check_shares
+    from firefly_lightning.data.token_cache import WHOLE, TokenizedRows, default_cache_dir, tokenize
+    from firefly_lightning.huggingface import load_tokenizer
+    from firefly_lightning.preparation.figures import draw_lengths, draw_tasks, find_font
+    from firefly_lightning.preparation.token_counts import describe, histogram, padding_of
+
+    micro_batch_size, cache = check_shares(batch_size, 1, micro_batch_size), default_cache_dir()
     encoder = PromptEncoder(load_tokenizer(tokenizer), prompt_format(prompt))
     whole, cut = (
         TokenizedRows([tokenize(source, encoder, length, too_long, cache) for source in sources], sources)
         for length in (WHOLE, max_length)
     )
-    padding = padding_of(cut, batch_size, micro_batch_size, seed) if len(cut) else np.zeros(0, np.int64)
-    counted = describe(whole, cut, padding, max_length)
+    counted = describe(whole, cut, padding_of(cut, batch_size, micro_batch_size, seed), max_length)
     print(table(counted, max_length))
     found = find_font("".join(whole.kinds), font)
     with new_folder(folder, inputs) as scratch:
@@ -95,52 +90,10 @@ def stats(
             "max_length": max_length,
             "too_long": too_long,
             "kinds": counted,
-            "histogram": _histogram(whole.lengths),
+            "histogram": histogram(whole.lengths),
         }
         (scratch / "stats.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), "utf-8")
     print(f"{folder}: tasks.png, lengths.png, stats.json")
-
-
-def describe(
-    whole: TokenizedRows, cut: TokenizedRows, padding: npt.NDArray[np.int64], max_length: int
-) -> dict[str, dict[str, Any]]:
-    """Figures of every kind, the most frequent first, after those of all rows."""
-    order = np.argsort(-np.bincount(whole.kind_ids, minlength=len(whole.kinds)), kind="stable")
-    named = [(ALL, None), *((whole.kinds[at], whole.kinds[at]) for at in order)]
-    return {name: _describe(kind, whole, cut, padding, max_length) for name, kind in named}
-
-
-def _describe(
-    kind: str | None, whole: TokenizedRows, cut: TokenizedRows, padding: npt.NDArray[np.int64], max_length: int
-) -> dict[str, Any]:
-    lengths = whole.lengths[_of_kind(whole, kind)]
-    kept = _of_kind(cut, kind)
-    tokens, padded = int(cut.lengths[kept].sum()), int(padding[kept].sum())
-    counts = [numbers for source in cut.counts for name, numbers in source.items() if kind in (None, name)]
-    return {
-        "rows": len(lengths),
-        "share": len(lengths) / len(whole),
-        "tokens": int(lengths.sum()),
-        "target_tokens": int(whole.target_tokens[_of_kind(whole, kind)].sum()),
-        "mean": float(lengths.mean()),
-        **{f"p{round(100 * at)}": float(np.quantile(lengths, at)) for at in QUANTILES},
-        "longest": int(lengths.max()),
-        "beyond": float(np.mean(lengths > max_length)),
-        **{name: sum(numbers[name] for numbers in counts) for name in ("truncated", "dropped", "no_target")},
-        "truncated_tokens": int(lengths.sum()) - tokens,
-        "padding": padded / (padded + tokens) if tokens else 0.0,
-    }
-
-
-def padding_of(rows: TokenizedRows, batch_size: int, micro_batch_size: int, seed: int) -> npt.NDArray[np.int64]:
-    """(rows,) the padding beside each row in the micro-batches of the first epoch on one device."""
-    plan = StepPlan(rows.lengths, rows.target_tokens, [WeightedRows(np.arange(len(rows)))], batch_size, seed)
-    padding = np.zeros(len(rows), np.int64)
-    for step in tqdm(range(plan.steps_per_epoch), desc="padding", unit=" steps", delay=2):
-        for (micro_batch,) in zip(*plan.micro_batches(step, 1, micro_batch_size), strict=True):
-            lengths = rows.lengths[micro_batch]
-            padding[micro_batch] = lengths.max(initial=0) - lengths
-    return padding
 
 
 def table(counted: dict[str, dict[str, Any]], max_length: int) -> str:
@@ -156,14 +109,3 @@ def table(counted: dict[str, dict[str, Any]], max_length: int) -> str:
 
 def _written(name: str, value: float) -> str:
     return f"{value:.2%}" if name in ("share", "beyond", "padding") else f"{value:,.0f}"
-
-
-def _of_kind(rows: TokenizedRows, kind: str | None) -> Any:
-    if kind is None:
-        return slice(None)
-    return rows.kind_ids == (rows.kinds.index(kind) if kind in rows.kinds else -1)
-
-
-def _histogram(lengths: npt.NDArray[np.int32], width: int = 16) -> dict[str, Any]:
-    counts = np.bincount(lengths // width)
-    return {"tokens_a_bar": width, "rows": counts.tolist()}

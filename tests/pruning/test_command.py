@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.pruning import command as pruning
+from firefly_lightning.pruning import steps
 from firefly_lightning.pruning.command import prune
 from firefly_lightning.pruning.tensor_files import StoredTensor, count_parameters
 from firefly_lightning.pruning.weights_writer import CheckpointWriter
@@ -228,7 +228,7 @@ def test_interruption_leaves_nothing(model, corpus, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pruning, "_write_configs", interrupt)  # after the weights
+    monkeypatch.setattr(steps, "write_configs", interrupt)  # after the weights
     with pytest.raises(KeyboardInterrupt):
         prune(str(model), str(tmp_path / "out"), corpus)
     assert not list(tmp_path.iterdir())

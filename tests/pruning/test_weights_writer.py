@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from transformers import BloomForCausalLM
 
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.pruning import command as pruning
+from firefly_lightning.pruning import steps
 from firefly_lightning.pruning import weights_writer as pruning_writer
 from firefly_lightning.pruning.command import prune
 from tests.support.helpers import PATIENCE, ROOT, share_blocks
@@ -127,7 +127,7 @@ def test_a_mistake_ends_the_copying(model, tmp_path, monkeypatch):
         begun.set()
         yield from itertools.repeat(1)
 
-    monkeypatch.setattr(pruning, "_plan_tokenizer", failing)
+    monkeypatch.setattr(steps, "plan_tokenizer", failing)
     monkeypatch.setattr(pruning_writer, "write_file", endless)
     with pytest.raises(FireflyError, match="no tokens"):
         prune(str(model), str(tmp_path / "out"), tokenizer="anything")

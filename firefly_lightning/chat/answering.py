@@ -1,0 +1,60 @@
+"""A model that answers: loaded once, streamed piece by piece."""
+
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import BloomForCausalLM, GenerationConfig
+
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.evaluation.generation import default_decoding, generate_stream
+from firefly_lightning.huggingface import check_sizes, load_bloom, load_prompt_format, load_tokenizer, reason
+from firefly_lightning.prompt import PRESETS, PromptEncoder, Turn
+
+
+class Answering:
+    """Calling it streams the answer to a question after some turns.
+
+    Args:
+        path: Folder or hub name of the model.
+        device: Such as cpu or cuda:0; auto takes a GPU if there is one.
+        dtype: Type of the weights; auto is bfloat16 on a GPU and float32 elsewhere.
+        seed: Makes the answers repeatable.
+        max_new_tokens: Of the longest answer; the model's own setting by default.
+
+    Attributes:
+        config: How it decodes where it is not told otherwise.
+
+    Raises:
+        FireflyError: If the model cannot be loaded, or the device is not there.
+    """
+
+    def __init__(self, path: str, device: str, dtype: str, seed: int | None, max_new_tokens: int | None) -> None:
+        self._bloom, self._encoder = _load(path, device, dtype)
+        self._seed = seed
+        self.config = default_decoding(self._bloom)
+        self.config.max_new_tokens = max_new_tokens or self.config.max_new_tokens
+
+    def __call__(self, turns: Sequence[Turn], question: str, config: GenerationConfig | None = None) -> Iterator[str]:
+        """Pieces of the answer, as they come."""
+        return generate_stream(self._bloom, self._encoder, turns, question, config or self.config, self._seed)
+
+
+def _load(path: str, device: str, dtype: str) -> tuple[BloomForCausalLM, PromptEncoder]:
+    place = _device(device)
+    default = "bfloat16" if place.type == "cuda" else "float32"
+    bloom, tokenizer = load_bloom(path, getattr(torch, default if dtype == "auto" else dtype)), load_tokenizer(path)
+    check_sizes(bloom.config, tokenizer, path)
+    prompt = load_prompt_format(path)
+    if prompt is None:
+        print(f"note: {path} has no prompt_format.json; the format 'firefly' is used", file=sys.stderr)
+    return bloom.to(place).eval(), PromptEncoder(tokenizer, prompt or PRESETS["firefly"])
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: this torch was built without CUDA
+        raise FireflyError(f"device {name}: not on this machine ({reason(error)}); try cpu") from error

@@ -1,0 +1,69 @@
+"""Rows and tokens by kind: how long rows are, and what a training cuts and pads."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from firefly_lightning.data.plan import StepPlan, WeightedRows
+from firefly_lightning.data.token_cache import TokenizedRows
+from firefly_lightning.preparation.stats import ALL
+
+QUANTILES = (0.5, 0.9, 0.99)
+
+
+def describe(
+    whole: TokenizedRows, cut: TokenizedRows, padding: npt.NDArray[np.int64], max_length: int
+) -> dict[str, dict[str, Any]]:
+    """Figures of every kind, the most frequent first, after those of all rows."""
+    order = np.argsort(-np.bincount(whole.kind_ids, minlength=len(whole.kinds)), kind="stable")
+    named = [(ALL, None), *((whole.kinds[at], whole.kinds[at]) for at in order)]
+    return {name: _describe(kind, whole, cut, padding, max_length) for name, kind in named}
+
+
+def _describe(
+    kind: str | None, whole: TokenizedRows, cut: TokenizedRows, padding: npt.NDArray[np.int64], max_length: int
+) -> dict[str, Any]:
+    lengths = whole.lengths[_of_kind(whole, kind)]
+    kept = _of_kind(cut, kind)
+    tokens, padded = int(cut.lengths[kept].sum()), int(padding[kept].sum())
+    counts = [numbers for source in cut.counts for name, numbers in source.items() if kind in (None, name)]
+    return {
+        "rows": len(lengths),
+        "share": len(lengths) / len(whole),
+        "tokens": int(lengths.sum()),
+        "target_tokens": int(whole.target_tokens[_of_kind(whole, kind)].sum()),
+        "mean": float(lengths.mean()),
+        **{f"p{round(100 * at)}": float(np.quantile(lengths, at)) for at in QUANTILES},
+        "longest": int(lengths.max()),
+        "beyond": float(np.mean(lengths > max_length)),
+        **{name: sum(numbers[name] for numbers in counts) for name in ("truncated", "dropped", "no_target")},
+        "truncated_tokens": int(lengths.sum()) - tokens,
+        "padding": padded / (padded + tokens) if tokens else 0.0,
+    }
+
+
+def padding_of(rows: TokenizedRows, batch_size: int, micro_batch_size: int, seed: int) -> npt.NDArray[np.int64]:
+    """(rows,) the padding beside each row in the micro-batches of the first epoch on one device."""
+    if not len(rows):
+        return np.zeros(0, np.int64)
+    plan = StepPlan(rows.lengths, rows.target_tokens, [WeightedRows(np.arange(len(rows)))], batch_size, seed)
+    padding = np.zeros(len(rows), np.int64)
+    for step in tqdm(range(plan.steps_per_epoch), desc="padding", unit=" steps", delay=2):
+        for (micro_batch,) in zip(*plan.micro_batches(step, 1, micro_batch_size), strict=True):
+            lengths = rows.lengths[micro_batch]
+            padding[micro_batch] = lengths.max(initial=0) - lengths
+    return padding
+
+
+def _of_kind(rows: TokenizedRows, kind: str | None) -> Any:
+    if kind is None:
+        return slice(None)
+    return rows.kind_ids == (rows.kinds.index(kind) if kind in rows.kinds else -1)
+
+
+def histogram(lengths: npt.NDArray[np.int32], width: int = 16) -> dict[str, Any]:
+    """How many rows have a length from ``width`` times n to below n + 1, by n."""
+    counts = np.bincount(lengths // width)
+    return {"tokens_a_bar": width, "rows": counts.tolist()}

@@ -1,0 +1,146 @@
+"""The steps of pruning a Bloom: reading the large one, its new tokenizer, rows and configuration, and the report."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from firefly_lightning.errors import FireflyError, describe_os_error
+from firefly_lightning.prompt import SPECIAL_TOKENS
+from firefly_lightning.pruning.tensor_files import EMBEDDING, HEAD, Checkpoint, count_parameters, open_checkpoint
+from firefly_lightning.pruning.vocabulary import (
+    check_ready_made,
+    copy_tokenizer,
+    count_tokens,
+    encode_stream,
+    load_bpe_tokenizer,
+    read_texts,
+    select_tokens,
+    token_ids,
+    write_pruned_tokenizer,
+)
+
+
+class Large(NamedTuple):
+    """A large Bloom: its folder, configuration, tokenizer, ids by token, and where its tensors lie."""
+
+    folder: Path
+    config: dict[str, Any]
+    tokenizer: PreTrainedTokenizerFast
+    ids: dict[str, int]
+    tensors: Checkpoint
+
+
+def open_large(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
+    """Configuration of a large Bloom, and where its tensors lie.
+
+    Raises:
+        FireflyError: If it is no Bloom, or both do not belong together.
+    """
+    config = _read_json(folder / "config.json")
+    if config.get("model_type") != "bloom":
+        raise FireflyError(f"{folder}: its model_type is {config.get('model_type')!r}, not 'bloom'; use a Bloom model")
+    tensors = open_checkpoint(folder, tied=config.get("tie_word_embeddings", True))
+    vocabulary = tensors[EMBEDDING].shape[0]
+    if config.get("vocab_size", vocabulary) != vocabulary:
+        raise FireflyError(
+            f"{folder}: config.json says vocab_size is {config['vocab_size']:,}, the weights have {vocabulary:,} rows; "
+            "download both again"
+        )
+    return config, tensors
+
+
+def load_large(folder: Path, config: dict[str, Any], tensors: Checkpoint) -> Large:
+    """Adds the tokenizer to what :func:`open_large` gives.
+
+    Raises:
+        FireflyError: If it cannot be read, or has tokens without a row in the embedding.
+    """
+    tokenizer = load_bpe_tokenizer(folder)
+    ids = token_ids(tokenizer)
+    vocabulary, tokens = tensors[EMBEDDING].shape[0], max(ids.values()) + 1
+    if tokens > vocabulary:
+        raise FireflyError(
+            f"{folder}: the tokenizer has {tokens:,} tokens, the model's vocabulary only {vocabulary:,}; "
+            "use the tokenizer that belongs to the model"
+        )
+    return Large(folder, config, tokenizer, ids, tensors)
+
+
+def plan_tokenizer(
+    large: Large, corpus: list[str] | None, tokenizer: str | None, min_count: int, keep: str | None
+) -> Callable[[Path], None]:
+    """Does all that can fail on the user's side, and leaves the writing."""
+    if tokenizer:
+        small = load_bpe_tokenizer(Path(tokenizer))
+        check_ready_made(small, large.ids, large.folder)
+        return partial(copy_tokenizer, small)
+    used = set((count_tokens(large.tokenizer, corpus or []) >= min_count).nonzero()[0].tolist())
+    if keep:
+        used.update(
+            number for _, texts in encode_stream(large.tokenizer, read_texts(keep)) for ids in texts for number in ids
+        )
+    return partial(write_pruned_tokenizer, large.tokenizer, select_tokens(large.tokenizer, used))
+
+
+def vocabulary_rows(large_ids: dict[str, int], small_ids: dict[str, int], pad_multiple: int) -> Tensor:
+    """Row of the large vocabulary for each row of the new; rows without a token are as unlikely as padding."""
+    tokens = max(small_ids.values()) + 1
+    rows = torch.full((tokens + -tokens % pad_multiple,), large_ids[SPECIAL_TOKENS["pad_token"]])
+    for token, number in small_ids.items():
+        rows[number] = large_ids[token]
+    return rows
+
+
+def write_configs(large: Large, small: PreTrainedTokenizerFast, vocabulary: int, out: Path) -> None:
+    """Writes config.json and, where the large model has one, generation_config.json with the new ids and sizes."""
+    special = {f"{name}_id": getattr(small, f"{name}_id") for name in SPECIAL_TOKENS}
+    # A head saved twice over was dropped, whatever the configuration said of it.
+    new = {
+        "vocab_size": vocabulary,
+        "architectures": ["BloomForCausalLM"],
+        "tie_word_embeddings": HEAD not in large.tensors,
+    }
+    write_json({**large.config, **special, **new}, out / "config.json")
+    if (large.folder / "generation_config.json").is_file():
+        generation = _read_json(large.folder / "generation_config.json")
+        known = {name: number for name, number in special.items() if generation.get(name) is not None}
+        write_json({**generation, **known}, out / "generation_config.json")
+
+
+def report(large: Large, tokens: int, vocabulary: int) -> dict[str, Any]:
+    """Tokens, rows of the vocabulary and parameters before and after, and their ratio."""
+    before = large.tensors[EMBEDDING].shape[0]
+    return {
+        "tokens": _change(len(large.ids), tokens),
+        "vocabulary": _change(before, vocabulary),
+        "parameters": _change(count_parameters(large.tensors, before), count_parameters(large.tensors, vocabulary)),
+    }
+
+
+def _change(before: int, after: int) -> dict[str, float]:
+    return {"before": before, "after": after, "ratio": after / before}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FireflyError(f"{file.parent}: has no {file.name}; give the folder of a Hugging Face model") from error
+    except OSError as error:
+        raise FireflyError(describe_os_error(error, file)) from error
+    except ValueError as error:
+        raise FireflyError(f"{file}: is not JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise FireflyError(f"{file}: holds no JSON object; download it again")
+    return content
+
+
+def write_json(content: dict[str, Any], file: Path) -> None:
+    """Writes a JSON object, indented, Chinese text as it is."""
+    file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
