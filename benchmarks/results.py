@@ -124,7 +124,25 @@ def tokenised(lines: Lines) -> list[str]:
     ]
 
 
+def started(lines: Lines) -> list[str]:
+    """Which goals are met, and how near the floor the commands are that train and answer."""
+    seconds = {line["command"]: line["seconds"] for line in lines}
+    missed = [line["command"] for line in lines if line["seconds"] > line.get("goal", 1e9)]
+    floor = seconds["imports: torch, Lightning, transformers"]
+    return [
+        f"Goals {'all met' if not missed else 'missed: ' + ', '.join(missed)}.",
+        f"Of the {seconds['firefly-fit fit']} s of a training, {floor} are imports of what it is made with.",
+    ]
+
+
 PARTS = {
+    "start": Part(
+        "Start", "Seconds from the start of a command until its help, the first character of an answer, or the first "
+        "step of a training with cached token ids is there; medians on a warm cache of pages.",
+        [],
+        ["command", "seconds", "goal"],
+        started,
+    ),
     "throughput": Part(
         "Training", "Real tokens a second, without padding, on the same rows. The share of the floor is the time "
         "of the bare matrix products of the same steps, measured in the same process, in the time that the steps took. "
@@ -167,7 +185,7 @@ PARTS = {
     ),
 }  # fmt: skip
 
-ROWS = ("throughput", "ladder", "growth")
+ROWS = ("start", "throughput", "ladder", "growth")
 """Scripts that train on rows; the others make their own of those of the demo."""
 
 
