@@ -103,9 +103,11 @@ def end_children() -> None:
     import psutil  # where there is something to end: a start does without
 
     with suppress(psutil.Error):
-        for child in psutil.Process().children(recursive=True):
+        children = psutil.Process().children(recursive=True)
+        for child in children:
             with suppress(psutil.Error):
                 child.kill()
+        psutil.wait_procs(children, timeout=0.5)  # they would be zombies where nobody waits for orphans
 
 
 class _Watch:
@@ -116,6 +118,7 @@ class _Watch:
         self.number: int | None = None
         self._reported = False
         self._before: dict[int, Any] = {}
+        self._unraisable_before = sys.unraisablehook
         self._told, self._tells = socket.socketpair()
 
     def listen(self) -> None:
@@ -123,6 +126,7 @@ class _Watch:
             self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
             self._tells.setblocking(False)
             signal.set_wakeup_fd(self._tells.fileno(), warn_on_full_buffer=False)
+            sys.unraisablehook = self._unraisable
             threading.Thread(target=self._watch, daemon=True, name="signals").start()
         for number in self._before:
             signal.signal(number, self._raise)
@@ -131,7 +135,13 @@ class _Watch:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
+        sys.unraisablehook = self._unraisable_before
         self._tells.close()
+
+    def _unraisable(self, lost: Any) -> None:
+        """Says nothing of an end that Python drops, as in a hook of ``fork``: the watch sees to it."""
+        if self.number is None or not isinstance(lost.exc_value, KeyboardInterrupt | Terminated):
+            self._unraisable_before(lost)
 
     def report(self) -> None:
         if not self._reported and not int(os.environ.get("LOCAL_RANK", 0)):

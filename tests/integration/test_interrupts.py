@@ -104,5 +104,6 @@ def ended(name: str, places: dict[str, Path], folder: Path, number: int | None, 
     process.wait(60)
     took = time.monotonic() - told
     _, alive = psutil.wait_procs(family, timeout=1)
+    alive = [child for child in alive if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     assert not alive, f"{after}: {alive}"
     return took, process
