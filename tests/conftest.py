@@ -52,7 +52,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """What is marked `gpu` is the code that a machine without one cannot reach; the README names it."""
+    """What is marked `gpu` is the code that a machine without one cannot reach; the documentation names it."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

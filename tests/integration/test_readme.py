@@ -1,4 +1,4 @@
-"""Every command and snippet of the README, run in the order in which a reader meets them."""
+"""Every command and snippet of the README and of the documentation, run in the order in which a reader meets them."""
 
 import contextlib
 import io
@@ -8,8 +8,8 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
+import time
 import urllib.request
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,9 @@ from transformers import AutoTokenizer, BloomForCausalLM
 from firefly_lightning.checkpoints.paths import find_checkpoint
 from firefly_lightning.data.sources.row_forms import read_rows
 from tests.conftest import write_rows
-from tests.support.helpers import BIN, ROOT, logged, run, run_forked
-from tests.support.readme import ENGLISH, NOT_HERE, read_blocks, write_file
+from tests.support.helpers import ROOT, forked, logged, run, run_forked
+from tests.support.ranks import run_rank
+from tests.support.readme import NOT_HERE, READMES, Block, commands, pages, read_blocks, write_file
 
 SHORT = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 SHORT += ["--model.decoding.max_new_tokens", "8"]
@@ -29,50 +30,69 @@ SHORT += ["--model.decoding.max_new_tokens", "8"]
 
 @pytest.fixture
 def box(tmp_path, model_folder, reviews, monkeypatch):
-    """A folder with what the README says a reader has: raw rows, a Bloom, a smaller tokenizer, the clone's configs."""
+    """A folder with what the README says a reader has: raw rows and a Bloom."""
     shutil.copytree(model_folder, tmp_path / "bloom-1b7")
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "raw").mkdir()
-    example = next(json.loads(block.code) for block in read_blocks(ENGLISH) if block.language == "json")
+    example = next(json.loads(block.code) for block in read_blocks(READMES["en"]) if block.language == "json")
     rows = [{"text": text[:60], "label": ["positive", "negative"][at % 2]} for at, text in enumerate(reviews[:60])]
     write_rows(tmp_path / "raw" / "reviews.jsonl", [example, *rows])
-    weather = [{"weather": name, "advice": f"{name}天要小心。"} for name in ("下雨", "下雪", "刮风", "炎热")]
-    write_rows(tmp_path / "raw" / "weather.jsonl", weather)
-    said = [{"role": "user", "content": "在吗？"}, {"role": "assistant", "content": "在，请讲。"}]
-    write_rows(tmp_path / "raw" / "messages.jsonl", [{"messages": said}, {"kind": "Greeting", "messages": said * 2}])
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("\n".join(reviews[:20]), "utf-8")
-    run("firefly", "prune", "--model", model_folder, "--corpus", corpus, "--out", tmp_path / "smaller")
-    (tmp_path / "small-tokenizer").mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tmp_path / "smaller" / name, tmp_path / "small-tokenizer")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield tmp_path
+    return tmp_path
+
+
+@pytest.fixture
+def full_box(box, model_folder, reviews, monkeypatch):
+    """The same with what else the pages need: more raw rows, a smaller tokenizer, the clone's configs."""
+    shutil.copytree(ROOT / "configs", box / "configs")
+    weather = [{"weather": name, "advice": f"{name}天要小心。"} for name in ("下雨", "下雪", "刮风", "炎热")]
+    write_rows(box / "raw" / "weather.jsonl", weather)
+    said = [{"role": "user", "content": "在吗？"}, {"role": "assistant", "content": "在，请讲。"}]
+    write_rows(box / "raw" / "messages.jsonl", [{"messages": said}, {"kind": "Greeting", "messages": said * 2}])
+    corpus = box / "corpus.txt"
+    corpus.write_text("\n".join(reviews[:20]), "utf-8")
+    run("firefly", "prune", "--model", model_folder, "--corpus", corpus, "--out", box / "smaller")
+    (box / "small-tokenizer").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(box / "smaller" / name, box / "small-tokenizer")
+    monkeypatch.syspath_prepend(str(box))
+    yield box
     for name in ("my_project", "my_rows", "my_strategy"):
         sys.modules.pop(name, None)
 
 
-def test_every_command_and_snippet_of_the_readme(box, monkeypatch):
-    done = []
-    for block in read_blocks(ENGLISH):
+def test_every_command_of_the_readme(box, monkeypatch):
+    assert run_blocks(read_blocks(READMES["en"]), README_CHECKS, box, monkeypatch) == (7, 0, 1)
+
+
+def test_every_command_and_snippet_of_the_documentation(full_box, monkeypatch):
+    """The pages are one running example, in the order of the navigation."""
+    blocks = [block for page in pages("en") for block in read_blocks(page)]
+    assert run_blocks(blocks, CHECKS, full_box, monkeypatch) == (37, 4, 7)
+
+
+def run_blocks(blocks: list[Block], checks: dict, box: Path, monkeypatch) -> tuple[int, int, int]:
+    """Runs all; returns how many commands and snippets there were, and files to write."""
+    done, snippets, files = [], 0, 0
+    for block in blocks:
         if block.path:
             write_file(box, block)
+            files += 1
         elif block.language == "python":
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
-                exec(compile(block.code, "README.md", "exec"), {"__name__": "__main__"})
+                exec(compile(block.code, "snippet", "exec"), {"__name__": "__main__"})
             check_snippet(block.code, box, out.getvalue())
-        elif block.language == "bash":
-            for command in block.code.splitlines():
-                if not command.startswith(NOT_HERE):
-                    done.append(check_command(command, box, monkeypatch))
-    assert sorted(done) == sorted(CHECKS), "each check belongs to one command"
+            snippets += 1
+        for command in commands([block]):
+            if not command.startswith(NOT_HERE):
+                done.append(check_command(command, checks, box, monkeypatch))
+    assert sorted(done) == sorted(checks), "each check belongs to one command"
+    return len(done), snippets, files
 
 
-def check_command(command: str, box: Path, monkeypatch) -> str:
+def check_command(command: str, checks: dict, box: Path, monkeypatch) -> str:
     """Runs a command as it stands, a training with fewer steps; returns what its check is called."""
-    names = [start for start in CHECKS if re.match(start, command)]
+    names = [start for start in checks if re.match(start, command)]
     assert len(names) == 1, f"{command}: has the checks {names}; write one for it"
     name, *args = (part for part in shlex.split(command) if part != "PYTHONPATH=.")
     if "firefly-fit" in command and not args[-1].endswith("help"):
@@ -86,7 +106,7 @@ def check_command(command: str, box: Path, monkeypatch) -> str:
     monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n/exit\n"))
     ranks = partial(run_forked, whole=True) if name != "torchrun" and "--trainer.devices" in args else None
     result = run(name, *args, process=name == "torchrun", cwd=box, how=ranks)
-    CHECKS[names[0]](box, result.stdout)
+    checks[names[0]](box, result.stdout)
     return names[0]
 
 
@@ -117,7 +137,7 @@ def check_help(*flags: str):
 
 def check_rows(name: str, kind: str, count: int):
     def check(box: Path, out: str) -> None:
-        assert [row.kind for row in read_rows(str(box / "data" / name))] == [kind] * count
+        assert [row.kind for row in read_rows(str(box / name))] == [kind] * count
 
     return check
 
@@ -182,19 +202,23 @@ def check_half(box: Path, out: str) -> None:
 
 def check_page(command: list[str], box: Path) -> None:
     """Serves the page in a process of its own on a free port, asks it for what a browser would, and ends it."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [str(BIN / command[0]), *command[1:], "--port", "0"]
-    with subprocess.Popen(command, cwd=box, env=environment, stderr=subprocess.PIPE, text=True) as server:
-        try:
-            lines = (re.match(r"(http://127\.0\.0\.1:\d+) is the chat page", line) for line in server.stderr)
-            address = next(filter(None, lines))[1]
-            with urllib.request.urlopen(f"{address}/", timeout=20) as page:
-                assert "Firefly" in page.read().decode()
-            with urllib.request.urlopen(f"{address}/settings", timeout=20) as settings:
-                assert json.load(settings)["model"] == "chat-model"
-        finally:
-            server.send_signal(signal.SIGINT)
-        assert server.wait(timeout=30) == 0
+    said = box / "page.txt"
+    server = forked(run_rank, [[*command, "--port", "0"]], dict(os.environ), said, said, box, True)
+    try:
+        address = None
+        while not address:
+            assert server.is_alive()
+            time.sleep(0.05)
+            text = said.read_text("utf-8") if said.exists() else ""
+            address = re.search(r"(http://127\.0\.0\.1:\d+) is the chat page", text)
+        with urllib.request.urlopen(f"{address[1]}/", timeout=20) as page:
+            assert "Firefly" in page.read().decode()
+        with urllib.request.urlopen(f"{address[1]}/settings", timeout=20) as settings:
+            assert json.load(settings)["model"] == "chat-model"
+    finally:
+        os.kill(server.pid, signal.SIGINT)
+        server.join(timeout=30)
+    assert server.exitcode == 0
 
 
 def check_moved(name: str, steps: range):
@@ -204,11 +228,11 @@ def check_moved(name: str, steps: range):
     return check
 
 
-def check_evaluation(stage: str, *scores: str):
+def check_evaluation(stage: str, *scores: str, run: str = "first"):
     def check(box: Path, out: str) -> None:
-        versions = sorted((box / "runs" / "first" / "lightning_logs").glob("version_*"))
+        versions = sorted((box / "runs" / run / "lightning_logs").glob("version_*"))
         for name in (f"{stage}_{metric}" for metric in ("loss", "perplexity", "accuracy", "eos_accuracy", *scores)):
-            assert logged(box / "runs" / "first", name, len(versions) - 1), name
+            assert logged(box / "runs" / run, name, len(versions) - 1), name
 
     return check
 
@@ -222,9 +246,12 @@ def check_predictions(box: Path, out: str) -> None:
     ]
 
 
-def check_exported(box: Path, out: str) -> None:
-    assert BloomForCausalLM.from_pretrained(box / "chat-model").config.vocab_size
-    assert AutoTokenizer.from_pretrained(box / "chat-model").chat_template
+def check_exported(name: str):
+    def check(box: Path, out: str) -> None:
+        assert BloomForCausalLM.from_pretrained(box / name).config.vocab_size
+        assert AutoTokenizer.from_pretrained(box / name).chat_template
+
+    return check
 
 
 def check_answer(box: Path, out: str) -> None:
@@ -272,8 +299,8 @@ CHECKS = {
     "firefly-fit fit --model.help": check_help("--model.path", "--model.learning_rate"),
     "firefly-fit fit --data.help": check_help("--data.train_files", "--data.too_long"),
     "firefly-fit fit --help": check_help("--model", "--data", "--trainer.max_steps", "--checkpoint.every_n_steps"),
-    "firefly build .*Sentiment": check_rows("reviews.jsonl", "SentimentAnalyze", 61),
-    "firefly build .*Weather": check_rows("weather.jsonl", "Weather", 4),
+    "firefly build .*Sentiment": check_rows("data/reviews.jsonl", "SentimentAnalyze", 61),
+    "firefly build .*Weather": check_rows("data/weather.jsonl", "Weather", 4),
     "firefly clean": check_cleaned,
     "firefly stats": check_counted,
     "firefly plan --config train.yaml --out": check_planned,
@@ -297,7 +324,7 @@ CHECKS = {
     "firefly-fit fit .*runs/back$": check_moved("back", range(7, 9)),
     "firefly-fit validate": check_evaluation("val"),
     "firefly-fit test": check_evaluation("test", "bleu/Weather", "chrf/Weather", "rouge_l/Weather"),
-    "firefly export": check_exported,
+    "firefly export": check_exported("chat-model"),
     "firefly chat .*--prompt": check_answer,
     "firefly chat --model chat-model$": check_conversation,
     "firefly chat .*--web$": check_page,
@@ -305,4 +332,15 @@ CHECKS = {
     "PYTHONPATH=. firefly-fit fit .*my_rows": check_messages,
     "PYTHONPATH=. firefly-fit fit .*my_strategy": check_half,
 }
-"""By a pattern that one command matches from its start: what it must have made."""
+"""By a pattern that one command of the pages matches from its start: what it must have made."""
+
+README_CHECKS = {
+    "firefly build": check_rows("rows.jsonl", "SentimentAnalyze", 61),
+    "firefly prune": check_pruned("bloom-zh", verified=True),
+    "firefly-fit fit --config reviews.yaml$": check_run("reviews", range(3)),
+    "firefly-fit fit .*--ckpt_path last": check_run("reviews", range(3, 5), version=1),
+    "firefly-fit validate": check_evaluation("val", run="reviews"),
+    "firefly export": check_exported("reviews-model"),
+    "firefly chat .*--prompt": check_answer,
+}
+"""The same for the README."""

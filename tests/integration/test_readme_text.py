@@ -1,11 +1,14 @@
-"""What both READMEs say agrees with each other and with the code."""
+"""What the READMEs and the documentation say in two languages agrees with each other and with the code."""
 
+import ast
 import json
 import os
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from transformers import BloomConfig, BloomForCausalLM
@@ -13,64 +16,108 @@ from transformers import BloomConfig, BloomForCausalLM
 from firefly_lightning.data.sources.row_forms import read_rows
 from firefly_lightning.preparation.templates.reader import TEMPLATE_FOLDER
 from tests.conftest import write_rows
+from tests.integration.test_start import ORDER
 from tests.support.helpers import ROOT, run
-from tests.support.readme import CHINESE, ENGLISH, NOT_HERE, commands, read_blocks, write_file
+from tests.support.readme import NOT_HERE, READMES, commands, documents, page, read_blocks, write_file
+
+LANGUAGES = ("en", "zh")
+PACKAGE = ROOT / "firefly_lightning"
 
 
-def test_both_readmes_hold_the_same_blocks_in_the_same_order():
-    english, chinese = read_blocks(ENGLISH), read_blocks(CHINESE)
-    assert [block for block in english if block.language != "text"] == [
-        block for block in chinese if block.language != "text"
-    ]
-    assert len(commands(english)) >= 15
-    for language, least in (("bash", 12), ("python", 3), ("yaml", 3), ("json", 5)):
-        assert sum(block.language == language for block in english) >= least, language
-    assert {block.language for block in english + chinese} == {"bash", "python", "yaml", "json", "text"}
+def blocks_of(language: str) -> list:
+    return [block for document in documents(language) for block in read_blocks(document)]
 
 
-def test_each_readme_links_the_other_in_its_first_lines():
-    for readme, other in ((ENGLISH, CHINESE), (CHINESE, ENGLISH)):
-        assert f"({other.name})" in "\n".join(readme.read_text("utf-8").splitlines()[:3])
+def test_both_languages_hold_the_same_blocks_page_by_page():
+    """So that it is enough to run those of one; figures and output may differ."""
+    assert [path.name for path in documents("en")[1:]] == [path.name for path in documents("zh")[1:]]
+    for english, chinese in zip(documents("en"), documents("zh"), strict=True):
+        pair = [[block for block in read_blocks(path) if block.language != "text"] for path in (english, chinese)]
+        assert pair[0] == pair[1], english
+    found = [block.language for block in blocks_of("en") + blocks_of("zh")]
+    assert {language: found.count(language) for language in set(found)} == {
+        "bash": 2 * 41, "python": 2 * 7, "yaml": 2 * 5, "json": 2 * 6, "text": 2 * 7,
+    }  # fmt: skip
 
 
-def test_both_readmes_name_the_same_keys_and_files():
+def test_a_readme_is_read_in_minutes_and_links_the_other():
+    for language, other in (("en", "zh"), ("zh", "en")):
+        lines = READMES[language].read_text("utf-8").splitlines()
+        assert len(lines) <= 250
+        assert f"({READMES[other].name})" in "\n".join(lines[:3])
+
+
+def test_both_languages_name_the_same_keys_and_files():
     """What is in backquotes outside of blocks: flags, keys, files and formats do not depend on the language."""
-    named = []
-    for readme in (ENGLISH, CHINESE):
-        text = re.sub(r"^```.*?^```$", "", readme.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
-        named.append({" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)})
-    assert named[0] ^ named[1] == set()
+    for pair in zip(documents("en"), documents("zh"), strict=True):
+        named = []
+        for document in pair:
+            text = re.sub(r"^```.*?^```$", "", document.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+            named.append({" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)})
+        assert named[0] ^ named[1] == set(), pair[0]
 
 
-def test_links_of_the_english_readme_lead_somewhere():
-    text = ENGLISH.read_text("utf-8")
-    headings = {
-        re.sub(r"\W+", "-", heading.lower()).strip("-") for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    }
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
-    assert links
-    for link in links:
-        assert link[1:] in headings if link.startswith("#") else (ROOT / link).is_file(), link
+def anchors(document: Path) -> set[str]:
+    """As GitHub and the site make them of headings."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_architecture_table_names_every_module_in_the_order_of_imports():
-    table = ENGLISH.read_text("utf-8").split("## Architecture")[1]
-    rows = re.findall(r"^\| (`.+?) \|", table, re.MULTILINE)
-    named = [name for row in rows for name in re.findall(r"`([^`]+\.py)`", row)]
-    package = ROOT / "firefly_lightning"
-    there = [str(file.relative_to(package)) for file in package.rglob("*.py") if file.name != "__init__.py"]
-    assert sorted(named) == sorted(there)
-    for at, name in enumerate(named):
-        code = (package / name).read_text("utf-8")
-        for imported, member in re.findall(r"^\s*from firefly_lightning\.([\w.]+) import (\w+)", code, re.MULTILINE):
-            path = imported.replace(".", "/")
-            path = f"{path}/{member}.py" if (package / path).is_dir() else f"{path}.py"
-            assert path in named[:at], f"{name} imports {path}"
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_links_lead_somewhere(language):
+    count = 0
+    for document in documents(language):
+        for link in re.findall(r"\]\(([^)]+)\)", document.read_text("utf-8")):
+            if not link.startswith("https://"):
+                name, _, anchor = link.partition("#")
+                target = document.parent / name if name else document
+                assert target.is_file(), f"{document}: {link}"
+                assert not anchor or anchor in anchors(target), f"{document}: {link}"
+                count += 1
+    assert count >= 60
+
+
+def test_the_order_of_packages_is_that_of_imports():
+    cell = re.compile(r"^\| (`[\w/]+`(?:[,、] ?`[\w/]+`)*) \|", re.MULTILINE)
+    for language in LANGUAGES:
+        rows = [re.findall(r"`(\w+)/?`", names) for names in cell.findall(page("architecture", language))]
+        place = {name: at for at, names in enumerate(rows) for name in names}
+        shown = [name for names in ORDER for name in names if name not in ("moved",)]
+        assert set(shown) == set(place)
+        for before, names in enumerate(ORDER):
+            for after in ORDER[before + 1 :]:
+                assert all(place[name] <= place[later] for name in names for later in after if name in place), language
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_paths_in_the_architecture_exist(language):
+    named = set(
+        re.findall(r"`((?:firefly_lightning|docs|configs)/[\w/.]*|[\w-]+\.yml)`", page("architecture", language))
+    )
+    assert len(named) >= 20
+    for path in named:
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_messages_with_a_cure_are_those_of_the_code(language):
+    """Each piece of a message, between names and numbers, is in a text of the package."""
+    texts = [
+        node.value
+        for file in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    messages = re.findall(r"^\| `([^`]+)` \|", page("troubleshooting", language), re.MULTILINE)
+    assert len(messages) >= 40
+    for message in messages:
+        for piece in filter(None, (part.strip(" :;,()") for part in message.split("…"))):
+            assert any(piece in text for text in texts), f"{message}: {piece}"
 
 
 def test_the_table_of_kinds_is_that_of_the_templates():
-    for readme in (ENGLISH, CHINESE):
-        rows = re.findall(r"^\| `(\w+)` \| ((?:`\w+`[,、 ]*)+) \| (.*) \|$", readme.read_text("utf-8"), re.MULTILINE)
+    for language in LANGUAGES:
+        rows = re.findall(r"^\| `(\w+)` \| ((?:`\w+`[,、 ]*)+) \| (.*) \|$", page("building", language), re.MULTILINE)
         shown = {kind: [re.findall(r"`(\w+)`", cell) for cell in cells] for kind, *cells in rows}
         files = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in TEMPLATE_FOLDER.glob("*.yaml")}
         assert len(files) == 23
@@ -79,15 +126,16 @@ def test_the_table_of_kinds_is_that_of_the_templates():
             assert shown[kind] == [[name for name in content["fields"] if name not in optional], optional], kind
 
 
-def test_flags_of_building_that_the_readme_names_are_understood():
-    shown = re.findall(r"^\| `(--\w+) ", ENGLISH.read_text("utf-8"), re.MULTILINE)
+def test_flags_of_building_that_are_documented_are_understood():
+    shown = re.findall(r"^\| `(--\w+) ", page("building"), re.MULTILINE)
     assert len(shown) == 5
     help_text = run("firefly", "build", "--help").stdout
     assert all(flag in help_text for flag in shown)
 
 
-def test_keys_that_the_readme_names_exist():
-    text = ENGLISH.read_text("utf-8")
+def test_keys_that_are_documented_exist():
+    told = [document for document in documents("en") if document.stem != "surprises"]  # of Lightning's own attributes
+    text = "\n".join(document.read_text("utf-8") for document in told)
     defaults = yaml.safe_load(run("firefly-fit", "fit", "--model.path", "x", "--print_config").stdout)
     keys = set(
         re.findall(
@@ -111,8 +159,7 @@ ORIGINAL_KEYS = {
 
 
 def test_keys_beside_those_of_the_original_scripts_are_taken():
-    section = ENGLISH.read_text("utf-8").split("## Coming from the original scripts\n")[1].split("\n## ")[0]
-    rows = [line.split("|")[1:4] for line in section.splitlines() if line.startswith("| `")][1:]
+    rows = [line.split("|")[1:4] for line in page("original-scripts").splitlines() if line.startswith("| `")][1:]
     theirs, ours = ([code for row in rows for code in re.findall("`([^`]+)`", row[column])] for column in (0, 1))
     assert {code.split(":")[0] for code in theirs} >= ORIGINAL_KEYS
     given = [code.split(": ") for code in ours if ": " in code]
@@ -139,7 +186,7 @@ def test_keys_beside_those_of_the_original_scripts_are_taken():
 
 
 def test_commands_for_several_machines_are_understood(tmp_path):
-    blocks = read_blocks(ENGLISH)
+    blocks = blocks_of("en")
     write_file(tmp_path, next(block for block in blocks if block.path == "train.yaml"))
     shown = [line for block in blocks if block.language == "text" for line in block.code.splitlines()]
     shown = [line.split(" firefly-fit ")[1] for line in shown if " firefly-fit " in line]
@@ -151,14 +198,14 @@ def test_commands_for_several_machines_are_understood(tmp_path):
 
 
 def test_the_memory_of_strategies_is_that_of_the_formulas():
-    """Bytes a parameter on a device and on the host, from the papers that the README names."""
+    """Bytes a parameter on a device and on the host, from the papers that the page names."""
     on_device = {
         "auto": "16", "ddp": "16", "zero1": "4+12/N", "zero2": "2+14/N", "zero3": "16/N", "fsdp2": "16/N",
         "tensor_parallel": "16/N", "native_tp": "16/N", "gemini": "14/N", "zero2_offload": "2",
     }  # fmt: skip
     on_host = {"zero2_offload": 14, "zero3_offload": 16, "gemini_offload": 14}
     models = {"1b4": (46_145, 2048, 24, 16), "2b6": (46_145, 2560, 30, 32)}
-    text = ENGLISH.read_text("utf-8")
+    text = page("strategies")
     table = re.search(r"^\| strategy \| 1b4, 1 device .*?\n\n", text, re.MULTILINE | re.DOTALL)[0].splitlines()[2:]
     shown = {name: row.split("|")[2:-1] for row in table for name in re.findall(r"`(\w+)`", row)}
     assert shown.keys() == on_device.keys() | on_host.keys()
@@ -179,20 +226,30 @@ def unique_parameters(vocab_size: int, hidden: int, layers: int, heads: int) -> 
         return sum(parameter.numel() for parameter in BloomForCausalLM(config).parameters())
 
 
-def test_rows_that_the_readme_shows_are_read(tmp_path):
-    shown = [json.loads(block.code) for block in read_blocks(ENGLISH) if block.language == "json"]
-    raw, *rows = shown
+def test_rows_that_are_documented_are_read(tmp_path):
+    readme, raw, *rows = [json.loads(block.code) for block in blocks_of("en") if block.language == "json"]
+    assert readme == raw
     assert raw.keys() == {"text", "label"}
     read = [next(read_rows(str(write_rows(tmp_path / f"{at}.jsonl", [row])))) for at, row in enumerate(rows)]
     assert [len(row.turns) for row in read] == [1, 1, 2, 2]
     assert read[2].turns == read[3].turns
 
 
-def test_scripts_that_are_not_run_here_run_in_continuous_integration():
-    written = [command for command in commands(read_blocks(ENGLISH)) if command.startswith(NOT_HERE)]
+def test_commands_that_are_not_run_here_run_in_continuous_integration():
+    written = [command for command in commands(blocks_of("en")) if command.startswith(NOT_HERE)]
     no_deps = "constraints/current-colossalai.txt"
-    assert written == ["bin/demo", "bin/test", "pip install -e .", f"pip install --no-deps -r {no_deps}"]
-    assert no_deps in (ROOT / "bin" / "test").read_text("utf-8")
+    install = "pip install -e ."
+    hub = ["export HF_ENDPOINT=https://hf-mirror.com"]
+    hub += [one for one in written if one.startswith("hf download ")]
+    assert written == [
+        "bin/demo", "bin/test", install, 'pip install -e ".[docs]"', "mkdocs build",
+        install, f"pip install --no-deps -r {no_deps}",
+        *hub, "pip install modelscope", next(one for one in written if "modelscope import snapshot_download" in one),
+    ]  # fmt: skip
+    assert len(hub) == 3
+    made = (ROOT / "bin" / "test").read_text("utf-8")
+    assert no_deps in made
+    assert "mkdocs build --strict" in made
     ran = [line for line in (ROOT / ".ci" / "run").read_text("utf-8").splitlines() if not line.startswith("#")]
     for script in ("bin/demo", "bin/test", ".ci/run", "bin/make-env"):
         assert os.access(ROOT / script, os.X_OK), script

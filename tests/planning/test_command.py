@@ -1,4 +1,4 @@
-"""firefly plan as a user types it: what it prints and writes, what the READMEs say it prints, and what it refuses."""
+"""firefly plan as a user types it: what it prints and writes, what is documented of that, and what it refuses."""
 
 import json
 import re
@@ -14,6 +14,7 @@ from firefly_lightning.planning.run_config import devices_of, read_fit, strategy
 from firefly_lightning.planning.runs import STRATEGIES
 from firefly_lightning.tools import gather_lists, join_configs
 from tests.support.helpers import ROOT, one_line, run
+from tests.support.readme import DOCS, commands, page, read_blocks
 
 SIZES = ["--vocab_size", 1000, "--hidden_size", 64, "--n_layer", 2, "--n_head", 4]
 
@@ -34,18 +35,23 @@ def printed(text: str, title: str) -> dict[str, list[str]]:
     return {line.split()[0]: re.split(r"\s{2,}", line.strip())[1:] for line in lines[:end] if re.match(r" \w+  ", line)}
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
-def test_the_table_of_the_readmes_is_what_the_commands_print(readme, monkeypatch):
+def documented(pattern: str, language: str = "en") -> list[str]:
+    """Commands of the page that begin so."""
+    return [one for one in commands(read_blocks(DOCS / language / "planning.md")) if re.match(pattern, one)]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_documented_table_is_what_the_commands_print(language, monkeypatch):
     monkeypatch.chdir(ROOT)
-    text = (ROOT / readme).read_text("utf-8")
+    text = page("planning", language)
     rows = re.findall(r"^\| `(\w+)` \| (\d+\.\d / .*) \|$", text, re.MULTILINE)
     shown = {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
     assert list(shown) == list(STRATEGIES)
-    commands = [line for line in text.splitlines() if re.match(r"firefly plan .*--vocab_size", line)]
-    assert len(commands) == 2
-    for place, command in enumerate(commands):
+    shown_commands = documented(r"firefly plan .*--vocab_size", language)
+    assert len(shown_commands) == 2
+    for place, command in enumerate(shown_commands):
         out = run(*shlex.split(command)).stdout
-        assert re.search(r"model: ([\d,]+) parameters", out)[1] in text
+        assert re.search(r"model: ([\d,]+) parameters", out)[1] in page("strategies", language)
         totals = printed(out, "GB a device, 1 device, by rows of a micro-batch: plain / checkpointed")
         fits = [printed(out, f"Most rows of a micro-batch in {memory}:") for memory in ("24GB", "80GB")]
         for name, cells in shown.items():
@@ -55,10 +61,10 @@ def test_the_table_of_the_readmes_is_what_the_commands_print(readme, monkeypatch
             assert ("offload" in name) == bool(re.search(r"\d$", total.split(" / ")[1].partition(" ")[2])), name
 
 
-def test_the_host_memory_in_the_readme_is_what_is_written(tmp_path, monkeypatch):
+def test_the_documented_host_memory_is_what_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    text = (ROOT / "README.md").read_text("utf-8")
-    command = next(line for line in text.splitlines() if re.match(r"firefly plan .*firefly-1b4.*--vocab_size", line))
+    text = page("planning")
+    (command,) = documented(r"firefly plan .*firefly-1b4.*--vocab_size")
     run(*shlex.split(command), "--micro_batch_sizes", 1, "--out", tmp_path / "plan")
     planned = json.loads((tmp_path / "plan" / "plan.json").read_text("utf-8"))
     found = {one["strategy"]: sum(one["host"].values()) / 1e9 for one in planned["runs"] if one["host"]}

@@ -1,4 +1,4 @@
-"""The READMEs as the tests see them: their blocks of code."""
+"""The READMEs and the pages of the documentation as the tests see them: their blocks of code, in the reader's order."""
 
 import re
 from pathlib import Path
@@ -8,10 +8,19 @@ import yaml
 
 from tests.support.helpers import ROOT, run
 
-ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
+READMES = {"en": ROOT / "README.md", "zh": ROOT / "README.zh-CN.md"}
+DOCS = ROOT / "docs"
 
-NOT_HERE = ("pip install ", "bin/demo", "bin/test")
-"""Commands that need a network and minutes: .ci/run runs the two scripts, and both install the package."""
+NOT_HERE = (
+    "pip install ",
+    "bin/demo",
+    "bin/test",
+    "mkdocs build",
+    "export HF_ENDPOINT=",
+    "hf download ",
+    "python -c 'from modelscope ",
+)
+"""Commands that need a network or minutes: .ci/run runs the scripts, which install the package and build the pages."""
 
 
 class Block(NamedTuple):
@@ -22,11 +31,36 @@ class Block(NamedTuple):
     code: str
 
 
-def read_blocks(readme: Path) -> list[Block]:
+def pages(language: str) -> list[Path]:
+    """Of the documentation, in the order of the navigation; there must be no others."""
+    found = [DOCS / language / name for name in listed(yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"])]
+    assert sorted(found) == sorted((DOCS / language).glob("**/*.md"))
+    return found
+
+
+def listed(navigation: list | dict | str) -> list[str]:
+    """Pages of a part of the navigation."""
+    if isinstance(navigation, str):
+        return [navigation]
+    parts = navigation.values() if isinstance(navigation, dict) else navigation
+    return [page for part in parts for page in listed(part)]
+
+
+def documents(language: str) -> list[Path]:
+    """The README and the pages."""
+    return [READMES[language], *pages(language)]
+
+
+def page(name: str, language: str = "en") -> str:
+    """The text of a page."""
+    return (DOCS / language / f"{name}.md").read_text("utf-8")
+
+
+def read_blocks(document: Path) -> list[Block]:
     blocks = []
-    for language, text in re.findall(r"^```(\w+)\n(.*?)^```$", readme.read_text("utf-8"), re.MULTILINE | re.DOTALL):
+    for language, text in re.findall(r"^```(\w+)\n(.*?)^```$", document.read_text("utf-8"), re.MULTILINE | re.DOTALL):
         path = re.match(r"# (\S+\.(?:py|yaml))\n", text)
-        lines = (re.sub(r"(^|\s+)#.*", "", line).rstrip() for line in text.replace("\\\n", " ").splitlines())
+        lines = (re.sub(r"(^|\s+)#.*", "", line).rstrip() for line in re.sub(r" *\\\n *", " ", text).splitlines())
         blocks.append(Block(language, path and path[1], "\n".join(line for line in lines if line) + "\n"))
     return blocks
 
