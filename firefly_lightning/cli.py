@@ -28,6 +28,7 @@ from firefly_lightning.data.datamodule import FireflyDataModule
 from firefly_lightning.errors import FireflyError, one_line_errors
 from firefly_lightning.interrupts import ends_on_signals, leave_to_system
 from firefly_lightning.module import FireflyModule
+from firefly_lightning.strategies.registration import load_classes
 
 
 class _Parser(OneLineErrors, LightningArgumentParser):
@@ -59,6 +60,7 @@ class FireflyCLI(LightningCLI):
     """LightningCLI whose model, data and trainer have defaults that fit each other."""
 
     def __init__(self, **kwargs: Any) -> None:
+        load_classes()  # so that they are known by their last names, and listed in the help
         super().__init__(
             FireflyModule,
             FireflyDataModule,
