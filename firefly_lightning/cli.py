@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from jsonargparse import ArgumentParser, capture_parser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -143,6 +144,11 @@ class FireflyCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the configuration alone: Lightning would let the checkpoint's arguments win over the command line."""
+
+
+def make_parser() -> ArgumentParser:
+    """The parser of ``firefly-fit``, for reading what a command line says where nothing is to be built."""
+    return capture_parser(FireflyCLI)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from firefly_lightning.planning.measuring import STEPS, measure_run
 from firefly_lightning.planning.memory import estimate
 from firefly_lightning.planning.request import Settings
 from firefly_lightning.planning.run_config import devices_of, read_fit, strategy_of
-from firefly_lightning.planning.runs import SHARING_ROWS
+from firefly_lightning.planning.runs import row_shares
 from firefly_lightning.planning.tables import grid_table
 
 
@@ -56,7 +56,7 @@ def compare(
 
 
 def _compare_one(settings: Settings, strategy: str, devices: int, rows: int, own: bool) -> dict[str, Any]:
-    ranks = 1 if strategy in SHARING_ROWS else devices
+    ranks = row_shares(strategy, devices)
     check_shares(settings.batch_size, ranks, rows)
     assert settings.rows is not None
     load = settings.rows.of_steps(STEPS, ranks, rows)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.planning.memory import estimate
 from firefly_lightning.planning.run_config import TrainingRows, devices_of, model_size, read_fit, training_rows
-from firefly_lightning.planning.runs import SHARING_ROWS, Load, ModelSize, Run, check
+from firefly_lightning.planning.runs import Load, ModelSize, Run, check, row_shares
 from firefly_lightning.planning.tables import Planned
 
 DEVICES = (1, 2, 4, 8)
@@ -50,7 +50,7 @@ class Settings:
 
     def share(self, strategy: str, devices: int) -> int:
         """Rows of a step that one device works on; 0 where the devices cannot share a step."""
-        ranks = 1 if strategy in SHARING_ROWS else devices
+        ranks = row_shares(strategy, devices)
         return 0 if self.batch_size % ranks else self.batch_size // ranks
 
     def sizes(self, strategy: str, devices: int, chosen: Sequence[int] | None) -> list[int]:

@@ -6,44 +6,19 @@ from functools import cached_property
 from pathlib import Path
 from pydoc import locate
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from firefly_lightning.cli import FireflyCLI
+from firefly_lightning.cli import make_parser
 from firefly_lightning.data.datamodule import FireflyDataModule
 from firefly_lightning.data.plan import StepPlan
 from firefly_lightning.data.sources.records import find_sources, is_file
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import load_config
 from firefly_lightning.planning.runs import STRATEGIES, Load, ModelSize
-
-CLASSES = {
-    "NativeTensorParallelStrategy": "native_tp",
-    "TensorParallelStrategy": "tensor_parallel",
-    "FSDP2Strategy": "fsdp2",
-    "GeminiStrategy": "gemini",
-    "ZeroStrategy": "zero",
-    "DDPStrategy": "ddp",
-}
-
-
-class _Reading(FireflyCLI):
-    """Parses, and stops there."""
-
-    def _set_seed(self) -> None:
-        pass
-
-    def before_instantiate_classes(self) -> None:
-        pass
-
-    def instantiate_classes(self) -> None:
-        pass
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
+from firefly_lightning.strategies.catalogue import name_of
 
 
 def read_fit(arguments: Sequence[str]) -> Any:
@@ -52,8 +27,7 @@ def read_fit(arguments: Sequence[str]) -> Any:
     Raises:
         FireflyError: If a key or a value is wrong.
     """
-    with mock.patch("sys.argv", ["firefly-fit"]):  # LightningCLI would warn of arguments beside those of the process
-        return _Reading(args=["fit", *arguments]).config["fit"]
+    return make_parser().parse_args(["fit", *arguments])["fit"]
 
 
 def model_size(path: str) -> ModelSize:
@@ -90,12 +64,7 @@ def strategy_of(trainer: Any, devices: int) -> str:
         FireflyError: If it has none that can be planned.
     """
     given = trainer.strategy
-    options = {} if isinstance(given, str) else dict(given.get("init_args") or {})
-    name = given if isinstance(given, str) else CLASSES.get(given.class_path.rsplit(".", 1)[-1], given.class_path)
-    if name == "zero":
-        name = f"zero{options.get('stage', 2)}" + ("_offload" if options.get("offload_optimizer") else "")
-    if name == "gemini" and options.get("offload_optim_frac"):
-        name = "gemini_offload"
+    name = given if isinstance(given, str) else name_of(given.class_path, dict(given.get("init_args") or {}))
     if name == "auto" and devices > 1:
         return "ddp"
     if name not in STRATEGIES:
