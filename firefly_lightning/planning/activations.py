@@ -14,8 +14,8 @@ def block_activations(run: Run, tokens: int, attended: int, spares: bool = True)
 
     Args:
         run: Gives sizes and types.
-        tokens: That norms and products see.
-        attended: That attention sees.
+        tokens: Tokens that norms and products see.
+        attended: Tokens that attention sees.
         spares: Whether what is quickly computed again is left out: normed inputs, GELU's output, attention's in packed
             rows, and the float32 that attention on a CPU widens to. A recomputed block leaves out nothing.
     """

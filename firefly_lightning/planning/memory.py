@@ -33,7 +33,7 @@ class Estimate:
     """Bytes on a device at the moments of a step that may need most, and on the host.
 
     Attributes:
-        moments: By name, the parts.
+        moments: Bytes by part, by the name of the moment.
         host: Parts that a process keeps in host memory, for its own device.
     """
 
@@ -47,12 +47,12 @@ class Estimate:
 
     @property
     def parts(self) -> Parts:
-        """Those of that moment."""
+        """Bytes by part at the moment that needs most."""
         return self.moments[self.peak_at]
 
     @property
     def peak(self) -> float:
-        """Their sum."""
+        """Bytes at the moment that needs most."""
         return sum(self.parts.values())
 
 
@@ -72,8 +72,8 @@ def adam_workspace(run: Run, numbers: float, largest: float) -> float:
 
     Args:
         run: Says which; PyTorch takes DTensors one by one on a GPU too.
-        numbers: All that the process updates.
-        largest: Of the largest tensor among them.
+        numbers: Numbers that the process updates.
+        largest: Numbers of the largest tensor among them.
     """
     one_by_one = run.device == "cpu" or run.known.engine.splits_tensors
     return 8 * largest if one_by_one else 4 * numbers
@@ -236,7 +236,7 @@ def _fraction_left(run: Run) -> float:
 
 
 def _left(run: Run) -> float:
-    """Activations at that time."""
+    """Bytes of activations when the first full buffer of gradients is reduced."""
     left = _fraction_left(run)
     return left * activations(run) + (working_set(run) if left else 0.0)
 

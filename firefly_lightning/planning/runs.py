@@ -26,7 +26,7 @@ class ModelSize:
 
     @classmethod
     def of(cls, config: BloomConfig) -> "ModelSize":
-        """Those of a model's configuration."""
+        """Sizes that a model's configuration has."""
         sizes = (config.vocab_size, config.hidden_size, config.n_layer, config.n_head)
         return cls(*sizes, tied=bool(config.tie_word_embeddings))
 
@@ -47,7 +47,7 @@ class ModelSize:
 
     @property
     def parameters(self) -> int:
-        """Unique ones: a tied head counts once; two norms are outside the blocks."""
+        """Unique parameters: a tied head counts once; two norms are outside the blocks."""
         heads = 1 if self.tied else 2
         return heads * self.embedding + self.n_layer * self.block + 4 * self.hidden_size
 
@@ -57,10 +57,10 @@ class Load:
     """What a device works on at a time.
 
     Attributes:
-        tokens: Of a micro-batch, without padding.
-        padded: With it, which attention on a GPU computes.
-        longest: Of its longest row.
-        targets: Its learned tokens.
+        tokens: Tokens of a micro-batch, without padding.
+        padded: Tokens with padding, which attention on a GPU computes.
+        longest: Tokens of its longest row.
+        targets: Learned tokens of the micro-batch.
     """
 
     tokens: int
@@ -79,15 +79,15 @@ class Run:
     """How a model is trained.
 
     Attributes:
-        model: Sizes.
+        model: Sizes of the model.
         strategy: One of ``STRATEGIES``.
         devices: Processes, each with a device.
-        load: Of a micro-batch.
-        micro_batches: That a device takes for an optimizer step.
+        load: What a micro-batch holds.
+        micro_batches: Micro-batches that a device takes for an optimizer step.
         precision: One of ``PRECISIONS``.
         checkpointing: Whether activations are recomputed.
-        device: On a CPU attention is computed in float32, buffers take what is written to them, and gloo copies what
-            it reduces.
+        device: Kind of device. On a CPU attention is computed in float32, buffers take what is written to them, and
+            gloo copies what it reduces.
     """
 
     model: ModelSize
@@ -131,10 +131,10 @@ def row_shares(strategy: str, devices: int) -> int:
 
 
 def check(run: Run) -> None:
-    """Refuses what is not known or cannot be.
+    """Refuses a run that cannot be.
 
     Raises:
-        FireflyError: If it is such.
+        FireflyError: If strategy or precision is not known, or they do not go with the model or the devices.
     """
     for name, value, known in (("strategy", run.strategy, STRATEGIES), ("precision", run.precision, PRECISIONS)):
         if value not in known:
