@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from jsonargparse import ArgumentParser, capture_parser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -28,6 +29,7 @@ from firefly_lightning.data.datamodule import FireflyDataModule
 from firefly_lightning.errors import FireflyError, one_line_errors
 from firefly_lightning.interrupts import ends_on_signals
 from firefly_lightning.module import FireflyModule
+from firefly_lightning.strategies.registration import load_classes
 
 
 class _Parser(OneLineErrors, LightningArgumentParser):
@@ -59,6 +61,7 @@ class FireflyCLI(LightningCLI):
     """LightningCLI whose model, data and trainer have defaults that fit each other."""
 
     def __init__(self, **kwargs: Any) -> None:
+        load_classes()  # so that they are known by their last names, and listed in the help
         super().__init__(
             FireflyModule,
             FireflyDataModule,
@@ -141,6 +144,11 @@ class FireflyCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the configuration alone: Lightning would let the checkpoint's arguments win over the command line."""
+
+
+def make_parser() -> ArgumentParser:
+    """The parser of ``firefly-fit``, for reading what a command line says where nothing is to be built."""
+    return capture_parser(FireflyCLI)
 
 
 def main() -> None:

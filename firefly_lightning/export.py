@@ -14,13 +14,7 @@ from firefly_lightning.checkpoints.portable import MODEL_PREFIX, PortableReader
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.files.atomic import check_new_folder, new_folder
 from firefly_lightning.huggingface import DESCRIPTION_FILES, DESCRIPTION_KEY, reason, some, write_description
-
-READERS = {
-    "colossalai": "firefly_lightning.strategies.colossalai.checkpoints",
-    "deepspeed": "firefly_lightning.strategies.deepspeed.checkpoints",
-    "native": "firefly_lightning.strategies.native.checkpoints",
-}
-"""Engine that wrote a folder, to the module whose ``read_weights`` reads it; imported only then."""
+from firefly_lightning.strategies.catalogue import reader_of
 
 
 def export(
@@ -74,9 +68,10 @@ def _read_folder(folder: Path) -> dict[str, Any]:
         return reader.trainer() | {"state_dict": {name: reader.weight(name) for name in reader.names()}}
     trainer = load_file(folder / TRAINER_FILE, "cpu")
     engine = trainer.get(WRITER_KEY, {}).get("engine")
-    if engine not in READERS:
+    module = reader_of(engine)
+    if module is None:
         raise FireflyError(f"{folder}: was written by an unknown engine {engine}; export it where it was trained")
-    read_weights = import_module(READERS[engine]).read_weights
+    read_weights = import_module(module).read_weights
     return trainer | {"state_dict": read_weights(folder, trainer)}
 
 

@@ -14,8 +14,8 @@ def block_activations(run: Run, tokens: int, attended: int, spares: bool = True)
 
     Args:
         run: Gives sizes and types.
-        tokens: That norms and products see.
-        attended: That attention sees.
+        tokens: Tokens that norms and products see.
+        attended: Tokens that attention sees.
         spares: Whether what is quickly computed again is left out: normed inputs, GELU's output, attention's in packed
             rows, and the float32 that attention on a CPU widens to. A recomputed block leaves out nothing.
     """
@@ -23,7 +23,7 @@ def block_activations(run: Run, tokens: int, attended: int, spares: bool = True)
     residual = run.weight_bytes
     computed = 2 if run.mixed else 4
     scored = 4 if run.device == "cpu" else computed
-    shared = 1 if run.split_rows else run.devices
+    shared = run.layer_shares
     hidden = model.hidden_size
     norms = 2 * hidden * (residual + normed_bytes(run, spares)) + 4 * residual
     wide = (4 if spares else 1 + 4 + 4) * hidden * computed / shared
@@ -32,8 +32,8 @@ def block_activations(run: Run, tokens: int, attended: int, spares: bool = True)
 
 
 def normed_bytes(run: Run, spares: bool = True) -> int:
-    """Of a number of a norm's output that is kept."""
-    return 0 if spares and run.whole_weights else 2 if run.mixed else 4
+    """Bytes kept of each number that a layer norm puts out."""
+    return 0 if spares and run.known.whole_weights else 2 if run.mixed else 4
 
 
 def activations(run: Run) -> float:
@@ -49,7 +49,7 @@ def activations(run: Run) -> float:
         return ends + model.n_layer * load.tokens * hidden * residual
     whole = (model.n_layer - 1) * block_activations(run, load.tokens, run.attended)
     # Of the last, all tokens go as far as attention, and the targets' contexts are kept as they are picked.
-    shared = 1 if run.split_rows else run.devices
+    shared = run.layer_shares
     before = (load.tokens - load.targets) * hidden * (residual + normed_bytes(run))
     attention = block_activations(run, 0, run.attended)
     picked = load.targets * hidden * (2 if run.mixed else 4) / shared
@@ -58,9 +58,9 @@ def activations(run: Run) -> float:
 
 def autocast_copies(run: Run) -> float:
     """16-bit copies of the blocks' matrices, which autocast keeps until the forward pass ends, recomputed or not."""
-    if not run.mixed or run.engine:
+    if not run.mixed or run.known.engine.keeps_masters:
         return 0.0
-    shared = 1 if run.split_rows else run.devices
+    shared = run.layer_shares
     return 2.0 * run.model.matrices * run.model.n_layer / shared
 
 
@@ -74,9 +74,9 @@ def fused_logits(run: Run) -> float:
     hidden = 2.0 * targets * model.hidden_size * (2 if run.mixed else 4)
     if not run.mixed:
         return hidden + 8 * logits + 4 * model.embedding
-    copy = 0 if run.engine else 2 * model.embedding
+    copy = 0 if run.known.engine.keeps_masters else 2 * model.embedding
     products = 2 * logits + 6 * min(SUMMED_ROWS, model.vocab_size) * model.hidden_size
-    converted = 2 * model.embedding if run.engine else 0
+    converted = 2 * model.embedding if run.known.engine.keeps_masters else 0
     return hidden + copy + 4 * model.embedding + max(8 * logits, products, converted)
 
 
@@ -87,6 +87,6 @@ def plain_logits(run: Run) -> float:
 
 def working_set(run: Run) -> float:
     """Bytes that the backward pass of a block takes beside what was kept: gradients of its widest tensors."""
-    model, shared = run.model, 1 if run.split_rows else run.devices
+    model, shared = run.model, run.layer_shares
     recomputed = block_activations(run, run.load.tokens, run.attended, spares=False) if run.checkpointing else 0.0
     return recomputed + run.load.tokens * model.hidden_size * (8 / shared + 2) * (2 if run.mixed else 4)

@@ -9,11 +9,15 @@ from typing import Any
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.files.atomic import check_new_folder, new_folder
 from firefly_lightning.planning.comparing import compare
+from firefly_lightning.planning.figure import draw
+from firefly_lightning.planning.planned import Planned, report
 from firefly_lightning.planning.request import Settings, describe, read_settings, sizes_line
 from firefly_lightning.planning.runs import STRATEGIES
-from firefly_lightning.planning.tables import Planned, draw, gigabytes, grid_table, parts_table, report
+from firefly_lightning.planning.tables import gigabytes, grid_table, parts_table
 
 MEMORY = ("24GB", "80GB")
+"""Sizes of devices that a plan is held against by default."""
+
 UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
 
 
@@ -68,16 +72,7 @@ def plan(
     if out:
         check_new_folder(Path(out).expanduser(), inputs)
     about = describe(settings)
-    planned = [
-        one
-        for count in settings.counts
-        for name in strategies or STRATEGIES
-        for rows in settings.sizes(name, count, micro_batch_sizes)
-        for checkpointing in (False, True)
-        if (one := settings.planned(name, count, rows, checkpointing))
-    ]
-    if not planned:
-        raise FireflyError("none of these strategies, devices and micro-batches go together; give others")
+    planned = _plan_all(settings, strategies or STRATEGIES, micro_batch_sizes)
     _print_parts(settings, planned)
     _print_totals(settings, planned)
     fits = _largest(planned, limits)
@@ -90,6 +85,20 @@ def plan(
             shown = _at_hand(settings, planned, both=True)
             draw(scratch / "memory.png", shown, limits, f"{sizes_line(settings)}, {_place(shown[0])}")
         print(f"{out}: plan.json, memory.png")
+
+
+def _plan_all(settings: Settings, strategies: Sequence[str], sizes: Sequence[int] | None) -> list[Planned]:
+    planned = [
+        one
+        for count in settings.counts
+        for name in strategies
+        for rows in settings.sizes(name, count, sizes)
+        for checkpointing in (False, True)
+        if (one := settings.planned(name, count, rows, checkpointing))
+    ]
+    if not planned:
+        raise FireflyError("none of these strategies, devices and micro-batches go together; give others")
+    return planned
 
 
 def _bytes(text: str) -> float:
@@ -108,7 +117,7 @@ def _place(one: Planned) -> str:
 
 
 def _at_hand(settings: Settings, planned: Sequence[Planned], both: bool = False) -> list[Planned]:
-    """Those with the configuration's own devices, micro-batch and checkpointing, as far as they are planned."""
+    """Planned runs with the configuration's own devices, micro-batch and checkpointing, as far as there are such."""
     first = [one for one in planned if one.run.devices == planned[0].run.devices]
     known = {one.rows for one in first}
     wanted = settings.own_rows("ddp", planned[0].run.devices)

@@ -12,7 +12,7 @@ from firefly_lightning.planning.measuring import STEPS, measure_run
 from firefly_lightning.planning.memory import estimate
 from firefly_lightning.planning.request import Settings
 from firefly_lightning.planning.run_config import devices_of, read_fit, strategy_of
-from firefly_lightning.planning.runs import SHARING_ROWS
+from firefly_lightning.planning.runs import row_shares
 from firefly_lightning.planning.tables import grid_table
 
 
@@ -22,10 +22,10 @@ def compare(
     """Trains a few steps of each, and prints what was foretold beside it.
 
     Args:
-        settings: The plan's.
-        strategies: By default, the configuration's.
-        devices: Likewise.
-        sizes: Of micro-batches, likewise.
+        settings: What the plan is of.
+        strategies: Names of strategies; the configuration's by default.
+        devices: Numbers of devices, likewise.
+        sizes: Sizes of micro-batches, likewise.
 
     Raises:
         FireflyError: If there are no rows, or a run ends with an error.
@@ -56,17 +56,17 @@ def compare(
 
 
 def _compare_one(settings: Settings, strategy: str, devices: int, rows: int, own: bool) -> dict[str, Any]:
-    ranks = 1 if strategy in SHARING_ROWS else devices
+    ranks = row_shares(strategy, devices)
     check_shares(settings.batch_size, ranks, rows)
     assert settings.rows is not None
     load = settings.rows.of_steps(STEPS, ranks, rows)
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
-    fit = read_fit([*settings.arguments, *(["--trainer.accelerator", "cpu"] if on_cpu else [])])
-    run = replace(settings, fit=fit).run(strategy, devices, rows, settings.checkpointing, refuse=True, load=load)
+    arguments: list[Any] = [*settings.arguments, *(["--trainer.accelerator", "cpu"] if on_cpu else [])]
+    settings = replace(settings, fit=read_fit(arguments))
+    run = settings.run(strategy, devices, rows, settings.checkpointing, refuse=True, load=load)
     assert run is not None
     takes = estimate(run)
-    arguments = [
-        *settings.arguments, *(["--trainer.accelerator", "cpu"] if on_cpu else []),
+    arguments += [
         *([] if own else ["--trainer.strategy", strategy]),
         "--data.micro_batch_size", rows, "--trainer.precision", settings.precision, "--trainer.num_nodes", 1,
     ]  # fmt: skip

@@ -51,7 +51,7 @@ class MemoryMeter(Callback):
             self.base = _status("VmRSS")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes."""
+        """Writes base and peak."""
         on_gpu = trainer.strategy.root_device.type == "cuda"
         peak = torch.cuda.max_memory_allocated() if on_gpu else _status("VmHWM")
         Path(f"{self.out}.{trainer.global_rank}").write_text(json.dumps({"base": self.base, "peak": peak}), "utf-8")
@@ -61,8 +61,8 @@ def measure_run(arguments: Sequence[object], processes: int) -> list[dict[str, i
     """Memory of every process of a run of ``STEPS`` steps.
 
     Args:
-        arguments: Of ``firefly-fit fit``.
-        processes: Of the run, all on this machine.
+        arguments: Arguments of ``firefly-fit fit``.
+        processes: Processes of the run, all on this machine.
 
     Returns:
         By rank, ``base`` and ``peak`` in bytes.
@@ -96,7 +96,7 @@ def measure_run(arguments: Sequence[object], processes: int) -> list[dict[str, i
 
 
 def _environments(processes: int) -> list[dict[str, str]]:
-    """Of each rank, as ``torchrun`` sets them; of one process, nothing."""
+    """Variables of each rank, as ``torchrun`` sets them; none for a single process."""
     if processes == 1:
         return [{}]
     with socket.socket() as free:
@@ -122,7 +122,7 @@ def _give_back() -> None:
 
 
 def _status(name: str) -> int:
-    """Bytes, from ``/proc/self/status``."""
+    """Bytes that a field of ``/proc/self/status`` says."""
     lines = Path("/proc/self/status").read_text("ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 

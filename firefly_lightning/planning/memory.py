@@ -33,7 +33,7 @@ class Estimate:
     """Bytes on a device at the moments of a step that may need most, and on the host.
 
     Attributes:
-        moments: By name, the parts.
+        moments: Bytes by part, by the name of the moment.
         host: Parts that a process keeps in host memory, for its own device.
     """
 
@@ -47,12 +47,12 @@ class Estimate:
 
     @property
     def parts(self) -> Parts:
-        """Those of that moment."""
+        """Bytes by part at the moment that needs most."""
         return self.moments[self.peak_at]
 
     @property
     def peak(self) -> float:
-        """Their sum."""
+        """Bytes at the moment that needs most."""
         return sum(self.parts.values())
 
 
@@ -63,7 +63,7 @@ def estimate(run: Run) -> Estimate:
         FireflyError: If a strategy or a precision is not known, or the strategy cannot split the model so.
     """
     check(run)
-    moments, host = _FAMILIES[run.strategy.removesuffix("_offload")](run)
+    moments, host = _ARITHMETIC[run.known.memory](run)
     return Estimate({name: {part: parts.get(part, 0.0) for part in PARTS} for name, parts in moments.items()}, host)
 
 
@@ -72,10 +72,10 @@ def adam_workspace(run: Run, numbers: float, largest: float) -> float:
 
     Args:
         run: Says which; PyTorch takes DTensors one by one on a GPU too.
-        numbers: All that the process updates.
-        largest: Of the largest tensor among them.
+        numbers: Numbers that the process updates.
+        largest: Numbers of the largest tensor among them.
     """
-    one_by_one = run.device == "cpu" or run.strategy in ("fsdp2", "native_tp")
+    one_by_one = run.device == "cpu" or run.known.engine.splits_tensors
     return 8 * largest if one_by_one else 4 * numbers
 
 
@@ -84,7 +84,7 @@ def _whole(run: Run) -> tuple[dict[str, Parts], Parts]:
     count = run.model.parameters
     held = {"weights": 4.0 * count, "moments": 8.0 * count, "gradients": 4.0 * count}
     # DDP copies gradients into buckets of the same size.
-    held["buffers"] = 4.0 * count if run.strategy == "ddp" else 0.0
+    held["buffers"] = 4.0 * count if "rows" in run.known.shards else 0.0
     step = 4.0 * count if run.precision == "16-mixed" else 0.0  # AdamW is fused but for scaled gradients
     kept = activations(run) + autocast_copies(run)
     moments = {
@@ -101,13 +101,13 @@ def _zero12(run: Run) -> tuple[dict[str, Parts], Parts]:
     states = {"master copy": 4.0 * share, "moments": 8.0 * share}
     largest = float(size * run.model.embedding)
     host: Parts = {}
-    if "offload" in run.strategy:
+    if run.known.offloads:
         summed = size * share if run.micro_batches > 1 else 0.0
         host = states | {"gradients": 4.0 * share + summed, "buffers": size * share + largest}
     held: Parts = {"weights": float(size * count)} | ({} if host else states)
     own = 0.0 if host else float(size * share)
     # Stage 1 accumulates whole gradients, stage 2 a share.
-    gathered = 0.0 if run.micro_batches == 1 else float(size * count) if "1" in run.strategy else own
+    gathered = 0.0 if run.micro_batches == 1 else own if "gradients" in run.known.shards else float(size * count)
     way_out = largest if host else 0.0  # of a gradient, to the host
     buffers = _written(run, 2 * BUCKET, count) * size + way_out
     reduced = min(BUCKET, count) * size
@@ -144,11 +144,11 @@ def _zero3(run: Run) -> tuple[dict[str, Parts], Parts]:
     copied = run.mixed or run.device == "cpu"  # on a GPU float32 weights are their own master
     states: Parts = {
         "weights": float(size * share),
-        "master copy": 4.0 * share if copied or "offload" in run.strategy else 0.0,
+        "master copy": 4.0 * share if copied or run.known.offloads else 0.0,
         "moments": 8.0 * share,
         "gradients": float(size * share),
     }
-    host = states | {"buffers": 4.0 * share} if "offload" in run.strategy else {}
+    host = states | {"buffers": 4.0 * share} if run.known.offloads else {}
     held = {} if host else states
     bucket = _written(run, BUCKET, count) * size
     gathered = size * min(count, REUSED_WITHIN // 2 + PREFETCHED)
@@ -176,18 +176,17 @@ def _gemini(run: Run) -> tuple[dict[str, Parts], Parts]:
     count, size, share = run.model.parameters, run.weight_bytes, run.model.parameters / run.devices
     states: Parts = {"weights": float(size * share), "master copy": 4.0 * share, "moments": 8.0 * share}
     chunk = max(min(CHUNK, count / 8), run.model.embedding)
-    offloaded = "offload" in run.strategy
     # The chunk at work, the next one, and that whose gradients are reduced; embedding and head are one of them.
     buffers = 3.0 * size * chunk
     gradients = float(size * share) if run.micro_batches > 1 else 0.0
-    held = {"buffers": buffers} if offloaded else states | {"buffers": buffers, "gradients": gradients}
+    held = {"buffers": buffers} if run.known.offloads else states | {"buffers": buffers, "gradients": gradients}
     kept = activations(run)
     moments = {
         "forward": held | {"activations": kept, "logits": plain_logits(run)},
         "first gradients": held | {"activations": kept + working_set(run)},
         "step": held,
     }
-    return moments, states | {"gradients": gradients} if offloaded else {}
+    return moments, states | {"gradients": gradients} if run.known.offloads else {}
 
 
 def _fsdp(run: Run) -> tuple[dict[str, Parts], Parts]:
@@ -214,7 +213,8 @@ def _tensor(run: Run) -> tuple[dict[str, Parts], Parts]:
     share = (model.parameters - whole) / run.devices + whole
     held = {"weights": float(size * share), "moments": 8.0 * share, "gradients": float(size * share)}
     held["master copy"] = 4.0 * share if size == 2 else 0.0
-    held["buffers"] = float(size * share) if run.engine else 0.0  # ColossalAI puts its model into DDP, with buckets
+    # ColossalAI puts its model into DDP, with buckets.
+    held["buffers"] = float(size * share) if run.known.engine.keeps_masters else 0.0
     kept = activations(run) + autocast_copies(run)
     workspace = adam_workspace(run, share, model.embedding / run.devices)
     moments = {
@@ -236,19 +236,17 @@ def _fraction_left(run: Run) -> float:
 
 
 def _left(run: Run) -> float:
-    """Activations at that time."""
+    """Bytes of activations when the first full buffer of gradients is reduced."""
     left = _fraction_left(run)
     return left * activations(run) + (working_set(run) if left else 0.0)
 
 
-_FAMILIES: dict[str, Callable[[Run], tuple[dict[str, Parts], Parts]]] = {
-    "auto": _whole,
-    "ddp": _whole,
-    "zero1": _zero12,
-    "zero2": _zero12,
+_ARITHMETIC: dict[str, Callable[[Run], tuple[dict[str, Parts], Parts]]] = {
+    "whole": _whole,
+    "zero12": _zero12,
     "zero3": _zero3,
     "gemini": _gemini,
-    "tensor_parallel": _tensor,
-    "fsdp2": _fsdp,
-    "native_tp": _tensor,
+    "fsdp": _fsdp,
+    "tensor": _tensor,
 }
+"""By the name that the catalogue of strategies has for each."""

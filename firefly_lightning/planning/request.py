@@ -6,24 +6,26 @@ from typing import Any, Literal
 
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.planning.memory import estimate
-from firefly_lightning.planning.run_config import TrainingRows, devices_of, model_size, read_fit, training_rows
-from firefly_lightning.planning.runs import SHARING_ROWS, Load, ModelSize, Run, check
-from firefly_lightning.planning.tables import Planned
+from firefly_lightning.planning.planned import Planned
+from firefly_lightning.planning.run_config import devices_of, model_size, read_fit
+from firefly_lightning.planning.runs import Load, ModelSize, Run, check, row_shares
+from firefly_lightning.planning.training_rows import TrainingRows, training_rows
 
 DEVICES = (1, 2, 4, 8)
+"""Numbers of devices to plan for, beside the configuration's own."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the plan is of.
+    """What a plan is of.
 
     Attributes:
-        arguments: Of ``firefly-fit fit`` that make the configuration.
+        arguments: Arguments of ``firefly-fit fit`` that make the configuration.
         fit: The configuration.
-        model: Sizes.
-        rows: The data's, if they are here.
+        model: Sizes of the model.
+        rows: Rows of the data, if they are here.
         counts: Numbers of devices, the configuration's own first.
-        precision: Of all runs.
+        precision: Precision of all runs.
     """
 
     arguments: list[str]
@@ -45,12 +47,12 @@ class Settings:
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:
-        """That of the runs: a GPU, unless the configuration says otherwise."""
+        """Kind of device: a GPU, unless the configuration says otherwise."""
         return "cpu" if self.fit.trainer.accelerator == "cpu" else "cuda"
 
     def share(self, strategy: str, devices: int) -> int:
         """Rows of a step that one device works on; 0 where the devices cannot share a step."""
-        ranks = 1 if strategy in SHARING_ROWS else devices
+        ranks = row_shares(strategy, devices)
         return 0 if self.batch_size % ranks else self.batch_size // ranks
 
     def sizes(self, strategy: str, devices: int, chosen: Sequence[int] | None) -> list[int]:
@@ -102,22 +104,17 @@ def read_settings(
 
     Args:
         configs: YAML files.
-        model: Replaces the configuration's.
-        sizes: Of the model, by their names; all or none of them are given.
-        precision: Replaces the configuration's.
+        model: Path of a model, in place of the configuration's.
+        sizes: Sizes of the model, by their names; all or none of them are given.
+        precision: Precision, in place of the configuration's.
         devices: Numbers of devices, if not the usual ones.
 
     Raises:
         FireflyError: If the model is not known, or a value is wrong.
     """
-    described = [name for name, size in sizes.items() if size is not None]
-    if missing := [name for name in sizes if name not in described]:
-        if described:
-            raise FireflyError(f"--{missing[0]} is missing; the sizes of a model are {', '.join(sizes)}")
-        if not configs and not model:
-            raise FireflyError(
-                "no model to plan; give --config FILE, --model FOLDER, or --vocab_size and the other sizes"
-            )
+    described = _are_given(sizes)
+    if not (described or configs or model):
+        raise FireflyError("no model to plan; give --config FILE, --model FOLDER, or --vocab_size and the other sizes")
     arguments = [part for config in configs for part in ("--config", config)]
     if model or not configs:
         arguments += ["--model.path", model or "."]
@@ -125,20 +122,35 @@ def read_settings(
     for name, number in [*sizes.items(), *(("devices", count) for count in devices or [])]:
         if number is not None and number < 1:
             raise FireflyError(f"--{name} is {number}; it must be at least 1")
-    vocab_size, hidden_size, n_layer, n_head = (int(size or 0) for size in sizes.values())
-    size = ModelSize(vocab_size, hidden_size, n_layer, n_head)
-    size = model_size(str(fit.model.init_args.path)) if missing else size
-    own = devices_of(fit.trainer)
-    counts = devices or sorted({*DEVICES, own}, key=lambda count: (count != own, count))
-    rows = None
-    if configs:
-        try:
-            rows = training_rows(fit.data)
-        except FireflyError as error:
-            print(error)
+    given = dict[str, Any](sizes)
+    size = ModelSize(**given) if described else model_size(str(fit.model.init_args.path))
+    first = devices_of(fit.trainer)
+    counts = devices or sorted({*DEVICES, first}, key=lambda count: (count != first, count))
+    rows = _rows_here(fit.data) if configs else None
     if fit.model.init_args.attention == "eager":
         print("model.attention eager: takes more than what follows, which is planned for sdpa")
     return Settings(arguments, fit, size, rows, counts, precision or _precision(fit.trainer.precision))
+
+
+def _are_given(sizes: dict[str, int | None]) -> bool:
+    """Whether the sizes of a model are given.
+
+    Raises:
+        FireflyError: If only some are.
+    """
+    missing = [name for name, size in sizes.items() if size is None]
+    if missing and len(missing) < len(sizes):
+        raise FireflyError(f"--{missing[0]} is missing; the sizes of a model are {', '.join(sizes)}")
+    return not missing
+
+
+def _rows_here(data: Any) -> TrainingRows | None:
+    """Rows of the data; where they are not here, prints why."""
+    try:
+        return training_rows(data)
+    except FireflyError as error:
+        print(error)
+        return None
 
 
 def _precision(given: Any) -> str:
@@ -147,12 +159,12 @@ def _precision(given: Any) -> str:
 
 
 def sizes_line(settings: Settings) -> str:
-    """The model and its precision."""
+    """Parameters and precision of the model, as a line says them."""
     return f"{settings.model.parameters:,} parameters, {settings.precision}"
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """Prints model and data; returns what it has printed, for the report."""
+    """Prints what is known of model and data, and returns it for ``plan.json``."""
     print(f"model: {sizes_line(settings)}")
     about: dict[str, Any] = {"precision": settings.precision, "batch_size": settings.batch_size}
     if settings.rows is None:

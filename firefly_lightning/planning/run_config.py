@@ -1,49 +1,16 @@
 """What a configuration of ``firefly-fit`` says, read as ``firefly-fit`` reads it, with nothing built or loaded."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from pydoc import locate
 from typing import Any
-from unittest import mock
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from firefly_lightning.cli import FireflyCLI
-from firefly_lightning.data.datamodule import FireflyDataModule
-from firefly_lightning.data.plan import StepPlan
-from firefly_lightning.data.sources.records import find_sources, is_file
+from firefly_lightning.cli import make_parser
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import load_config
-from firefly_lightning.planning.runs import STRATEGIES, Load, ModelSize
-
-CLASSES = {
-    "NativeTensorParallelStrategy": "native_tp",
-    "TensorParallelStrategy": "tensor_parallel",
-    "FSDP2Strategy": "fsdp2",
-    "GeminiStrategy": "gemini",
-    "ZeroStrategy": "zero",
-    "DDPStrategy": "ddp",
-}
-
-
-class _Reading(FireflyCLI):
-    """Parses, and stops there."""
-
-    def _set_seed(self) -> None:
-        pass
-
-    def before_instantiate_classes(self) -> None:
-        pass
-
-    def instantiate_classes(self) -> None:
-        pass
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
+from firefly_lightning.planning.runs import STRATEGIES, ModelSize
+from firefly_lightning.strategies.catalogue import name_of
 
 
 def read_fit(arguments: Sequence[str]) -> Any:
@@ -52,8 +19,7 @@ def read_fit(arguments: Sequence[str]) -> Any:
     Raises:
         FireflyError: If a key or a value is wrong.
     """
-    with mock.patch("sys.argv", ["firefly-fit"]):  # LightningCLI would warn of arguments beside those of the process
-        return _Reading(args=["fit", *arguments]).config["fit"]
+    return make_parser().parse_args(["fit", *arguments])["fit"]
 
 
 def model_size(path: str) -> ModelSize:
@@ -90,86 +56,9 @@ def strategy_of(trainer: Any, devices: int) -> str:
         FireflyError: If it has none that can be planned.
     """
     given = trainer.strategy
-    options = {} if isinstance(given, str) else dict(given.get("init_args") or {})
-    name = given if isinstance(given, str) else CLASSES.get(given.class_path.rsplit(".", 1)[-1], given.class_path)
-    if name == "zero":
-        name = f"zero{options.get('stage', 2)}" + ("_offload" if options.get("offload_optimizer") else "")
-    if name == "gemini" and options.get("offload_optim_frac"):
-        name = "gemini_offload"
+    name = given if isinstance(given, str) else name_of(given.class_path, dict(given.get("init_args") or {}))
     if name == "auto" and devices > 1:
         return "ddp"
     if name not in STRATEGIES:
         raise FireflyError(f"trainer.strategy {name} cannot be planned; there are {', '.join(STRATEGIES)}")
     return name
-
-
-@dataclass(frozen=True)
-class TrainingRows:
-    """Rows of the first epoch, by their real lengths.
-
-    Attributes:
-        plan: Which rows make a step.
-        lengths: (rows,) tokens of each row of the data.
-        targets: (rows,) learned tokens of each.
-    """
-
-    plan: StepPlan
-    lengths: npt.NDArray[np.integer[Any]]
-    targets: npt.NDArray[np.integer[Any]]
-
-    def counts(self) -> dict[str, int]:
-        """Steps, rows and tokens of the first epoch."""
-        steps = self.plan.steps_per_epoch
-        taken = np.concatenate([self.plan.rows(step) for step in range(steps)])
-        tokens, targets = (int(of[taken].sum(dtype=np.int64)) for of in (self.lengths, self.targets))
-        return {"steps": steps, "rows": len(taken), "tokens": tokens, "target_tokens": targets}
-
-    def heaviest(self, rows: int) -> Load:
-        """The most that any micro-batch of so many rows can be."""
-        lengths, targets = (of[:rows] for of in self._sorted)
-        longest = int(lengths[0])
-        return Load(int(lengths.sum()), longest * len(lengths), longest, int(targets.sum()))
-
-    def of_steps(self, steps: int, world_size: int, rows: int) -> Load:
-        """The largest micro-batch of the first steps."""
-        ranks = (self.plan.micro_batches(step, world_size, rows) for step in range(steps))
-        batches = [batch for step in ranks for rank in step for batch in rank if len(batch)]
-        return max(map(self._load, batches), key=lambda load: load.tokens)
-
-    def _load(self, rows: npt.NDArray[np.int64]) -> Load:
-        lengths = self.lengths[rows]
-        longest = int(lengths.max())
-        return Load(int(lengths.sum()), longest * len(rows), longest, int(self.targets[rows].sum()))
-
-    @cached_property
-    def _sorted(self) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.integer[Any]]]:
-        """Lengths and learned tokens of the rows that training takes, each from the most down."""
-        taken = np.concatenate([source.rows for source in self.plan.sources])
-        return np.sort(self.lengths[taken])[::-1], np.sort(self.targets[taken])[::-1]
-
-
-def training_rows(data: Any) -> TrainingRows:
-    """Rows of a run's data, tokenised if the cache lacks them; datasets of the hub are not fetched.
-
-    Args:
-        data: The configuration's.
-
-    Raises:
-        FireflyError: If files or the tokenizer are not there, or the rows are not those of this project's module.
-    """
-    options = dict(data.init_args)
-    files = options.get("train_files") or []
-    names = [item if isinstance(item, str) else item["path"] for item in ([files] if isinstance(files, str) else files)]
-    if not names:
-        raise FireflyError("data.train_files: no file is named")
-    if missing := [source for source in find_sources(names) if not is_file(source)]:
-        raise FireflyError(f"{missing[0]}: no file here, and datasets of the hub are not fetched for a plan")
-    if not Path(str(options["tokenizer"])).is_dir():
-        raise FireflyError(f"{options['tokenizer']}: no folder here with a tokenizer")
-    module = locate(data.class_path)
-    if not (isinstance(module, type) and issubclass(module, FireflyDataModule)):
-        raise FireflyError(f"{data.class_path}: only rows of a FireflyDataModule can be counted")
-    made: Any = module(**options)
-    made.prepare_data()
-    made.setup("fit")
-    return TrainingRows(made.train.plan, made.train.rows.lengths, made.train.rows.target_tokens)

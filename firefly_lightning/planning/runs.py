@@ -6,13 +6,10 @@ from typing import Literal
 from transformers import BloomConfig
 
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.strategies.catalogue import BY_NAME, Strategy
 
-STRATEGIES = (
-    "auto", "ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "gemini", "gemini_offload",
-    "tensor_parallel", "fsdp2", "native_tp",
-)  # fmt: skip
-SHARING_ROWS = ("tensor_parallel", "native_tp")
-"""Strategies whose devices all work on the same rows."""
+STRATEGIES = tuple(BY_NAME)
+"""Names of those that can be planned."""
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
@@ -29,7 +26,7 @@ class ModelSize:
 
     @classmethod
     def of(cls, config: BloomConfig) -> "ModelSize":
-        """Those of a model's configuration."""
+        """Sizes that a model's configuration has."""
         sizes = (config.vocab_size, config.hidden_size, config.n_layer, config.n_head)
         return cls(*sizes, tied=bool(config.tie_word_embeddings))
 
@@ -50,7 +47,7 @@ class ModelSize:
 
     @property
     def parameters(self) -> int:
-        """Unique ones: a tied head counts once; two norms are outside the blocks."""
+        """Unique parameters: a tied head counts once; two norms are outside the blocks."""
         heads = 1 if self.tied else 2
         return heads * self.embedding + self.n_layer * self.block + 4 * self.hidden_size
 
@@ -60,10 +57,10 @@ class Load:
     """What a device works on at a time.
 
     Attributes:
-        tokens: Of a micro-batch, without padding.
-        padded: With it, which attention on a GPU computes.
-        longest: Of its longest row.
-        targets: Its learned tokens.
+        tokens: Tokens of a micro-batch, without padding.
+        padded: Tokens with padding, which attention on a GPU computes.
+        longest: Tokens of its longest row.
+        targets: Learned tokens of the micro-batch.
     """
 
     tokens: int
@@ -82,15 +79,15 @@ class Run:
     """How a model is trained.
 
     Attributes:
-        model: Sizes.
+        model: Sizes of the model.
         strategy: One of ``STRATEGIES``.
         devices: Processes, each with a device.
-        load: Of a micro-batch.
-        micro_batches: That a device takes for an optimizer step.
+        load: What a micro-batch holds.
+        micro_batches: Micro-batches that a device takes for an optimizer step.
         precision: One of ``PRECISIONS``.
         checkpointing: Whether activations are recomputed.
-        device: On a CPU attention is computed in float32, buffers take what is written to them, and gloo copies what
-            it reduces.
+        device: Kind of device. On a CPU attention is computed in float32, buffers take what is written to them, and
+            gloo copies what it reduces.
     """
 
     model: ModelSize
@@ -113,38 +110,38 @@ class Run:
         return self.precision != "32-true"
 
     @property
-    def engine(self) -> bool:
-        """Whether an engine keeps 16-bit weights and float32 masters, where PyTorch's autocast keeps float32 only."""
-        return self.strategy.startswith(("zero", "gemini")) or self.strategy == "tensor_parallel"
-
-    @property
-    def whole_weights(self) -> bool:
-        """Whether a device holds every weight as a whole, all the time."""
-        return self.strategy in ("auto", "ddp", "zero1", "zero2", "zero2_offload")
+    def known(self) -> Strategy:
+        """What the catalogue says of the strategy."""
+        return BY_NAME[self.strategy]
 
     @property
     def weight_bytes(self) -> int:
-        """Of a number of the weights that are computed with, and of a gradient."""
-        return 2 if self.mixed and self.engine else 4
+        """Bytes of each number of the weights that are computed with, and of a gradient."""
+        return 2 if self.mixed and self.known.engine.keeps_masters else 4
 
     @property
-    def split_rows(self) -> bool:
-        """Whether devices share the rows; otherwise they share each layer."""
-        return self.strategy not in SHARING_ROWS
+    def layer_shares(self) -> int:
+        """Devices that share each layer; one has it alone where devices share the rows instead."""
+        return self.devices if self.known.splits_layers else 1
+
+
+def row_shares(strategy: str, devices: int) -> int:
+    """Parts that the rows of a step are divided into: one where devices share each layer, and so see the same rows."""
+    return 1 if strategy in BY_NAME and BY_NAME[strategy].splits_layers else devices
 
 
 def check(run: Run) -> None:
-    """Refuses what is not known or cannot be.
+    """Refuses a run that cannot be.
 
     Raises:
-        FireflyError: If it is such.
+        FireflyError: If strategy or precision is not known, or they do not go with the model or the devices.
     """
     for name, value, known in (("strategy", run.strategy, STRATEGIES), ("precision", run.precision, PRECISIONS)):
         if value not in known:
             raise FireflyError(f"{name} {value} is not one that can be planned; there are {', '.join(known)}")
     if run.strategy == "auto" and run.devices > 1:
         raise FireflyError(f"strategy auto is one device, not {run.devices}; take ddp")
-    if not run.split_rows and run.model.n_head % run.devices:
+    if run.known.splits_layers and run.model.n_head % run.devices:
         raise FireflyError(f"{run.strategy}: {run.devices} devices do not divide the model's {run.model.n_head} heads")
-    if run.precision == "16-mixed" and run.strategy in ("fsdp2", "native_tp"):
+    if run.precision == "16-mixed" and not run.known.engine.scales_gradients:
         raise FireflyError(f"{run.strategy}: cannot do precision 16-mixed; take bf16-mixed")

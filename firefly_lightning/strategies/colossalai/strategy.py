@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import AdamW, Optimizer
@@ -342,14 +341,3 @@ def _plain_output(module: nn.Module, inputs: Any, logits: Tensor) -> Tensor:
     """Ends Gemini's subclass of Tensor, which would spread into losses, metrics and logs."""
     with torch._C.DisableTorchFunctionSubclass():
         return logits.as_subclass(Tensor)
-
-
-StrategyRegistry.register("gemini", GeminiStrategy, description="ColossalAI's Gemini, all on the device")
-StrategyRegistry.register(
-    "gemini_offload",
-    GeminiStrategy,
-    description="ColossalAI's Gemini, weights and optimizer states on the host",
-    offload_optim_frac=1.0,
-    offload_param_frac=1.0,
-)
-StrategyRegistry.register("tensor_parallel", TensorParallelStrategy, description="ColossalAI's tensor parallelism")

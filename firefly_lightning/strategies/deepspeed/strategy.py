@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn import Parameter
@@ -265,20 +265,3 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
                 "in configure_optimizers, take self.trainer.strategy.convert_optimizer(optimizer)"
             )
         return optimizer, scheduler
-
-
-def _register(name: str, description: str, **options: Any) -> None:
-    StrategyRegistry.register(name, ZeroStrategy, description, **options)
-
-
-_register("zero1", "DeepSpeed, optimizer states sharded", stage=1)
-_register("zero2", "DeepSpeed, optimizer states and gradients sharded", stage=2)
-_register("zero3", "DeepSpeed, optimizer states, gradients and weights sharded", stage=3)
-_register("zero2_offload", "zero2 with optimizer states in host memory", stage=2, offload_optimizer=True)
-_register(
-    "zero3_offload",
-    "zero3 with optimizer states and weights in host memory",
-    stage=3,
-    offload_optimizer=True,
-    offload_parameters=True,
-)

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.strategies import StrategyRegistry
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.nn import Parameter
@@ -251,9 +250,3 @@ def _gradients(parameters: Iterable[Parameter]) -> list[Tensor]:
 def _clip_by_value(optimizer: Optimizer, clip_val: float) -> None:
     for gradient in _gradients(_parameters(optimizer)):
         local(gradient).clamp_(-clip_val, clip_val)
-
-
-StrategyRegistry.register("fsdp2", FSDP2Strategy, "Every process holds a part of every weight (PyTorch's FSDP2)")
-StrategyRegistry.register(
-    "native_tp", NativeTensorParallelStrategy, "Processes share each row: PyTorch's tensor parallelism"
-)
