@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.moved import OldNames
+from firefly_lightning.strategies.registration import register_when_imported
 
 if TYPE_CHECKING:
     from firefly_lightning import strategies
@@ -49,6 +50,7 @@ _HOMES = {
 """By a public name, the module that has it."""
 
 sys.meta_path.insert(0, OldNames())
+register_when_imported()
 
 
 def __getattr__(name: str) -> Any:

@@ -177,3 +177,22 @@ def describe(settings: Settings) -> dict[str, Any]:
         f"{epoch['tokens']:,} tokens, {epoch['target_tokens']:,} of them learned"
     )
     return about | {"epoch": epoch}
+
+
+def plan_all(settings: Settings, strategies: Sequence[str], sizes: Sequence[int] | None) -> list[Planned]:
+    """Every combination of strategy, devices, micro-batch and checkpointing that goes together.
+
+    Raises:
+        FireflyError: If none does.
+    """
+    planned = [
+        one
+        for count in settings.counts
+        for name in strategies
+        for rows in settings.sizes(name, count, sizes)
+        for checkpointing in (False, True)
+        if (one := settings.planned(name, count, rows, checkpointing))
+    ]
+    if not planned:
+        raise FireflyError("none of these strategies, devices and micro-batches go together; give others")
+    return planned

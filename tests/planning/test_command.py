@@ -10,6 +10,7 @@ import yaml
 
 from firefly_lightning.data.sources.row_forms import read_rows
 from firefly_lightning.huggingface import load_tokenizer
+from firefly_lightning.planning.command import plan
 from firefly_lightning.planning.run_config import devices_of, read_fit, strategy_of
 from firefly_lightning.planning.runs import STRATEGIES
 from firefly_lightning.tools import gather_lists, join_configs
@@ -163,5 +164,6 @@ def test_flags_of_a_plan():
         "plan", "--out", "c", "--configs", "a", "b", "d"
     ]  # fmt: skip
     assert join_configs(["stats", "--config", "a"]) == ["stats", "--config", "a"]
-    assert list(gather_lists(["--measure", "--devices", "1", "2"])) == ["--measure", "true", "--devices", '["1", "2"]']
-    assert list(gather_lists(["--measure", "false"])) == ["--measure", "false"]
+    given = ["--measure", "--devices", "1", "2"]
+    assert list(gather_lists(given, plan)) == ["--measure", "true", "--devices", '["1", "2"]']
+    assert list(gather_lists(["--measure", "false"], plan)) == ["--measure", "false"]
