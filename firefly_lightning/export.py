@@ -11,9 +11,9 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from firefly_lightning.checkpoints.paths import TRAINER_FILE, WRITER_KEY, find_checkpoint, load_file
 from firefly_lightning.checkpoints.portable import MODEL_PREFIX, PortableReader
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.errors import FireflyError, reason, some
 from firefly_lightning.files.atomic import check_new_folder, new_folder
-from firefly_lightning.huggingface import DESCRIPTION_FILES, DESCRIPTION_KEY, reason, some, write_description
+from firefly_lightning.huggingface import DESCRIPTION_FILES, DESCRIPTION_KEY, write_description
 
 READERS = {
     "colossalai": "firefly_lightning.strategies.colossalai.checkpoints",

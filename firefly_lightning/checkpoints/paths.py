@@ -11,8 +11,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from firefly_lightning.errors import FireflyError, describe_os_error
-from firefly_lightning.huggingface import reason
+from firefly_lightning.errors import FireflyError, describe_os_error, reason
 
 TRAINER_FILE = "trainer.ckpt"
 """In a checkpoint that is a folder: what Lightning saves, but for weights and optimizer states."""

@@ -24,8 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from firefly_lightning.checkpoints.paths import MANIFEST, TRAINER_FILE, load_file, sync
-from firefly_lightning.errors import FireflyError, describe_os_error
-from firefly_lightning.huggingface import reason
+from firefly_lightning.errors import FireflyError, describe_os_error, reason
 
 INDEX = "model.safetensors.index.json"
 FORMAT = 1

@@ -13,8 +13,8 @@ from typing_extensions import override
 
 from firefly_lightning.checkpoints.paths import load_file
 from firefly_lightning.checkpoints.portable import MODEL_PREFIX
-from firefly_lightning.errors import FireflyError
-from firefly_lightning.huggingface import DESCRIPTION_KEY, reason
+from firefly_lightning.errors import FireflyError, reason
+from firefly_lightning.huggingface import DESCRIPTION_KEY
 from firefly_lightning.strategies.colossalai import padded_vocabulary
 from firefly_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
 

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from firefly_lightning.errors import FireflyError
-from firefly_lightning.huggingface import reason
+from firefly_lightning.errors import FireflyError, reason
 from firefly_lightning.strategies.deepspeed.machine import keep_quiet, require_deepspeed
 
 TAG = "checkpoint"
