@@ -21,8 +21,9 @@ from firefly_lightning.callbacks.run_report import Report
 from firefly_lightning.callbacks.sample_answers import Samples
 from firefly_lightning.callbacks.throughput import Throughput
 from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
+from firefly_lightning.checkpoints.layout import CONFIGURATION_KEY
 from firefly_lightning.checkpoints.paths import find_checkpoint
-from firefly_lightning.checkpoints.saved_config import CONFIGURATION_KEY, differences, read_configuration
+from firefly_lightning.checkpoints.saved_config import differences, read_configuration
 from firefly_lightning.cli_errors import OneLineErrors
 from firefly_lightning.data.datamodule import FireflyDataModule
 from firefly_lightning.errors import FireflyError, one_line_errors

@@ -9,11 +9,13 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from transformers import BloomConfig, BloomForCausalLM
 
-from firefly_lightning.checkpoints.paths import TRAINER_FILE, WRITER_KEY, find_checkpoint, load_file
-from firefly_lightning.checkpoints.portable import MODEL_PREFIX, PortableReader
+from firefly_lightning.checkpoints.layout import DESCRIPTION_KEY, MODEL_PREFIX, TRAINER_FILE, WRITER_KEY
+from firefly_lightning.checkpoints.paths import find_checkpoint
+from firefly_lightning.checkpoints.portable import PortableReader
+from firefly_lightning.checkpoints.torch_file import load_file
 from firefly_lightning.errors import FireflyError, reason, some
 from firefly_lightning.files.atomic import check_new_folder, new_folder
-from firefly_lightning.huggingface import DESCRIPTION_FILES, DESCRIPTION_KEY, write_description
+from firefly_lightning.huggingface import DESCRIPTION_FILES, write_description
 
 READERS = {
     "colossalai": "firefly_lightning.strategies.colossalai.checkpoints",

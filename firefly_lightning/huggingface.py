@@ -15,11 +15,9 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from firefly_lightning.checkpoints.layout import DESCRIPTION_KEY
 from firefly_lightning.errors import FireflyError, reason, some
 from firefly_lightning.prompt import SPECIAL_TOKENS, PromptFormat
-
-DESCRIPTION_KEY = "hugging_face"
-"""Where a checkpoint keeps what ``describe`` gave."""
 
 PUBLISHED_DECODING = {
     "max_new_tokens": 200,

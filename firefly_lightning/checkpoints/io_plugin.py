@@ -8,18 +8,12 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
 
-from firefly_lightning.checkpoints.paths import (
-    TRAINER_FILE,
-    WRITER_KEY,
-    load_file,
-    partial_path,
-    remove,
-    whole_file,
-    whole_folder,
-)
+from firefly_lightning.checkpoints.layout import TRAINER_FILE, WRITER_KEY
 from firefly_lightning.checkpoints.portable import PortableReader
+from firefly_lightning.checkpoints.torch_file import load_file
 from firefly_lightning.checkpoints.unsharded import can_be_portable, read_whole, write_whole
 from firefly_lightning.errors import FireflyError, describe_os_error
+from firefly_lightning.files.atomic import remove_whole, whole_file, whole_folder
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -94,10 +88,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if _is_remote(path):
             super().remove_checkpoint(path)
         elif Path(path).exists():
-            hidden = partial_path(Path(path))
-            remove(hidden)
-            Path(path).replace(hidden)
-            remove(hidden)
+            remove_whole(Path(path))
 
 
 def _os_error_behind(error: BaseException) -> OSError | None:
