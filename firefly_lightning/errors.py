@@ -26,6 +26,10 @@ class FireflyError(Exception):
     """
 
 
+class MissingFileError(FireflyError, FileNotFoundError):
+    """A file or checkpoint that was named is not there; who calls Lightning may expect a ``FileNotFoundError``."""
+
+
 @contextmanager
 def one_line_errors(program: str, *others: type[Exception]) -> Iterator[None]:
     """Ends the process with one line and exit code 1 on a mistake of the user's; anything else keeps its traceback.
@@ -56,6 +60,12 @@ def describe_os_error(error: OSError, path: str | Path | None = None) -> str:
     where = path or error.filename or "the disk"
     hint = "; free some space or choose another folder" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
     return f"{where}: {error.strerror or error}{hint}"
+
+
+def unreadable(error: OSError, path: str | Path) -> FireflyError:
+    """What to raise where the system does not give a file."""
+    kind = MissingFileError if isinstance(error, FileNotFoundError) else FireflyError
+    return kind(describe_os_error(error, path))
 
 
 def reason(error: BaseException) -> str:

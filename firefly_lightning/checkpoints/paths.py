@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from firefly_lightning.checkpoints.layout import MANIFEST, TRAINER_FILE
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.errors import MissingFileError
 from firefly_lightning.files.atomic import replaced_path, replaced_paths
 
 
@@ -14,7 +14,7 @@ def find_checkpoint(checkpoint: str) -> Path:
     inside it, mean its latest ``last*.ckpt``, or where there is none its latest ``step=*.ckpt``.
 
     Raises:
-        FireflyError: If there is none.
+        MissingFileError: If there is none.
     """
     path = Path(checkpoint).expanduser()
     for place in (path, path.parent) if path.is_file() else (path,):
@@ -32,5 +32,5 @@ def find_checkpoint(checkpoint: str) -> Path:
     found = sorted(candidates, key=lambda file: file.stat().st_mtime)
     if not found:
         problem = "holds no last.ckpt; name a checkpoint" if folder.is_dir() else "no such checkpoint; check the path"
-        raise FireflyError(f"{checkpoint}: {problem}")
+        raise MissingFileError(f"{checkpoint}: {problem}")
     return found[-1]

@@ -28,7 +28,7 @@ from firefly_lightning.checkpoints.layout import (
     tensor_file,
 )
 from firefly_lightning.checkpoints.torch_file import load_file
-from firefly_lightning.errors import FireflyError, describe_os_error, reason
+from firefly_lightning.errors import FireflyError, MissingFileError, reason, unreadable
 from firefly_lightning.files.atomic import sync
 
 FLUSH_BYTES = 256 * 2**20
@@ -113,7 +113,8 @@ class PortableReader:
         folder: The checkpoint.
 
     Raises:
-        FireflyError: If a file is missing, cut or changed, naming it, or the format is of a later release.
+        MissingFileError: If a file is missing, naming it.
+        FireflyError: If a file is cut or changed, naming it, or the format is of a later release.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -202,7 +203,7 @@ def _check(folder: Path) -> list[str]:
         entries, version = manifest["files"], manifest["format"]
         sound = contents == _as_bytes(manifest) and manifest.pop("xxh3_128") == _digest_of(manifest)
     except OSError as error:
-        raise FireflyError(describe_os_error(error, path)) from error
+        raise unreadable(error, path) from error
     except (ValueError, KeyError, TypeError) as error:
         raise FireflyError(f"{path}: damaged; use an earlier checkpoint") from error
     if not sound:
@@ -212,7 +213,7 @@ def _check(folder: Path) -> list[str]:
     for name, entry in entries.items():
         file = folder / name
         if not file.is_file():
-            raise FireflyError(f"{file}: missing; use an earlier checkpoint")
+            raise MissingFileError(f"{file}: missing; use an earlier checkpoint")
         if file.stat().st_size != entry["bytes"]:
             sizes = f"{file.stat().st_size:,} bytes, not {entry['bytes']:,}"
             raise FireflyError(f"{file}: damaged, it has {sizes}; use an earlier checkpoint")

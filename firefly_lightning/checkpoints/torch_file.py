@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from firefly_lightning.errors import FireflyError, describe_os_error, reason
+from firefly_lightning.errors import FireflyError, reason, unreadable
 
 
 def load_file(path: Path, map_location: Any, weights_only: bool = True) -> dict[str, Any]:
     """What ``torch.save`` wrote.
 
     Raises:
-        FireflyError: If there is no such file, it is no checkpoint, is damaged, or holds objects that could run code.
+        MissingFileError: If there is no such file.
+        FireflyError: If it is no checkpoint, is damaged, or holds objects that could run code.
     """
     try:
         # Mapped, so that the processes of one machine share a single copy.
@@ -23,7 +24,7 @@ def load_file(path: Path, map_location: Any, weights_only: bool = True) -> dict[
         raise
     except Exception as error:  # RuntimeError, EOFError, KeyError, UnpicklingError, … by where the damage is
         if isinstance(error, OSError) and error.filename:  # cannot be opened; a cut file fails in a nameless seek
-            raise FireflyError(describe_os_error(error, path)) from error
+            raise unreadable(error, path) from error
         raise FireflyError(f"{path}: {_why_not_loaded(error)}") from error
     if not isinstance(checkpoint, dict):
         raise FireflyError(f"{path}: not a checkpoint; it holds a {type(checkpoint).__name__}")
