@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
 from firefly_lightning.checkpoints.layout import (
     SCALARS_KEY,
     SCALER_KEY,
@@ -26,7 +27,7 @@ from firefly_lightning.checkpoints.layout import (
 from firefly_lightning.checkpoints.portable import FileEntry, PortableReader, PortableWriter, States, finish
 from firefly_lightning.checkpoints.torch_file import load_file
 from firefly_lightning.checkpoints.unsharded import parameter_names, summed_up
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.errors import FireflyError, MissingFileError
 from firefly_lightning.files.atomic import partial_path, whole_folder
 from firefly_lightning.strategies.agreement import agreed
 
@@ -87,8 +88,9 @@ class ShardedCheckpoints(Strategy):
 
     @property
     def saves_portable(self) -> bool:
-        """Whether :meth:`save_checkpoint` writes a portable checkpoint."""
-        return bool(getattr(self.checkpoint_io, "portable", True))
+        """Whether :meth:`save_checkpoint` writes a portable checkpoint: unless the trainer's plugin says otherwise."""
+        io = self.checkpoint_io
+        return io.portable if isinstance(io, AtomicCheckpointIO) else True
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
@@ -126,10 +128,13 @@ class ShardedCheckpoints(Strategy):
         """Reads what Lightning saved; the shards follow once hooks have seen that.
 
         Raises:
+            MissingFileError: If there is none.
             FireflyError: If it is no such checkpoint, or an engine's own of another strategy or number of processes.
         """
         self._folder = Path(checkpoint_path)
         self._reader = None
+        if not self._folder.exists():
+            raise MissingFileError(f"{checkpoint_path}: no such checkpoint; check the path")
         if PortableReader.is_at(self._folder):
             self._reader = agreed(lambda: PortableReader(self._folder))
             return self._reader.trainer()
