@@ -23,7 +23,10 @@ from matplotlib.figure import Figure
 
 from benchmarks.machine import machine
 from benchmarks.processes import start_fit
-from firefly_lightning.checkpoints.paths import TRAINER_FILE, find_checkpoint, load_file, partial_path
+from firefly_lightning.checkpoints.layout import TRAINER_FILE
+from firefly_lightning.checkpoints.paths import find_checkpoint
+from firefly_lightning.checkpoints.torch_file import load_file
+from firefly_lightning.files.atomic import partial_path
 
 PATIENCE = 300
 """Seconds until a run must have begun."""

@@ -22,8 +22,9 @@ from firefly_lightning.callbacks.run_report import Report
 from firefly_lightning.callbacks.sample_answers import Samples
 from firefly_lightning.callbacks.throughput import Throughput
 from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
+from firefly_lightning.checkpoints.layout import CONFIGURATION_KEY
 from firefly_lightning.checkpoints.paths import find_checkpoint
-from firefly_lightning.checkpoints.saved_config import CONFIGURATION_KEY, differences, read_configuration
+from firefly_lightning.checkpoints.saved_config import differences, read_configuration
 from firefly_lightning.cli_errors import OneLineErrors
 from firefly_lightning.data.datamodule import FireflyDataModule
 from firefly_lightning.errors import FireflyError, one_line_errors
@@ -117,7 +118,8 @@ class FireflyCLI(LightningCLI):
         config = self.config_init[self.subcommand].trainer
         if config.logger in (None, True):
             kwargs["logger"] = _loggers(config.default_root_dir)
-        kwargs["plugins"] = _with_atomic_checkpoints(config.plugins)
+        portable = self.config[self.subcommand].checkpoint.portable
+        kwargs["plugins"] = _with_atomic_checkpoints(config.plugins, portable)
         trainer = super().instantiate_trainer(**kwargs)
         for callback in trainer.checkpoint_callbacks:
             # Beside, not inside, the logs of one run, so that the next run finds `last`.
@@ -185,6 +187,8 @@ def _loggers(root: str | None) -> list[Logger]:
     return [csv, TensorBoardLogger(csv.save_dir, csv.name, csv.version)]
 
 
-def _with_atomic_checkpoints(plugins: Any) -> list[Any]:
+def _with_atomic_checkpoints(plugins: Any, portable: bool) -> list[Any]:
+    """Adds what writes checkpoints of the kind that is asked for, unless the user has named something that does."""
     plugins = plugins if isinstance(plugins, list) else [plugins] if plugins else []
-    return plugins if any(isinstance(plugin, CheckpointIO) for plugin in plugins) else [*plugins, AtomicCheckpointIO()]
+    named = any(isinstance(plugin, CheckpointIO) for plugin in plugins)
+    return plugins if named else [*plugins, AtomicCheckpointIO(portable)]

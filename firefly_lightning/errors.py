@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend, and how a program reports it."""
+"""The one exception for what a user can mend, the wording of its message, and how a program reports it."""
 
 import errno
 import os
@@ -24,6 +24,10 @@ class FireflyError(Exception):
 
     The message is one line and says what is wrong, where it is, and what to do about it.
     """
+
+
+class MissingFileError(FireflyError, FileNotFoundError):
+    """A file or checkpoint that was named is not there; who calls Lightning may expect a ``FileNotFoundError``."""
 
 
 @contextmanager
@@ -56,6 +60,23 @@ def describe_os_error(error: OSError, path: str | Path | None = None) -> str:
     where = path or error.filename or "the disk"
     hint = "; free some space or choose another folder" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
     return f"{where}: {error.strerror or error}{hint}"
+
+
+def unreadable(error: OSError, path: str | Path) -> FireflyError:
+    """What to raise where the system does not give a file."""
+    kind = MissingFileError if isinstance(error, FileNotFoundError) else FireflyError
+    return kind(describe_os_error(error, path))
+
+
+def reason(error: BaseException) -> str:
+    """What a library says went wrong, on one line of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+def some(names: list[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _exit(program: str, message: str, code: int = 1, wait: float = 0.0) -> None:

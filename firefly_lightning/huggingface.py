@@ -15,11 +15,9 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.checkpoints.layout import DESCRIPTION_KEY
+from firefly_lightning.errors import FireflyError, reason, some
 from firefly_lightning.prompt import SPECIAL_TOKENS, PromptFormat
-
-DESCRIPTION_KEY = "hugging_face"
-"""Where a checkpoint keeps what ``describe`` gave."""
 
 PUBLISHED_DECODING = {
     "max_new_tokens": 200,
@@ -225,17 +223,6 @@ def find_model_file(path: str, name: str) -> Path | None:
         if _lacks_file(path, error):
             return None
         raise FireflyError(f"{path}: neither a folder nor a model the hub gives out ({reason(error)})") from error
-
-
-def reason(error: BaseException) -> str:
-    """What a library says went wrong, on one line of bearable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:199] + "…"
-
-
-def some(names: list[str]) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _lacks_file(path: str, error: Exception) -> bool:

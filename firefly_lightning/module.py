@@ -17,15 +17,15 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import BloomForCausalLM, GenerationConfig
 
+from firefly_lightning.checkpoints.layout import DESCRIPTION_KEY, NAMES_KEY
 from firefly_lightning.checkpoints.loop_state import fit_loop_state
-from firefly_lightning.checkpoints.unsharded import NAMES_KEY, accept_names, numbered_names
+from firefly_lightning.checkpoints.unsharded import accept_names, numbered_names
 from firefly_lightning.data.batches import MicroBatch, PlannedBatches, closing_targets, data_parallel_share
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.evaluation.answer_scores import AnswerScores
 from firefly_lightning.evaluation.generation import Decoding, change_decoding, default_decoding
 from firefly_lightning.evaluation.predictions import Prediction, predict
 from firefly_lightning.huggingface import (
-    DESCRIPTION_KEY,
     PUBLISHED_DECODING,
     check_same_model,
     check_sizes,

@@ -11,8 +11,10 @@ from warnings import warn
 
 MOVED = {
     "bloom": "model.fast_bloom", "callbacks": "callbacks.checkpoints callbacks.prediction_writer",
-    "chat": "chat.command", "checkpoint": "checkpoints.paths", "checkpoint_io": "checkpoints.io_plugin",
-    "configuration": "checkpoints.saved_config", "data.build": "preparation.build", "data.clean": "preparation.clean",
+    "chat": "chat.command",
+    "checkpoint": "checkpoints.layout checkpoints.torch_file files.atomic checkpoints.paths",
+    "checkpoint_io": "checkpoints.io_plugin", "configuration": "checkpoints.layout checkpoints.saved_config",
+    "data.build": "preparation.build", "data.clean": "preparation.clean",
     "data.columns": "preparation.columns", "data.duplicates": "preparation.duplicates",
     "data.figures": "preparation.figures", "data.json_arrays": "data.sources.json_arrays",
     "data.parallel": "processes", "data.prompt": "prompt", "data.records": "data.sources.records",
@@ -25,8 +27,8 @@ MOVED = {
     "loss": "model.loss", "metrics": "model.target_metrics", "parsing": "cli_errors",
     "planning.configuration": "planning.run_config planning.training_rows",
     "planning.report": "planning.planned planning.tables planning.figure",
-    "planning.settings": "planning.request", "portable": "checkpoints.portable",
-    "portable_whole": "checkpoints.unsharded", "predictions": "evaluation.predictions",
+    "planning.settings": "planning.request", "portable": "checkpoints.layout checkpoints.portable",
+    "portable_whole": "checkpoints.layout checkpoints.unsharded", "predictions": "evaluation.predictions",
     "progress": "checkpoints.loop_state", "progress_bar": "callbacks.progress_bar", "pruning": "pruning.command",
     "pruning_tokenizer": "pruning.vocabulary", "pruning_verify": "pruning.verify",
     "pruning_weights": "pruning.tensor_files", "pruning_writer": "pruning.weights_writer",

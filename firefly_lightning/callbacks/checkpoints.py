@@ -4,10 +4,13 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
 
 from firefly_lightning import interrupts
 from firefly_lightning.callbacks.signals import Signals
 from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
+from firefly_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -20,7 +23,8 @@ class LastCheckpoint(ModelCheckpoint):
         every_n_steps: Optimizer steps between checkpoints.
         keep: Checkpoints that are kept; those before the last are called ``step=N.ckpt``.
         portable: Whether all checkpoints of the run go on under any strategy and number of processes, or only as the
-            strategy's own, which may be faster to save.
+            strategy's own, which may be faster to save. They are its own, too, where the trainer's
+            ``AtomicCheckpointIO`` says so.
         dirpath: Folder; ``checkpoints`` under ``trainer.default_root_dir`` by default.
     """
 
@@ -39,10 +43,10 @@ class LastCheckpoint(ModelCheckpoint):
         return type(self).__qualname__
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Tells whatever writes checkpoints which kind they are."""
+        """In a script of one's own, sees to it that what writes checkpoints knows if they are not portable."""
         super().setup(trainer, pl_module, stage)
-        if isinstance(io := trainer.strategy.checkpoint_io, AtomicCheckpointIO):
-            io.portable = self.portable
+        if not self.portable:
+            trainer.strategy.checkpoint_io = _in_own_form(trainer.strategy)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins to listen."""
@@ -81,6 +85,18 @@ class LastCheckpoint(ModelCheckpoint):
         if self.save_top_k:
             self._save_topk_checkpoint(trainer, candidates)
         self._save_last_checkpoint(trainer, candidates)
+
+
+def _in_own_form(strategy: Strategy) -> CheckpointIO:
+    """What writes a strategy's checkpoints in its own form: a plugin in place of the one that the trainer was given.
+
+    Without a plugin of ours, one device and DDP do so anyway.
+    """
+    io = strategy.checkpoint_io
+    if isinstance(io, AtomicCheckpointIO):
+        return io.in_own_form()
+    nobodys_choice = type(io) is TorchCheckpointIO
+    return AtomicCheckpointIO(portable=False) if nobodys_choice and isinstance(strategy, ShardedCheckpoints) else io
 
 
 class EndOnSignals(Callback):

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import BloomForCausalLM, GenerationConfig
 
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.errors import FireflyError, reason
 from firefly_lightning.evaluation.generation import default_decoding, generate_stream
-from firefly_lightning.huggingface import check_sizes, load_bloom, load_prompt_format, load_tokenizer, reason
+from firefly_lightning.huggingface import check_sizes, load_bloom, load_prompt_format, load_tokenizer
 from firefly_lightning.prompt import PRESETS, PromptEncoder, Turn
 
 

@@ -28,9 +28,8 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 from transformers import GenerationConfig
 
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.errors import FireflyError, reason
 from firefly_lightning.evaluation.generation import Decoding, change_decoding
-from firefly_lightning.huggingface import reason
 from firefly_lightning.preparation.templates.reader import TEMPLATE_FOLDER
 from firefly_lightning.prompt import Turn
 

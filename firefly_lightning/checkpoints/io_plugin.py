@@ -1,6 +1,7 @@
 """How a trainer's checkpoints are written and read where one process has all of a model."""
 
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +9,12 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
 
-from firefly_lightning.checkpoints.paths import (
-    TRAINER_FILE,
-    WRITER_KEY,
-    load_file,
-    partial_path,
-    remove,
-    whole_file,
-    whole_folder,
-)
+from firefly_lightning.checkpoints.layout import TRAINER_FILE, VERSION_KEY, WRITER_KEY
 from firefly_lightning.checkpoints.portable import PortableReader
+from firefly_lightning.checkpoints.torch_file import load_file
 from firefly_lightning.checkpoints.unsharded import can_be_portable, read_whole, write_whole
 from firefly_lightning.errors import FireflyError, describe_os_error
+from firefly_lightning.files.atomic import remove_whole, whole_file, whole_folder
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -29,13 +24,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Args:
         portable: Whether a checkpoint is a folder that every strategy reads, as
-            ``firefly_lightning.checkpoints.portable`` describes it, or the file that Lightning writes. A strategy that
+            ``firefly_lightning.checkpoints.layout`` describes it, or the file that Lightning writes. A strategy that
             shards asks this too.
     """
 
     def __init__(self, portable: bool = True) -> None:
         super().__init__()
         self.portable = portable
+
+    def in_own_form(self) -> "AtomicCheckpointIO":
+        """The same plugin, but for checkpoints that are not portable; this one stays as it is."""
+        own = copy(self)
+        own.portable = False
+        return own
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
@@ -70,10 +71,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Loads either kind: tensors and plain values; anything that could run code only if ``weights_only`` is False.
 
-        Everything a ``Trainer`` saves for this package is of that kind on every supported release.
+        Everything a ``Trainer`` saves for this package is of that kind on every supported release. A file that no run
+        saved is read too, but not resumed from.
 
         Raises:
-            FireflyError: If there is no such file, it is no checkpoint, is damaged, or holds other objects.
+            MissingFileError: If there is no such file.
+            FireflyError: If it is no checkpoint, is damaged, or holds other objects.
         """
         weights_only = weights_only is not False
         if _is_remote(path):
@@ -84,9 +87,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             engine = load_file(Path(path) / TRAINER_FILE, "cpu").get(WRITER_KEY, {}).get("engine", "another strategy")
             raise FireflyError(f"{path}: is {engine}'s own; resume under the strategy that saved it")
         checkpoint = load_file(Path(path), map_location, weights_only)
-        if "pytorch-lightning_version" not in checkpoint:
-            raise FireflyError(f"{path}: is not a checkpoint of a run; name a file that training saved")
-        return checkpoint
+        return checkpoint if VERSION_KEY in checkpoint else _OfNoRun(checkpoint, path)
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -94,10 +95,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if _is_remote(path):
             super().remove_checkpoint(path)
         elif Path(path).exists():
-            hidden = partial_path(Path(path))
-            remove(hidden)
-            Path(path).replace(hidden)
-            remove(hidden)
+            remove_whole(Path(path))
+
+
+class _OfNoRun(dict[str, Any]):
+    """Contents of a file that no run saved, such as the weights that Lightning's own processes hand over.
+
+    Who resumes from it is refused: Lightning then asks for its version first.
+
+    Args:
+        contents: Of the file.
+        path: Of the file.
+    """
+
+    def __init__(self, contents: dict[str, Any], path: str | Path) -> None:
+        super().__init__(contents)
+        vars(self).update(getattr(contents, "__dict__", {}))  # versions of the modules that the weights are of
+        self._path = path
+
+    def __missing__(self, key: str) -> Any:
+        if key == VERSION_KEY:
+            raise FireflyError(f"{self._path}: is not a checkpoint of a run; name a file that training saved")
+        raise KeyError(key)
 
 
 def _os_error_behind(error: BaseException) -> OSError | None:

@@ -1,14 +1,4 @@
-"""The portable checkpoint: a folder that every strategy writes and reads, on any number of processes.
-
-    checkpoint.json          names, sizes and xxh3_128 digests of the other files; written last
-    trainer.ckpt             what Lightning saves but for tensors: loops, schedule, data, format, settings
-    model-*.safetensors      weights by their Hugging Face names, in float32 where the run keeps float32 masters
-    model.safetensors.index.json   in which file each is, as Hugging Face writes it
-    module-*.safetensors     weights of a module around the model, by their names there, if there are any
-    optimizer-*.safetensors  states of the optimizer: ``exp_avg/NAME`` and so on, a tensor shaped like the weight
-
-Every process writes files of its own, a bounded number of bytes at a time.
-"""
+"""The portable checkpoint: a folder that every strategy writes and reads, on any number of processes."""
 
 import json
 import os
@@ -23,26 +13,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from firefly_lightning.checkpoints.paths import MANIFEST, TRAINER_FILE, load_file, sync
-from firefly_lightning.errors import FireflyError, describe_os_error
-from firefly_lightning.huggingface import reason
+from firefly_lightning.checkpoints.layout import (
+    FORMAT,
+    INDEX,
+    MANIFEST,
+    MODEL,
+    MODULE,
+    OPTIMIZER,
+    TRAINER_FILE,
+    WEIGHT,
+    kind_of,
+    name_in_module,
+    stored_name,
+    tensor_file,
+)
+from firefly_lightning.checkpoints.torch_file import load_file
+from firefly_lightning.errors import FireflyError, MissingFileError, reason, unreadable
+from firefly_lightning.files.atomic import sync
 
-INDEX = "model.safetensors.index.json"
-FORMAT = 1
 FLUSH_BYTES = 256 * 2**20
 """A process writes its pending tensors once they take so much; one tensor alone may take more."""
 
-MODEL_PREFIX = "model."
-"""What a ``LightningModule`` puts before the names of its Hugging Face model."""
-
-WEIGHT = ""
-"""Key of the weight itself beside the states of the optimizer, in what strategies give and take."""
-
 FileEntry = dict[str, Any]
-"""Of a file that was written: its size, its digest, and the bytes of each tensor by name."""
+"""What is known of a file that was written: its size, its digest, and the bytes of each tensor by name."""
 
 States = dict[str, Tensor]
-"""Of one parameter, whole: its weight under :data:`WEIGHT`, and the optimizer's tensors of the same shape by key."""
+"""One parameter, whole: its weight under :data:`WEIGHT`, and the optimizer's tensors of the same shape by key."""
 
 
 class PortableWriter:
@@ -55,14 +51,13 @@ class PortableWriter:
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder, self._rank = folder, rank
-        self._pending: dict[str, dict[str, Tensor]] = {"model": {}, "module": {}, "optimizer": {}}
+        self._pending: dict[str, dict[str, Tensor]] = {MODEL: {}, MODULE: {}, OPTIMIZER: {}}
         self._files: dict[str, FileEntry] = {}
 
     def add(self, name: str, states: Mapping[str, Tensor]) -> None:
         """Takes the tensors of one parameter, by its name in the ``LightningModule``."""
         for key, tensor in states.items():
-            kind = "optimizer" if key != WEIGHT else "model" if name.startswith(MODEL_PREFIX) else "module"
-            stored = f"{key}/{name}" if kind == "optimizer" else name.removeprefix(MODEL_PREFIX)
+            kind, stored = stored_name(key, name)
             pending = self._pending[kind]
             pending[stored] = tensor.detach().cpu()
             if sum(tensor.nbytes for tensor in pending.values()) >= FLUSH_BYTES:
@@ -78,8 +73,8 @@ class PortableWriter:
         pending, self._pending[kind] = self._pending[kind], {}
         if not pending:
             return
-        count = sum(name.startswith(kind) for name in self._files)
-        path = self._folder / f"{kind}-{self._rank}-{count}.safetensors"
+        count = sum(kind_of(name) == kind for name in self._files)
+        path = self._folder / tensor_file(kind, self._rank, count)
         tensors = {name: tensor.contiguous() for name, tensor in pending.items()}
         try:
             save_file(tensors, path, metadata={"format": "pt"})
@@ -97,7 +92,7 @@ def finish(folder: Path, files: Mapping[str, FileEntry]) -> None:
         folder: The checkpoint, not yet in its place.
         files: What the writers of all processes returned.
     """
-    tensors = {file: entry["tensors"] for file, entry in files.items() if file.startswith("model-")}
+    tensors = {file: entry["tensors"] for file, entry in files.items() if kind_of(file) == MODEL}
     weight_map = {name: file for file, sizes in tensors.items() for name in sizes}
     size = sum(sum(sizes.values()) for sizes in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
@@ -118,20 +113,21 @@ class PortableReader:
         folder: The checkpoint.
 
     Raises:
-        FireflyError: If a file is missing, cut or changed, naming it, or the format is of a later release.
+        MissingFileError: If a file is missing, naming it.
+        FireflyError: If a file is cut or changed, naming it, or the format is of a later release.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = _check(folder)
         self._where = {
-            (file.split("-")[0], name): file
+            (kind, name): file
             for file in self._files
-            if file.endswith(".safetensors")
+            if (kind := kind_of(file))
             for name in self._open(file).keys()  # noqa: SIM118  (no mapping)
         }
         self._keys: dict[str, list[str]] = {}
-        for key, _, name in (name.partition("/") for kind, name in self._where if kind == "optimizer"):
+        for key, _, name in (name.partition("/") for kind, name in self._where if kind == OPTIMIZER):
             self._keys.setdefault(name, []).append(key)
 
     @staticmethod
@@ -144,9 +140,8 @@ class PortableReader:
         return load_file(self.folder / TRAINER_FILE, "cpu")
 
     def names(self) -> list[str]:
-        """Of all weights, as in the ``LightningModule``; one that has two names bears the first."""
-        stored = [(kind, name) for kind, name in self._where if kind != "optimizer"]
-        return [MODEL_PREFIX + name if kind == "model" else name for kind, name in stored]
+        """Names of all weights, as in the ``LightningModule``; one that has two names bears the first."""
+        return [name_in_module(kind, name) for kind, name in self._where if kind != OPTIMIZER]
 
     def weight(self, name: str) -> Tensor:
         """A weight by its name in the ``LightningModule``.
@@ -154,15 +149,14 @@ class PortableReader:
         Raises:
             FireflyError: If there is none of that name.
         """
-        kind = "model" if name.startswith(MODEL_PREFIX) else "module"
-        return self._read(kind, name.removeprefix(MODEL_PREFIX), f"the weight {name}")
+        return self._read(WEIGHT, name, f"the weight {name}")
 
     def keys(self, name: str) -> list[str]:
         """Which tensors the optimizer had of a parameter, such as ``exp_avg``; of a frozen one none."""
         return self._keys.get(name, [])
 
     def states_like_weights(self) -> Iterator[tuple[int, list[str]]]:
-        """Of each weight that the optimizer had states of, how many dimensions it has, and the keys of its states.
+        """Dimensions of each weight that the optimizer had states of, and the keys of its states.
 
         Raises:
             FireflyError: If a state has another shape than its weight, so that it cannot be split as that is.
@@ -183,13 +177,14 @@ class PortableReader:
         Raises:
             FireflyError: If the optimizer that was saved has no such state.
         """
-        return self._read("optimizer", f"{key}/{name}", f"the optimizer's {key} of {name}; resume with its optimizer")
+        return self._read(key, name, f"the optimizer's {key} of {name}; resume with its optimizer")
 
-    def _read(self, kind: str, name: str, what: str) -> Tensor:
-        file = self._where.get((kind, name))
+    def _read(self, key: str, name: str, what: str) -> Tensor:
+        kind, stored = stored_name(key, name)
+        file = self._where.get((kind, stored))
         if file is None:
             raise FireflyError(f"{self.folder}: lacks {what}")
-        tensor: Tensor = self._open(file).get_tensor(name)
+        tensor: Tensor = self._open(file).get_tensor(stored)
         return tensor
 
     @cache  # noqa: B019  (a reader lives as long as its files are open)
@@ -208,7 +203,7 @@ def _check(folder: Path) -> list[str]:
         entries, version = manifest["files"], manifest["format"]
         sound = contents == _as_bytes(manifest) and manifest.pop("xxh3_128") == _digest_of(manifest)
     except OSError as error:
-        raise FireflyError(describe_os_error(error, path)) from error
+        raise unreadable(error, path) from error
     except (ValueError, KeyError, TypeError) as error:
         raise FireflyError(f"{path}: damaged; use an earlier checkpoint") from error
     if not sound:
@@ -218,7 +213,7 @@ def _check(folder: Path) -> list[str]:
     for name, entry in entries.items():
         file = folder / name
         if not file.is_file():
-            raise FireflyError(f"{file}: missing; use an earlier checkpoint")
+            raise MissingFileError(f"{file}: missing; use an earlier checkpoint")
         if file.stat().st_size != entry["bytes"]:
             sizes = f"{file.stat().st_size:,} bytes, not {entry['bytes']:,}"
             raise FireflyError(f"{file}: damaged, it has {sizes}; use an earlier checkpoint")

@@ -6,17 +6,15 @@ from typing import Any
 
 import yaml
 
-from firefly_lightning.checkpoints.paths import TRAINER_FILE, load_file
-
-CONFIGURATION_KEY = "configuration"
-"""Where a checkpoint has the whole configuration of its run, as YAML."""
+from firefly_lightning.checkpoints.layout import CONFIGURATION_KEY, TRAINER_FILE
+from firefly_lightning.checkpoints.torch_file import load_file
 
 _OF_THE_START = ("ckpt_path", "config")
 """What says how a run was begun, not what it does."""
 
 
 def read_configuration(checkpoint: Path) -> str | None:
-    """That of the run which saved a checkpoint; None where another program did.
+    """The configuration of the run which saved a checkpoint; None where another program did.
 
     Raises:
         FireflyError: If it is damaged.

@@ -10,21 +10,17 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from firefly_lightning.checkpoints.paths import TRAINER_FILE
-from firefly_lightning.checkpoints.portable import WEIGHT, PortableReader, PortableWriter, finish
+from firefly_lightning.checkpoints.layout import (
+    BY_NAME,
+    NAMES_KEY,
+    SCALARS_KEY,
+    TENSOR_KEYS,
+    TIED_KEY,
+    TRAINER_FILE,
+    WEIGHT,
+)
+from firefly_lightning.checkpoints.portable import PortableReader, PortableWriter, finish
 from firefly_lightning.errors import FireflyError
-
-NAMES_KEY = "optimizer_parameters"
-"""Where a checkpoint says, for each optimizer, the names of its parameters in the order of their numbers."""
-
-SCALARS_KEY = "optimizer_scalars"
-"""Where ``trainer.ckpt`` has what an optimizer counts, such as ``step``: for all parameters, and those that differ."""
-
-TIED_KEY = "tied"
-"""Where ``trainer.ckpt`` says which names share the tensor of another."""
-
-BY_NAME = "by_name"
-"""Key of an optimizer's state whose parameters go by their names, until :func:`accept_names` numbers them."""
 
 
 def can_be_portable(checkpoint: Mapping[str, Any]) -> bool:
@@ -50,8 +46,7 @@ def write_whole(checkpoint: Mapping[str, Any], folder: Path) -> None:
             writer.add(name, {WEIGHT: tensor, **states.get(name, {})})
         else:
             tied[name] = first
-    dropped = ("state_dict", "optimizer_states", NAMES_KEY)
-    kept = {name: value for name, value in checkpoint.items() if name not in dropped}
+    kept = {name: value for name, value in checkpoint.items() if name not in TENSOR_KEYS}
     files = writer.close()
     torch.save(kept | {TIED_KEY: tied, SCALARS_KEY: summed_up(scalars)}, folder / TRAINER_FILE)
     finish(folder, files)
@@ -96,7 +91,7 @@ def numbered_names(module: nn.Module, optimizer: Optimizer) -> list[str | None]:
 
 
 def parameter_names(module: nn.Module) -> dict[int, str]:
-    """By ``id``, the names of a module's parameters; of two names, the first."""
+    """Names of a module's parameters by ``id``; of two names, the first."""
     return {id(parameter): name for name, parameter in module.named_parameters()}
 
 
@@ -156,7 +151,7 @@ def _kept_states(optimizer: Optimizer, dimensions: int) -> set[str] | None:
 
 
 def _by_name(checkpoint: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
-    """States of the optimizer by name of the parameter: tensors, and what is counted."""
+    """The optimizer's states by name of the parameter: tensors, and what is counted."""
     tensors: dict[str, dict[str, Tensor]] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for optimizer, names in zip(checkpoint.get("optimizer_states", []), checkpoint[NAMES_KEY], strict=False):

@@ -12,8 +12,8 @@ from tokenizers.decoders import DecodeStream
 from transformers import BloomForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from firefly_lightning.errors import FireflyError
-from firefly_lightning.huggingface import PUBLISHED_DECODING, reason
+from firefly_lightning.errors import FireflyError, reason
+from firefly_lightning.huggingface import PUBLISHED_DECODING
 from firefly_lightning.prompt import PromptEncoder, Turn
 
 

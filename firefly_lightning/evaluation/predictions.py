@@ -8,11 +8,10 @@ from typing import BinaryIO, TypedDict
 
 from transformers import BloomForCausalLM, GenerationConfig
 
-from firefly_lightning.checkpoints.paths import whole_file
 from firefly_lightning.data.batches import MicroBatch, first_turns
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.evaluation.generation import answer_prompts
-from firefly_lightning.files.atomic import check_new_file
+from firefly_lightning.files.atomic import check_new_file, whole_file
 from firefly_lightning.interrupts import before_end
 from firefly_lightning.prompt import PromptEncoder
 

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import xxhash
 
 from firefly_lightning.errors import FireflyError, describe_os_error
+from firefly_lightning.files.atomic import partial_path
 
 
 class ResumableFile:
@@ -33,7 +34,7 @@ class ResumableFile:
     def __init__(self, target: Path, identity: str) -> None:
         self.target = target
         self.identity = xxhash.xxh3_128_hexdigest(identity.encode())
-        self.partial = target.with_name(f".{target.name}.partial")
+        self.partial = partial_path(target)
         self.journal = target.with_name(f".{target.name}.journal")
         self.state: Any = None
         self._digest = xxhash.xxh3_128()

@@ -5,8 +5,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from firefly_lightning.errors import FireflyError
-from firefly_lightning.huggingface import reason
+from firefly_lightning.errors import FireflyError, reason
 
 T = TypeVar("T")
 

@@ -1,35 +1,35 @@
 """Checkpoints of strategies that hold a model in parts: portable ones, and an engine's own."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from firefly_lightning.checkpoints.paths import (
+from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
+from firefly_lightning.checkpoints.layout import (
+    SCALARS_KEY,
+    SCALER_KEY,
+    TENSOR_KEYS,
+    TIED_KEY,
     TRAINER_FILE,
+    WEIGHT,
     WRITER_KEY,
-    load_file,
-    partial_folder,
-    partial_path,
-    remove,
-    replace,
 )
-from firefly_lightning.checkpoints.portable import WEIGHT, FileEntry, PortableReader, PortableWriter, States, finish
-from firefly_lightning.checkpoints.unsharded import NAMES_KEY, SCALARS_KEY, TIED_KEY, parameter_names, summed_up
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.checkpoints.portable import FileEntry, PortableReader, PortableWriter, States, finish
+from firefly_lightning.checkpoints.torch_file import load_file
+from firefly_lightning.checkpoints.unsharded import parameter_names, summed_up
+from firefly_lightning.errors import FireflyError, MissingFileError
+from firefly_lightning.files.atomic import partial_path, whole_folder
 from firefly_lightning.strategies.agreement import agreed
-
-SCALER_KEY = MixedPrecision.__qualname__
-"""Where a checkpoint has what the scaler of a float16 loss has learned: where Lightning keeps that of its own."""
 
 
 class ShardedCheckpoints(Strategy):
@@ -88,52 +88,53 @@ class ShardedCheckpoints(Strategy):
 
     @property
     def saves_portable(self) -> bool:
-        """Whether :meth:`save_checkpoint` writes a portable checkpoint."""
-        return bool(getattr(self.checkpoint_io, "portable", True))
+        """Whether :meth:`save_checkpoint` writes a portable checkpoint: unless the trainer's plugin says otherwise."""
+        io = self.checkpoint_io
+        return io.portable if isinstance(io, AtomicCheckpointIO) else True
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Fills a hidden folder beside ``filepath``, then gives it that name."""
         target = Path(self.broadcast(str(filepath)))
-        agreed(lambda: partial_folder(target) if self.is_global_zero else None)
-        partial = partial_path(target)
-        kept = {
-            name: value
-            for name, value in checkpoint.items()
-            if name not in ("state_dict", "optimizer_states", NAMES_KEY)
-        }
-        if self.optimizers and (scaler := self.scaler_state()):
-            kept[SCALER_KEY] = scaler
-        files: dict[str, FileEntry] = {}
-        if self.saves_portable:
-            try:
-                files = self._write_tensors(partial)
-            except (FireflyError, OSError):
-                agreed(lambda: remove(partial) if self.is_global_zero else None)
-                raise
-            kept |= {TIED_KEY: self._tied(), SCALARS_KEY: summed_up({"": self._scalars()})}
-        else:
-            self.save_shards(partial)
-            self.barrier()
-            kept |= {WRITER_KEY: self.writer()}
-
-        def complete() -> None:
-            torch.save(kept, partial / TRAINER_FILE)
+        with ExitStack() as folder:  # which the first process begins and ends; all fill it meanwhile
+            self._on_first(lambda: folder.enter_context(whole_folder(target)))
+            partial = partial_path(target)
+            kept = {name: value for name, value in checkpoint.items() if name not in TENSOR_KEYS}
+            if self.optimizers and (scaler := self.scaler_state()):
+                kept[SCALER_KEY] = scaler
+            files: dict[str, FileEntry] = {}
             if self.saves_portable:
-                finish(partial, files)
-            replace(partial, target)
+                files = self._write_tensors(partial)
+                kept |= {TIED_KEY: self._tied(), SCALARS_KEY: summed_up({"": self._scalars()})}
+            else:
+                self.save_shards(partial)
+                self.barrier()
+                kept |= {WRITER_KEY: self.writer()}
 
-        agreed(complete if self.is_global_zero else _nothing)
+            def complete() -> None:
+                torch.save(kept, partial / TRAINER_FILE)
+                if self.saves_portable:
+                    finish(partial, files)
+                folder.close()
+
+            self._on_first(complete)
+
+    def _on_first(self, act: Callable[[], Any]) -> None:
+        """Acts on the first process; what it cannot do ends all."""
+        agreed(act if self.is_global_zero else _nothing)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads what Lightning saved; the shards follow once hooks have seen that.
 
         Raises:
+            MissingFileError: If there is none.
             FireflyError: If it is no such checkpoint, or an engine's own of another strategy or number of processes.
         """
         self._folder = Path(checkpoint_path)
         self._reader = None
+        if not self._folder.exists():
+            raise MissingFileError(f"{checkpoint_path}: no such checkpoint; check the path")
         if PortableReader.is_at(self._folder):
             self._reader = agreed(lambda: PortableReader(self._folder))
             return self._reader.trainer()

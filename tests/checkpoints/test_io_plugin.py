@@ -5,14 +5,17 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from firefly_lightning.checkpoints import layout
 from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
 from firefly_lightning.checkpoints.paths import find_checkpoint
 from firefly_lightning.errors import FireflyError
@@ -23,6 +26,7 @@ from firefly_lightning.huggingface import (
     load_prompt_format,
 )
 from firefly_lightning.prompt import PRESETS, PromptEncoder
+from firefly_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
 from tests.conftest import tiny_bloom
 from tests.support.helpers import logits, raised_line
 
@@ -311,9 +315,42 @@ def test_objects_are_loaded_only_on_request(tmp_path):
 
 
 def test_a_file_of_another_program_is_refused(tmp_path):
+    """Where a run is resumed: Lightning's own processes hand weights over in a file that is read, too."""
     torch.save({"state_dict": {}}, tmp_path / "a.ckpt")
     with pytest.raises(FireflyError, match=r"a\.ckpt: is not a checkpoint of a run"):
-        AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")
+        fit(tmp_path / "run", steps=1, resume=tmp_path / "a.ckpt")
+    module = Line()
+    AtomicCheckpointIO().save_checkpoint(module.state_dict(), tmp_path / "b.ckpt")
+    read = AtomicCheckpointIO().load_checkpoint(tmp_path / "b.ckpt")
+    assert read._metadata == module.state_dict()._metadata
+    assert Line().load_state_dict(read) == module.load_state_dict(module.state_dict())
+    with pytest.raises(KeyError, match="none"):
+        _ = read["none"]
+
+
+def test_a_checkpoint_that_is_not_there_is_a_missing_file_to_others(tmp_path, bloom, tokenizer):
+    """Who calls Lightning expects a FileNotFoundError; a command says so in a line."""
+    none, made = tmp_path / "none.ckpt", tmp_path / "a.ckpt"
+    for resume in (
+        lambda: fit(tmp_path / "run", steps=1, resume=none),
+        lambda: AtomicCheckpointIO().load_checkpoint(none),
+        lambda: find_checkpoint(str(none)),
+        lambda: ShardedCheckpoints.load_checkpoint(SimpleNamespace(), none),
+    ):
+        with pytest.raises(FileNotFoundError, match=r"none\.ckpt: (no such checkpoint|No such file)") as raised:
+            resume()
+        assert isinstance(raised.value, FireflyError)
+        assert raised_line(raised).startswith(str(none))
+    description = describe(bloom.config, tokenizer, PRESETS["firefly"])
+    whole = {"state_dict": {}, "optimizer_parameters": [], "hugging_face": description}
+    AtomicCheckpointIO().save_checkpoint(whole, made)
+    (made / "trainer.ckpt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"trainer\.ckpt: missing"):
+        AtomicCheckpointIO().load_checkpoint(made)
+
+
+def test_the_scaler_of_a_loss_lies_where_lightning_keeps_its_own():
+    assert MixedPrecision.__qualname__ == layout.SCALER_KEY
 
 
 def test_other_filesystems_are_left_to_lightning():

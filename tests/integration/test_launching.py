@@ -1,4 +1,4 @@
-"""Runs of several processes: on two simulated nodes, and when one of them is killed."""
+"""Runs of several processes: on two simulated nodes, started by Lightning itself, and when one of them is killed."""
 
 import os
 import re
@@ -47,6 +47,18 @@ def test_two_nodes_train_like_one_process(arguments, expected, tmp_path):
     assert run.returncode == 0, output
     assert "MEMBER: 2/2" in output
     losses_are_right(tmp_path, expected)
+    assert not left_over(run.pid)
+
+
+@pytest.mark.parametrize(("strategy", "devices"), [("ddp_spawn", 2), ("ddp_fork", 2), ("ddp_fork", 1)])
+def test_processes_that_lightning_starts_itself_train_like_one(strategy, devices, fit_args, expected, tmp_path):
+    """The first hands its weights to the command that started it, in a file that no run resumes from."""
+    name, *args = fit_args(tmp_path, 1e-4, "--trainer.strategy", strategy, "--trainer.devices", devices)
+    run = start(BIN / name, *args, "--samples.prompts", "[]")
+    output, _ = run.communicate(timeout=PATIENCE)
+    assert run.returncode == 0, output
+    losses_are_right(tmp_path, expected)
+    assert (tmp_path / "checkpoints" / "last.ckpt" / "checkpoint.json").is_file()
     assert not left_over(run.pid)
 
 

@@ -25,9 +25,8 @@ from torch.optim import Adam, AdamW, Optimizer
 from transformers import BloomConfig, BloomForCausalLM
 from typing_extensions import override
 
-from firefly_lightning.checkpoints.portable import MODEL_PREFIX
-from firefly_lightning.errors import FireflyError
-from firefly_lightning.huggingface import reason, some
+from firefly_lightning.checkpoints.layout import MODEL_PREFIX
+from firefly_lightning.errors import FireflyError, reason, some
 from firefly_lightning.strategies.colossalai.checkpoints import BoosterCheckpoints
 from firefly_lightning.strategies.colossalai.engine_precision import EnginePrecision
 from firefly_lightning.strategies.hooks import StrategyHooks

@@ -11,15 +11,16 @@ from safetensors.torch import load_file as load_weights
 from torch import Tensor
 from typing_extensions import override
 
-from firefly_lightning.checkpoints.paths import load_file
-from firefly_lightning.checkpoints.portable import MODEL_PREFIX
-from firefly_lightning.errors import FireflyError
-from firefly_lightning.huggingface import DESCRIPTION_KEY, reason
+from firefly_lightning.checkpoints.layout import (
+    COLOSSALAI_WEIGHTS,
+    DESCRIPTION_KEY,
+    MODEL_PREFIX,
+    colossalai_states_file,
+)
+from firefly_lightning.checkpoints.torch_file import load_file
+from firefly_lightning.errors import FireflyError, reason
 from firefly_lightning.strategies.colossalai import padded_vocabulary
 from firefly_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
-
-WEIGHTS = "weights"
-"""Folder of the weights in a checkpoint; beside it, each process keeps its part of the optimizer's states."""
 
 
 class BoosterCheckpoints(ShardedCheckpoints):
@@ -76,7 +77,7 @@ class BoosterCheckpoints(ShardedCheckpoints):
     @override
     def save_shards(self, folder: Path) -> None:
         with self.full_precision():
-            self.booster.save_model(self.wrapper, str(folder / WEIGHTS), shard=True, use_safetensors=True)
+            self.booster.save_model(self.wrapper, str(folder / COLOSSALAI_WEIGHTS), shard=True, use_safetensors=True)
         if self.optimizers:
             # ColossalAI would gather them, one weight after another, on the first process.
             torch.save(self.boosted_optimizer.optim.state_dict(), folder / self._states_file)
@@ -86,7 +87,7 @@ class BoosterCheckpoints(ShardedCheckpoints):
         try:
             with self.full_precision():
                 # Not strict: the tied head is one name more than there are weights.
-                self.booster.load_model(self.wrapper, str(folder / WEIGHTS), strict=False)
+                self.booster.load_model(self.wrapper, str(folder / COLOSSALAI_WEIGHTS), strict=False)
         except (SafetensorError, OSError, ValueError) as error:
             raise FireflyError(f"{folder}: damaged ({reason(error)}); use an earlier one") from error
         if fitting:
@@ -100,7 +101,7 @@ class BoosterCheckpoints(ShardedCheckpoints):
     @property
     def _states_file(self) -> str:
         strategy: Any = self
-        return f"optimizer-{strategy.global_rank}.ckpt"
+        return colossalai_states_file(strategy.global_rank)
 
 
 def read_weights(folder: Path, trainer: dict[str, Any]) -> dict[str, Tensor]:
@@ -118,8 +119,8 @@ def read_weights(folder: Path, trainer: dict[str, Any]) -> dict[str, Tensor]:
     """
     weights: dict[str, Tensor] = {}
     try:
-        for file in sorted((folder / WEIGHTS).glob("*.safetensors")):
-            weights.update({f"model.{name}": weight for name, weight in load_weights(file).items()})
+        for file in sorted((folder / COLOSSALAI_WEIGHTS).glob("*.safetensors")):
+            weights.update({MODEL_PREFIX + name: weight for name, weight in load_weights(file).items()})
     except SafetensorError as error:
         raise FireflyError(f"{folder}: damaged ({reason(error)}); use an earlier one") from error
     vocab_size = trainer[DESCRIPTION_KEY]["config.json"]["vocab_size"]

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import BloomForCausalLM
 
-from firefly_lightning.checkpoints.portable import MODEL_PREFIX, WEIGHT, PortableReader, States
+from firefly_lightning.checkpoints.layout import MODEL_PREFIX, WEIGHT
+from firefly_lightning.checkpoints.portable import PortableReader, States
 from firefly_lightning.checkpoints.unsharded import check_states, scalars_of
 from firefly_lightning.strategies.colossalai import padded_vocabulary
 from firefly_lightning.strategies.colossalai.fixes import gemini_masters, hybrid_masters

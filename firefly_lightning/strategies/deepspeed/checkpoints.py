@@ -11,12 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from firefly_lightning.errors import FireflyError
-from firefly_lightning.huggingface import reason
+from firefly_lightning.checkpoints.layout import DEEPSPEED_FOLDER
+from firefly_lightning.errors import FireflyError, reason
 from firefly_lightning.strategies.deepspeed.machine import keep_quiet, require_deepspeed
-
-TAG = "checkpoint"
-"""DeepSpeed's name of the folder with the shards, inside a checkpoint."""
 
 
 def read_weights(folder: Path, trainer: dict[str, Any]) -> dict[str, Tensor]:
@@ -41,7 +38,9 @@ def read_lazily(folder: Path) -> dict[str, Any]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with plain_values_only(folder), contextlib.redirect_stdout(io.StringIO()):  # it tells its progress there
-        weights: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(str(folder), TAG, lazy_mode=True)
+        weights: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
+            str(folder), DEEPSPEED_FOLDER, lazy_mode=True
+        )
     return weights
 
 

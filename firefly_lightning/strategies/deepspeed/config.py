@@ -5,8 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from firefly_lightning.errors import FireflyError, describe_os_error
-from firefly_lightning.huggingface import reason
+from firefly_lightning.errors import FireflyError, describe_os_error, reason
 
 AUTO = "auto"
 """What files written for Hugging Face's trainer say where that trainer is to fill in its own value."""

@@ -14,8 +14,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Adam, AdamW, Optimizer
 
-from firefly_lightning.errors import FireflyError
-from firefly_lightning.huggingface import reason
+from firefly_lightning.errors import FireflyError, reason
 
 
 def require_deepspeed() -> None:

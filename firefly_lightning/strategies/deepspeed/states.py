@@ -20,7 +20,8 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from firefly_lightning.checkpoints.portable import WEIGHT, PortableReader, States
+from firefly_lightning.checkpoints.layout import WEIGHT
+from firefly_lightning.checkpoints.portable import PortableReader, States
 from firefly_lightning.checkpoints.unsharded import check_states, is_scalar, scalars_of
 
 

@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 from transformers import BloomConfig, BloomForCausalLM
 from typing_extensions import override
 
+from firefly_lightning.checkpoints.layout import DEEPSPEED_FOLDER
 from firefly_lightning.checkpoints.portable import PortableReader, States
 from firefly_lightning.data.batches import PlannedBatches
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.strategies.agreement import agreed
-from firefly_lightning.strategies.deepspeed.checkpoints import TAG, fill_sharded, plain_values_only, read_lazily
+from firefly_lightning.strategies.deepspeed.checkpoints import fill_sharded, plain_values_only, read_lazily
 from firefly_lightning.strategies.deepspeed.config import (
     check_zero,
     device_of,
@@ -168,7 +169,7 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
     @override
     def save_shards(self, folder: Path) -> None:
         self.deepspeed_engine.save_checkpoint(
-            str(folder), tag=TAG, exclude_frozen_parameters=self.exclude_frozen_parameters
+            str(folder), tag=DEEPSPEED_FOLDER, exclude_frozen_parameters=self.exclude_frozen_parameters
         )
 
     @override
@@ -180,7 +181,7 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
         with plain_values_only(folder):
             self.deepspeed_engine.load_checkpoint(
                 str(folder),
-                tag=TAG,
+                tag=DEEPSPEED_FOLDER,
                 load_optimizer_states=fitting,
                 load_lr_scheduler_states=False,  # Lightning restores the schedule
                 load_module_strict=module.strict_loading,

@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
-from firefly_lightning.checkpoints.paths import WRITER_KEY, load_file
-from firefly_lightning.checkpoints.portable import WEIGHT, PortableReader, States
+from firefly_lightning.checkpoints.layout import WEIGHT, WRITER_KEY, native_part_file
+from firefly_lightning.checkpoints.portable import PortableReader, States
+from firefly_lightning.checkpoints.torch_file import load_file
 from firefly_lightning.checkpoints.unsharded import check_states, is_scalar, scalars_of
 from firefly_lightning.strategies.native.dtensors import join, local, part_like, split_of, whole, with_parts
 from firefly_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
@@ -116,11 +117,11 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
                 _with_state(optimizer.state_dict(), lambda _, value: _own_part(value)) for optimizer in self.optimizers
             ],
         }
-        AtomicCheckpointIO().save_checkpoint(parts, _file(folder, self.global_rank))
+        AtomicCheckpointIO().save_checkpoint(parts, folder / native_part_file(self.global_rank))
 
     @override
     def load_shards(self, folder: Path, fitting: bool) -> None:
-        saved = load_file(_file(folder, self.global_rank), "cpu")
+        saved = load_file(folder / native_part_file(self.global_rank), "cpu")
         self._load_weights(saved["weights"], _as_it_is, strict=True)
         if fitting:
             for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
@@ -188,13 +189,9 @@ def read_weights(folder: Path, trainer: Mapping[str, Any]) -> dict[str, Tensor]:
         FireflyError: If a part is missing or damaged.
     """
     mesh = trainer[WRITER_KEY]["mesh"]
-    ranks = [load_file(_file(folder, rank), "cpu") for rank in range(prod(mesh))]
+    ranks = [load_file(folder / native_part_file(rank), "cpu") for rank in range(prod(mesh))]
     splits = ranks[0]["splits"]
     return {name: join([rank["weights"][name] for rank in ranks], split, mesh) for name, split in splits.items()}
-
-
-def _file(folder: Path, rank: int) -> Path:
-    return folder / f"rank-{rank}.pt"
 
 
 def _as_it_is(saved: Tensor, like: Tensor) -> Tensor:

@@ -1,0 +1,38 @@
+"""A file that ``torch.save`` wrote, read without running what it holds."""
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from firefly_lightning.errors import FireflyError, reason, unreadable
+
+
+def load_file(path: Path, map_location: Any, weights_only: bool = True) -> dict[str, Any]:
+    """What ``torch.save`` wrote.
+
+    Raises:
+        MissingFileError: If there is no such file.
+        FireflyError: If it is no checkpoint, is damaged, or holds objects that could run code.
+    """
+    try:
+        # Mapped, so that the processes of one machine share a single copy.
+        checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only, mmap=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # RuntimeError, EOFError, KeyError, UnpicklingError, … by where the damage is
+        if isinstance(error, OSError) and error.filename:  # cannot be opened; a cut file fails in a nameless seek
+            raise unreadable(error, path) from error
+        raise FireflyError(f"{path}: {_why_not_loaded(error)}") from error
+    if not isinstance(checkpoint, dict):
+        raise FireflyError(f"{path}: not a checkpoint; it holds a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def _why_not_loaded(error: Exception) -> str:
+    refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    if refused:
+        return f"holds {refused[1]}, which could run code; load it with weights_only=False if you trust the file"
+    return f"damaged, or not a checkpoint ({reason(error)}); use an earlier one"

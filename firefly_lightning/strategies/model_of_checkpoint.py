@@ -1,0 +1,65 @@
+"""The model in a checkpoint, whichever strategy wrote it: what ``firefly export`` makes a folder of."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BloomConfig, BloomForCausalLM
+
+from firefly_lightning.checkpoints.layout import DESCRIPTION_KEY, MODEL_PREFIX, TRAINER_FILE, WRITER_KEY
+from firefly_lightning.checkpoints.portable import PortableReader
+from firefly_lightning.checkpoints.torch_file import load_file
+from firefly_lightning.errors import FireflyError, some
+from firefly_lightning.huggingface import DESCRIPTION_FILES
+from firefly_lightning.strategies.catalogue import reader_of
+
+
+def read_model(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The description of a checkpoint's model, and its weights by their Hugging Face names.
+
+    Args:
+        path: A checkpoint, file or folder.
+
+    Raises:
+        FireflyError: If it is damaged, not one of Firefly's, or its weights are not those of the model it describes.
+    """
+    checkpoint = _read_folder(path) if path.is_dir() else load_file(path, "cpu")
+    missing = [key for key in ("state_dict", DESCRIPTION_KEY) if not isinstance(checkpoint.get(key), dict)]
+    missing = missing or [name for name in DESCRIPTION_FILES if name not in checkpoint[DESCRIPTION_KEY]]
+    if missing:
+        raise FireflyError(f"{path}: not a checkpoint of firefly_lightning; it has no {', '.join(missing)}")
+    description = checkpoint[DESCRIPTION_KEY]
+    return description, _bloom_weights(checkpoint["state_dict"], description["config.json"], path)
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    """The checkpoint of any strategy that saves a folder, in the form of Lightning's own files."""
+    if PortableReader.is_at(folder):
+        reader = PortableReader(folder)
+        return reader.trainer() | {"state_dict": {name: reader.weight(name) for name in reader.names()}}
+    trainer = load_file(folder / TRAINER_FILE, "cpu")
+    engine = trainer.get(WRITER_KEY, {}).get("engine")
+    module = reader_of(engine)
+    if module is None:
+        raise FireflyError(f"{folder}: was written by an unknown engine {engine}; export it where it was trained")
+    read_weights = import_module(module).read_weights
+    return trainer | {"state_dict": read_weights(folder, trainer)}
+
+
+def _bloom_weights(state_dict: dict[str, Any], config: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
+    ours = [name for name in state_dict if name.startswith(MODEL_PREFIX)]
+    weights = {name.removeprefix(MODEL_PREFIX): state_dict[name] for name in ours}
+    with torch.device("meta"):
+        expected = BloomForCausalLM(BloomConfig.from_dict(config)).state_dict()
+    if config["tie_word_embeddings"]:  # the head is the embedding, and is stored once
+        weights.pop("lm_head.weight", None)
+        del expected["lm_head.weight"]
+    for problem, names in (("lacks", expected.keys() - weights.keys()), ("has", weights.keys() - expected.keys())):
+        if names:
+            raise FireflyError(f"{path}: {problem} {some(sorted(names))}, unlike the model it describes")
+    for name, weight in weights.items():
+        if weight.shape != expected[name].shape:
+            sizes = f"{tuple(weight.shape)}, the model it describes {tuple(expected[name].shape)}"
+            raise FireflyError(f"{path}: {name} has the sizes {sizes}")
+    return weights
