@@ -15,7 +15,6 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from firefly_lightning.checkpoints.layout import DESCRIPTION_KEY
 from firefly_lightning.errors import FireflyError, reason, some
 from firefly_lightning.prompt import SPECIAL_TOKENS, PromptFormat
 
@@ -156,18 +155,18 @@ def check_sizes(model_config: BloomConfig, tokenizer: PreTrainedTokenizerFast, w
         )
 
 
-def check_same_model(checkpoint: dict[str, Any], model_config: BloomConfig, where: str) -> None:
-    """Checks that a checkpoint was saved by a model of the same sizes; one without a description passes.
+def check_same_model(description: dict[str, Any], model_config: BloomConfig, where: str) -> None:
+    """Checks that a model which was described has the same sizes; where nothing was described, nothing differs.
 
     Args:
-        checkpoint: As Lightning loads it.
+        description: What ``describe`` gave for the model of a checkpoint; empty where it has none.
         model_config: Of the model that it is to be loaded into.
         where: Opens the message.
 
     Raises:
         FireflyError: If a size differs.
     """
-    saved = checkpoint.get(DESCRIPTION_KEY, {}).get("config.json", {})
+    saved = description.get("config.json", {})
     for name in ("vocab_size", "hidden_size", "n_layer", "n_head"):
         size = getattr(model_config, name)
         if saved.get(name, size) != size:

@@ -264,7 +264,7 @@ class FireflyModule(L.LightningModule):
         """
         self._resumed = True
         if self.model is not None:
-            check_same_model(checkpoint, self.model.config, self.path)
+            check_same_model(checkpoint.get(DESCRIPTION_KEY, {}), self.model.config, self.path)
         batches = getattr(getattr(self._trainer, "datamodule", None), "train", None)
         if isinstance(batches, PlannedBatches) and checkpoint["global_step"] and "loops" in checkpoint:
             state = fit_loop_state(

@@ -19,7 +19,7 @@ MOVED = {
     "data.figures": "preparation.figures", "data.json_arrays": "data.sources.json_arrays",
     "data.parallel": "processes", "data.prompt": "prompt", "data.records": "data.sources.records",
     "data.resumable": "files.resumable", "data.row_checks": "preparation.row_checks",
-    "data.rows": "data.sources.row_forms", "data.stats": "preparation.stats",
+    "data.rows": "data.sources.row_forms", "data.stats": "preparation.stats preparation.token_counts",
     "data.tables": "data.counts_table console",
     "data.template_files": "preparation.templates.reader", "data.template_views": "preparation.templates.views",
     "data.templates": "preparation.templates.fill", "data.tokenized": "data.token_cache",

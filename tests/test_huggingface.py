@@ -132,8 +132,8 @@ def test_sizes_that_do_not_belong_together(tokenizer):
 
 
 def test_check_same_model_names_the_size_that_differs(bloom, tokenizer):
-    checkpoint = {"hugging_face": describe(bloom.config, tokenizer, PRESETS["firefly"])}
-    check_same_model(checkpoint, bloom.config, "x")
+    description = describe(bloom.config, tokenizer, PRESETS["firefly"])
+    check_same_model(description, bloom.config, "x")
     check_same_model({}, bloom.config, "x")
     with pytest.raises(FireflyError, match="x: has hidden_size 32, but the checkpoint is of a model with 16"):
-        check_same_model(checkpoint, BloomConfig(vocab_size=328, hidden_size=32, n_layer=2, n_head=2), "x")
+        check_same_model(description, BloomConfig(vocab_size=328, hidden_size=32, n_layer=2, n_head=2), "x")
