@@ -15,7 +15,7 @@ from tests.support.helpers import fit
 # As `git show` has the modules of the last commit before the move.
 NAMES = {
     "bloom": "AlibiBias FastBloom Keeping PackedRows alibi_slopes",
-    "callbacks": "BestCheckpoint LastCheckpoint PredictionWriter",
+    "callbacks": "BestCheckpoint EndOnSignals LastCheckpoint PredictionWriter",
     "chat": "chat",
     "checkpoint": "MANIFEST TRAINER_FILE WRITER_KEY find_checkpoint load_file whole_file whole_folder",
     "checkpoint_io": "AtomicCheckpointIO",
