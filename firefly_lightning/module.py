@@ -20,7 +20,8 @@ from transformers import BloomForCausalLM, GenerationConfig
 from firefly_lightning.checkpoints.layout import DESCRIPTION_KEY, NAMES_KEY
 from firefly_lightning.checkpoints.loop_state import fit_loop_state
 from firefly_lightning.checkpoints.unsharded import accept_names, numbered_names
-from firefly_lightning.data.batches import MicroBatch, PlannedBatches, closing_targets, data_parallel_share
+from firefly_lightning.data.batches import MicroBatch, closing_targets, data_parallel_share
+from firefly_lightning.data.protocol import batches_of, data_of
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.evaluation.answer_scores import AnswerScores
 from firefly_lightning.evaluation.generation import Decoding, change_decoding, default_decoding
@@ -265,12 +266,10 @@ class FireflyModule(L.LightningModule):
         self._resumed = True
         if self.model is not None:
             check_same_model(checkpoint, self.model.config, self.path)
-        batches = getattr(getattr(self._trainer, "datamodule", None), "train", None)
-        if isinstance(batches, PlannedBatches) and checkpoint["global_step"] and "loops" in checkpoint:
-            state = fit_loop_state(
-                checkpoint["global_step"], batches.plan.steps_per_epoch, batches.micro_batches_per_step
-            )
-            checkpoint["loops"]["fit_loop"].update(state)
+        data = data_of(self._trainer)
+        if data and data.train is not None and checkpoint["global_step"] and "loops" in checkpoint:
+            per_epoch, per_step = data.train.plan.steps_per_epoch, data.train.micro_batches_per_step
+            checkpoint["loops"]["fit_loop"].update(fit_loop_state(checkpoint["global_step"], per_epoch, per_step))
 
     def _shared_step(self, batch: MicroBatch) -> Tensor:
         """Summed negative log-likelihood of a micro-batch's targets."""
@@ -353,14 +352,12 @@ class FireflyModule(L.LightningModule):
 
     def _tokenizer_and_prompt(self) -> tuple[Any, Any]:
         """Those of the data, or of the model's folder where the data is not ours."""
-        datamodule: Any = getattr(self._trainer, "datamodule", None)
-        if hasattr(datamodule, "tokenizer") and hasattr(datamodule, "prompt"):
-            return datamodule.tokenizer, datamodule.prompt
-        return load_tokenizer(self.path), prompt_format("firefly")
+        data = data_of(self._trainer)
+        return (data.tokenizer, data.prompt) if data else (load_tokenizer(self.path), prompt_format("firefly"))
 
     def _describe_bad_step(self, grad_norm: float, weights: str) -> str:
-        describe_step = getattr(getattr(self.trainer, "datamodule", None), "describe_step", None)
-        rows = describe_step(self._step) if describe_step else []
+        data = data_of(self.trainer)
+        rows = data.describe_step(self._step) if data else []
         shown = ", ".join(rows[:NAMED_ROWS]) + (f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else "")
         return (
             f"step {self._step}: loss {self._step_loss}, gradient norm {grad_norm}; the weights are {weights}. "
@@ -370,4 +367,5 @@ class FireflyModule(L.LightningModule):
 
 def _kinds_of(loader: Any) -> list[str] | None:
     """Names of the kinds of its rows, where these are our own."""
-    return getattr(getattr(getattr(loader, "dataset", None), "rows", None), "kinds", None)
+    batches = batches_of(loader)
+    return None if batches is None else batches.rows.kinds
