@@ -15,11 +15,12 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from firefly_lightning.callbacks.checkpoints import BestCheckpoint, EndOnSignals, LastCheckpoint
+from firefly_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from firefly_lightning.callbacks.prediction_writer import PredictionWriter
 from firefly_lightning.callbacks.progress_bar import RunProgressBar
 from firefly_lightning.callbacks.run_report import Report
 from firefly_lightning.callbacks.sample_answers import Samples
+from firefly_lightning.callbacks.signals import EndOnSignals
 from firefly_lightning.callbacks.throughput import Throughput
 from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
 from firefly_lightning.checkpoints.layout import CONFIGURATION_KEY

@@ -1,6 +1,5 @@
 """FireflyModule: a (pruned) Bloom that learns the targets of instruction rows."""
 
-import math
 import os
 from collections.abc import Iterable
 from functools import partial
@@ -20,7 +19,8 @@ from transformers import BloomForCausalLM, GenerationConfig
 from firefly_lightning.checkpoints.layout import DESCRIPTION_KEY, NAMES_KEY
 from firefly_lightning.checkpoints.loop_state import fit_loop_state
 from firefly_lightning.checkpoints.unsharded import accept_names, numbered_names
-from firefly_lightning.data.batches import MicroBatch, PlannedBatches, closing_targets, data_parallel_share
+from firefly_lightning.data.batches import MicroBatch, closing_targets, data_parallel_share
+from firefly_lightning.data.protocol import batches_of, data_of
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.evaluation.answer_scores import AnswerScores
 from firefly_lightning.evaluation.generation import Decoding, change_decoding, default_decoding
@@ -40,11 +40,8 @@ from firefly_lightning.model.loss import target_cross_entropy, target_scores
 from firefly_lightning.model.target_metrics import TargetMetrics
 from firefly_lightning.optim import OptimizerSettings, cosine_with_warmup
 from firefly_lightning.prompt import PromptEncoder, prompt_format
+from firefly_lightning.step_guard import StepGuard
 from firefly_lightning.strategies.hooks import StrategyHooks, check_accumulation, hooks_of
-
-NAMED_ROWS = 32
-"""Rows that a message about a bad step names; the published batch sizes are 16 and 8."""
-
 
 ALL = "all"
 """What rows are called whose kinds are not known."""
@@ -98,8 +95,7 @@ class FireflyModule(L.LightningModule):
         self.target_metrics: TargetMetrics | None = None  # until an evaluation says of which kinds
         self._answer_scores = AnswerScores([])
         self._kinds: list[str] | None = None
-        self._micro_losses: list[Tensor] = []
-        self._step, self._step_loss = 0, 0.0
+        self.step_guard = StepGuard()
         self._description: dict[str, Any] | None = None
         self._settings: list[OptimizerSettings] = []
         self._resumed = False
@@ -145,7 +141,7 @@ class FireflyModule(L.LightningModule):
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """A micro-batch's part of the step's loss, scaled so that the mean over micro-batches and ranks is it."""
         loss = self._shared_step(batch) * (batch["step_micro_batches"] / batch["step_target_tokens"])
-        self._micro_losses.append(loss.detach())
+        self.step_guard.add(loss)
         return loss
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
@@ -193,7 +189,7 @@ class FireflyModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Forgets what a run that stopped within a step had gathered, and puts settings above a checkpoint's."""
-        self._micro_losses.clear()
+        self.step_guard.forget()
         if self._resumed:
             for settings, each in zip(self._settings, self._optimizers_with_schedules(), strict=True):
                 settings.apply(*each)
@@ -217,18 +213,7 @@ class FireflyModule(L.LightningModule):
         Raises:
             FireflyError: If loss or gradient is not finite; before the weights are touched, naming the step's rows.
         """
-        strategy: Any = self.trainer.strategy
-        if strategy.handles_gradient_accumulation and len(self._micro_losses) < self.trainer.accumulate_grad_batches:
-            return  # such an engine is asked to step after every micro-batch, and knows which is the last
-        loss = strategy.reduce(torch.stack(self._micro_losses).mean(), reduce_op="mean")
-        self._micro_losses.clear()
-        self._step, self._step_loss = self.global_step, float(loss)
-        self.log("train_loss", loss, prog_bar=True)
-        self.log("lr", torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64))
-        if self._hooks.norm_follows_step:
-            self._check_step(grad_norm=0.0, weights="still those before it")
-        else:
-            self._log_gradient_norm(weights="still those before it")
+        self.step_guard.before_step(self, optimizer)
 
     def on_train_batch_end(self, outputs: Any, batch: MicroBatch, batch_idx: int) -> None:
         """Logs the gradient's norm where the engine has computed it in its step.
@@ -236,8 +221,7 @@ class FireflyModule(L.LightningModule):
         Raises:
             FireflyError: If it is not finite.
         """
-        if self._hooks.norm_follows_step and not self._micro_losses:
-            self._log_gradient_norm(weights="not to be trusted, the last checkpoint is")
+        self.step_guard.after_micro_batch(self)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with linear warm-up into a cosine that ends at the last step, unless replaced.
@@ -265,12 +249,10 @@ class FireflyModule(L.LightningModule):
         self._resumed = True
         if self.model is not None:
             check_same_model(checkpoint.get(DESCRIPTION_KEY, {}), self.model.config, self.path)
-        batches = getattr(getattr(self._trainer, "datamodule", None), "train", None)
-        if isinstance(batches, PlannedBatches) and checkpoint["global_step"] and "loops" in checkpoint:
-            state = fit_loop_state(
-                checkpoint["global_step"], batches.plan.steps_per_epoch, batches.micro_batches_per_step
-            )
-            checkpoint["loops"]["fit_loop"].update(state)
+        data = data_of(self._trainer)
+        if data and data.train is not None and checkpoint["global_step"] and "loops" in checkpoint:
+            per_epoch, per_step = data.train.plan.steps_per_epoch, data.train.micro_batches_per_step
+            checkpoint["loops"]["fit_loop"].update(fit_loop_state(checkpoint["global_step"], per_epoch, per_step))
 
     def _shared_step(self, batch: MicroBatch) -> Tensor:
         """Summed negative log-likelihood of a micro-batch's targets."""
@@ -334,17 +316,6 @@ class FireflyModule(L.LightningModule):
         schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         return list(zip_longest(self.trainer.optimizers, schedules[: len(self.trainer.optimizers)]))
 
-    def _log_gradient_norm(self, weights: str) -> None:
-        norm = self._hooks.gradient_norm(self.parameters())
-        self._check_step(float(norm), weights)
-        self.log("grad_norm", norm)
-
-    def _check_step(self, grad_norm: float, weights: str) -> None:
-        # A gradient scaler skips steps whose gradients overflow; without one nothing else would stop them.
-        scaled = self.trainer.precision == "16-mixed"
-        if not math.isfinite(self._step_loss if scaled else self._step_loss + grad_norm):
-            raise FireflyError(self._describe_bad_step(grad_norm, weights))
-
     def _cosine(self, optimizer: Optimizer) -> LambdaLR:
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
@@ -353,21 +324,11 @@ class FireflyModule(L.LightningModule):
 
     def _tokenizer_and_prompt(self) -> tuple[Any, Any]:
         """Those of the data, or of the model's folder where the data is not ours."""
-        datamodule: Any = getattr(self._trainer, "datamodule", None)
-        if hasattr(datamodule, "tokenizer") and hasattr(datamodule, "prompt"):
-            return datamodule.tokenizer, datamodule.prompt
-        return load_tokenizer(self.path), prompt_format("firefly")
-
-    def _describe_bad_step(self, grad_norm: float, weights: str) -> str:
-        describe_step = getattr(getattr(self.trainer, "datamodule", None), "describe_step", None)
-        rows = describe_step(self._step) if describe_step else []
-        shown = ", ".join(rows[:NAMED_ROWS]) + (f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else "")
-        return (
-            f"step {self._step}: loss {self._step_loss}, gradient norm {grad_norm}; the weights are {weights}. "
-            f"Look at its rows, or lower the learning rate. Rows: {shown or 'not known'}"
-        )
+        data = data_of(self._trainer)
+        return (data.tokenizer, data.prompt) if data else (load_tokenizer(self.path), prompt_format("firefly"))
 
 
 def _kinds_of(loader: Any) -> list[str] | None:
     """Names of the kinds of its rows, where these are our own."""
-    return getattr(getattr(getattr(loader, "dataset", None), "rows", None), "kinds", None)
+    batches = batches_of(loader)
+    return None if batches is None else batches.rows.kinds

@@ -15,7 +15,7 @@ from tests.support.helpers import fit
 # As `git show` has the modules of the last commit before the move.
 NAMES = {
     "bloom": "AlibiBias FastBloom Keeping PackedRows alibi_slopes",
-    "callbacks": "BestCheckpoint LastCheckpoint PredictionWriter",
+    "callbacks": "BestCheckpoint EndOnSignals LastCheckpoint PredictionWriter",
     "chat": "chat",
     "checkpoint": "MANIFEST TRAINER_FILE WRITER_KEY find_checkpoint load_file whole_file whole_folder",
     "checkpoint_io": "AtomicCheckpointIO",
@@ -48,7 +48,7 @@ NAMES = {
     "errors": "FireflyError describe_os_error one_line_errors",
     "export": "export",
     "folders": "check_new_folder new_file new_folder",
-    "generation": "Decoding change_decoding default_decoding generate_batch generate_stream",
+    "generation": "Decoding answer_prompts change_decoding default_decoding generate_stream",
     "huggingface": "describe load_bloom load_prompt_format load_tokenizer random_bloom write_description",
     "loss": "TargetScores fused_target_cross_entropy target_cross_entropy target_scores",
     "metrics": "TargetMetrics",

@@ -3,7 +3,7 @@
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
@@ -97,17 +97,6 @@ def _in_own_form(strategy: Strategy) -> CheckpointIO:
         return io.in_own_form()
     nobodys_choice = type(io) is TorchCheckpointIO
     return AtomicCheckpointIO(portable=False) if nobodys_choice and isinstance(strategy, ShardedCheckpoints) else io
-
-
-class EndOnSignals(Callback):
-    """Ends what is no training within seconds of SIGTERM or Ctrl-C, in place of Lightning's handlers.
-
-    Those go on to the end of a validation, a test or a prediction.
-    """
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Takes the signals back, until training has its own way to end."""
-        interrupts.listen()
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -7,6 +7,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from firefly_lightning.data.protocol import batches_of
 from firefly_lightning.evaluation.predictions import Prediction, PredictionFile
 
 
@@ -85,4 +86,5 @@ class PredictionWriter(Callback):
 
 def sources_of(loader: Any) -> list[str]:
     """Names of the files and datasets of its rows, where these are our own."""
-    return list(getattr(getattr(getattr(loader, "dataset", None), "rows", None), "names", []))
+    batches = batches_of(loader)
+    return [] if batches is None else list(batches.rows.names)

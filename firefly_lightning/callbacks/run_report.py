@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import lightning as L
 import torch
@@ -15,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from firefly_lightning.callbacks.run_figures import Metrics, draw_kinds, draw_losses, kind_perplexities, read_metrics
 from firefly_lightning.data.counts_table import counts_table
+from firefly_lightning.data.protocol import data_of
 from firefly_lightning.files.atomic import new_file
 
 PACKAGES = ("firefly-lightning", "torch", "lightning", "transformers", "torchmetrics", "deepspeed", "colossalai")
@@ -103,12 +103,10 @@ def _write(folder: Path, trainer: L.Trainer, results: Iterable[str]) -> None:
 
 def _counts(trainer: L.Trainer) -> Iterator[str]:
     """Tables of the rows that the stage had, where the data is this project's; rows held out are among the first."""
-    seen: list[Any] = []
-    for name in ("train", "val", "test"):
-        rows = getattr(getattr(getattr(trainer, "datamodule", None), name, None), "rows", None)
-        if rows is not None and not any(rows is other for other in seen):
-            seen.append(rows)
-            yield counts_table(rows.names, rows.counts)
+    data = data_of(trainer)
+    parts = (data.train, data.val, data.test) if data else ()
+    for rows in {id(part.rows): part.rows for part in parts if part is not None}.values():
+        yield counts_table(rows.names, rows.counts)
 
 
 def _versions(trainer: L.Trainer) -> Iterator[tuple[str, str]]:

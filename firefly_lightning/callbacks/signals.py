@@ -1,4 +1,4 @@
-"""Signals that end a training, obeyed between two optimizer steps by all of its processes together."""
+"""Signals that end a run: a training between two optimizer steps, all of its processes together; all else at once."""
 
 import os
 import signal
@@ -8,9 +8,10 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from firefly_lightning.interrupts import Terminated, end_now
+from firefly_lightning.interrupts import Terminated, end_now, listen
 
 _ENDS = (signal.SIGTERM, signal.SIGINT)
 """Signals that end a training."""
@@ -68,3 +69,14 @@ class Signals:
         if number in self._noted and number in _ENDS:
             end_now(number)
         self._noted.add(number)
+
+
+class EndOnSignals(Callback):
+    """Ends what is no training within seconds of SIGTERM or Ctrl-C, in place of Lightning's handlers.
+
+    Those go on to the end of a validation, a test or a prediction.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Takes the signals back, until training has its own way to end."""
+        listen()

@@ -112,6 +112,9 @@ class FireflyDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self.train: PlannedBatches = None  # type: ignore[assignment]  # until it is set up to train
+        self.val: PlannedBatches | None = None
+        self.test: PlannedBatches | None = None
         self._tokenizer: PreTrainedTokenizerFast | None = None
         self._val_check_interval: Any = None  # as the user set it
         self._fitting = False
@@ -171,7 +174,7 @@ class FireflyDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The step that comes next, and the identity of the plan that says which rows it has."""
-        if self.trainer is None or not hasattr(self, "train"):
+        if self.trainer is None or self.train is None:
             return {}
         return {"step": self.trainer.global_step, "plan": self.train.plan.fingerprint()}
 

@@ -61,25 +61,6 @@ def generate_stream(
         thread.join()
 
 
-def generate_batch(
-    model: BloomForCausalLM,
-    encoder: PromptEncoder,
-    questions: Sequence[str],
-    generation_config: GenerationConfig | None = None,
-) -> list[str]:
-    """Answers of first questions, all generated together; greedy ones are those each would get alone.
-
-    Args:
-        model: Generates, on its device.
-        encoder: Of the format the model was trained with.
-        questions: At once in memory, padded to the longest.
-        generation_config: ``default_decoding`` of the model by default.
-    """
-    return answer_prompts(
-        model, encoder, [encoder.encode_question([], question) for question in questions], generation_config
-    )
-
-
 def answer_prompts(
     model: BloomForCausalLM,
     encoder: PromptEncoder,
@@ -89,7 +70,7 @@ def answer_prompts(
     in_step: bool = False,
     device: torch.device | None = None,
 ) -> list[str]:
-    """Answers of prompts, all generated together.
+    """Answers of prompts, all generated together; greedy ones are those each would get alone.
 
     Args:
         model: Generates.

@@ -37,8 +37,9 @@ def clean(
 ) -> None:
     """Leaves out rows that would spoil a training: broken, empty, repeated, or in the validation rows.
 
-    Takes instruction rows in any accepted form and raw task rows; what is kept is written as it was. Of duplicates the
-    first is kept. What is left out is counted by kind and reason, with examples in the report.
+    Takes instruction rows in any accepted form, also several in one file, and raw task rows; what is kept is written as
+    it was. Of duplicates the first is kept. What is left out is counted by kind and reason, with examples in the
+    report.
 
     Args:
         files: Files to clean (.jsonl, .json, .csv, .tsv, .parquet), globs, or datasets of the Hugging Face hub.
@@ -150,14 +151,14 @@ class KeptRows:
         self._starts, self._wheres = array("Q"), array("Q")
         self._sources: list[str] = []
 
-    def add(self, row: dict[str, Any], where: str, signature: Any) -> None:
-        """Writes a row."""
-        source, _, line = where.rpartition(":")
+    def add(self, line: bytes, where: str, signature: Any) -> None:
+        """Writes the line of a row."""
+        source, _, number = where.rpartition(":")
         if not self._sources or self._sources[-1] != source:
             self._sources.append(source)
-        self._wheres.append((len(self._sources) - 1) << 40 | int(line))
+        self._wheres.append((len(self._sources) - 1) << 40 | int(number))
         self._starts.append(self.file.seek(0, 2))
-        self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self.file.write(line)
         self.index.add(len(self._starts) - 1, signature)
 
     def where(self, key: int) -> str:
@@ -203,8 +204,9 @@ def _sort(
     """Keeps a row, or leaves it out for the first reason there is."""
     kind, texts = kind_of(row, where), texts_of(row)
     findings.count(kind, "read")
-    if reason := what_is_wrong(row, kind, texts, lengths):
-        findings.leave_out(kind, reason, where, texts)
+    line = _line(row)
+    if (reason := what_is_wrong(row, kind, texts, lengths)) or line is None:
+        findings.leave_out(kind, reason or "broken characters", where, texts)
         return
     signature = sign(texts.whole)
     if like := forbidden.find(row, texts, signature):
@@ -213,7 +215,15 @@ def _sort(
         findings.leave_out(kind, _name(duplicate), where, texts, kept.where(duplicate.key))
     else:
         findings.count(kind, "kept")
-        kept.add(row, where, signature)
+        kept.add(line, where, signature)
+
+
+def _line(row: dict[str, Any]) -> bytes | None:
+    """What is written of a row; None where half a character is in it, be it in the name of a field."""
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return None
 
 
 def _name(duplicate: Duplicate) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from firefly_lightning.data.sources.row_forms import read_leniently
 from firefly_lightning.preparation.duplicates import Texts, normalise
 
 BROKEN = re.compile(
@@ -20,8 +21,10 @@ REPEATED = 10
 
 def what_is_wrong(row: dict[str, Any], kind: str, texts: Texts, lengths: range) -> str | None:
     """The first thing that is wrong with a row itself."""
-    turns = turns_of(row)
-    if not texts.whole.strip() or any(not target.strip() for _, target in turns):
+    said = read_leniently(row)
+    if said.fault:
+        return said.fault
+    if not texts.whole.strip() or any(not target.strip() for _, target in said.turns):
         return "empty"
     if BROKEN.search(texts.whole):
         return "broken characters"
@@ -31,7 +34,7 @@ def what_is_wrong(row: dict[str, Any], kind: str, texts: Texts, lengths: range) 
         return "too short"
     if len(texts.whole) >= lengths.stop:
         return "too long"
-    if any(_repeats(normalise(question), normalise(target)) for question, target in turns):
+    if any(_repeats(normalise(question), normalise(target)) for question, target in said.turns):
         return "target repeats input"
     return None
 
@@ -42,30 +45,19 @@ def _repeats(question: str, target: str) -> bool:
 
 def kind_of(row: dict[str, Any], where: str) -> str:
     """The kind that a row names, else what its form is called, else the name of its file."""
-    if isinstance(kind := row.get("kind"), str) and kind:
-        return kind
-    if "conversation" in row:
-        return "Conversation"
-    return "Belle" if {"instruction", "output"} <= row.keys() else Path(where.rpartition(":")[0]).stem
+    return read_leniently(row).kind or Path(where.rpartition(":")[0]).stem
 
 
 def turns_of(row: dict[str, Any]) -> list[tuple[str, str]]:
-    """Questions and answers of an instruction row in any form; none of a raw row."""
-    if {"input", "target"} <= row.keys():
-        pairs = [(row["input"], row["target"])]
-    elif {"instruction", "output"} <= row.keys():
-        pairs = [("\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"])]
-    else:
-        talk = row.get("conversation")
-        talk = [turn for turn in talk if isinstance(turn, dict)] if isinstance(talk, list) else []
-        pairs = [(turn.get("human"), turn.get("assistant")) for turn in talk]
-    return [(str(question or ""), str(target or "")) for question, target in pairs]
+    """Questions and answers of an instruction row in any form; none of a raw row, nor of one that cannot be read."""
+    return list(read_leniently(row).turns)
 
 
 def texts_of(row: dict[str, Any]) -> Texts:
-    """All text of a row but its kind, and the targets in it."""
-    whole = "\n".join(text for name, value in row.items() if name != "kind" for text in _flat(value))
-    return Texts(whole, "\n".join(target for _, target in turns_of(row)))
+    """All text of a row but its kind, the same whatever form its turns are in, and the targets in it."""
+    said = read_leniently(row)
+    turns = [text for turn in said.turns for text in turn]
+    return Texts("\n".join([*turns, *_flat(said.others)]), "\n".join(turns[1::2]))
 
 
 def _flat(value: Any) -> Iterator[str]:

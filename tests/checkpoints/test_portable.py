@@ -59,7 +59,7 @@ class Two(FireflyModule):
             optimizer.zero_grad()
 
     def on_before_optimizer_step(self, optimizer):
-        self._micro_losses.clear()
+        self.step_guard.forget()
 
     def configure_optimizers(self):
         halves = list(self.parameters())[::2], list(self.parameters())[1::2]

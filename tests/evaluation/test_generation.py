@@ -9,7 +9,7 @@ from transformers import BloomForCausalLM, GenerationConfig
 
 from firefly_lightning.chat.command import chat
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.evaluation.generation import default_decoding, generate_batch, generate_stream
+from firefly_lightning.evaluation.generation import answer_prompts, default_decoding, generate_stream
 from firefly_lightning.prompt import PRESETS, PromptEncoder
 from tests.conftest import ANSWERS
 
@@ -108,10 +108,11 @@ def test_a_greedy_batch_is_its_questions_one_by_one(bloom, encoder, tokenizer):
     questions = [*ANSWERS, "江南，江南，江南，江南岸", ""]
     alone = [stock_answer(bloom, tokenizer, question, GREEDY) for question in questions]
     expected = [tokenizer.decode(ids, skip_special_tokens=True) for ids in alone]
-    assert generate_batch(bloom, encoder, questions, GREEDY) == expected
+    prompts = [encoder.encode_question([], question) for question in questions]
+    assert answer_prompts(bloom, encoder, prompts, GREEDY) == expected
     assert expected[: len(ANSWERS)] == list(ANSWERS.values())
-    assert [generate_batch(bloom, encoder, [question], GREEDY)[0] for question in questions] == expected
-    assert generate_batch(bloom, encoder, [], GREEDY) == []
+    assert [answer_prompts(bloom, encoder, [prompt], GREEDY)[0] for prompt in prompts] == expected
+    assert answer_prompts(bloom, encoder, [], GREEDY) == []
 
 
 def test_a_model_that_names_no_length_answers_as_published(bloom, folder):

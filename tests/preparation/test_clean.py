@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from firefly_lightning.data.sources.row_forms import read_rows
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.preparation.clean import clean
 from firefly_lightning.preparation.duplicates import jaccard, normalise, shingles, sign
@@ -101,6 +102,71 @@ def test_rows_of_every_form_and_raw_rows_are_cleaned(tmp_path):
     }  # fmt: skip
 
 
+def test_later_turns_inside_a_target_are_turns(tmp_path):
+    talk = {"conversation": [{"human": "在吗", "assistant": "在"}, {"human": "好", "assistant": "嗯"}]}
+    rows = [
+        row("在吗", "在</s>好</s>嗯"),
+        talk,  # the same
+        row("春天来了", "花开了</s>请把这句话译成英文。</s>请把这句话译成英文！"),
+        row("问一", "答一</s>问二</s> </s>问三</s>答三"),
+        row("问一", "答一</s>问二"),  # a last question without an answer is not learned
+    ]
+    kept, report = cleaned(tmp_path, rows)
+    assert kept == [rows[0], rows[4]]
+    assert report["counts"]["all"] == {
+        "read": 5, "kept": 2, "duplicate": 1, "target repeats input": 1, "empty": 1
+    }  # fmt: skip
+    assert [made.turns for made in read_rows(str(tmp_path / "out" / "clean.jsonl"))] == [
+        (("在吗", "在"), ("好", "嗯")),
+        (("问一", "答一"),),
+    ]
+
+
+def test_rows_that_training_would_refuse_are_left_out_and_counted(tmp_path):
+    good = [{"instruction": "加一", "output": "好"}, {"instruction": "减一", "input": None, "output": "好的"}]
+    bad = [
+        {"instruction": 5, "input": "", "output": "五"},
+        {"instruction": ["加法", "减法"], "input": "", "output": "五"},
+        {"instruction": "加一", "input": 4.0, "output": "五"},
+        {"instruction": "加一是几", "output": None},
+        row("问", 5),
+        row("问", "答", kind=None),
+        {"conversation": [{"human": "在吗", "assistant": 1}]},
+        {"conversation": "在吗"},
+        {"conversation": [{"human": "在吗"}]},
+        {"conversation": []},
+    ]
+    kept, report = cleaned(tmp_path, [*bad, *good])
+    assert kept == good
+    assert report["counts"]["all"] == {
+        "read": 12, "kept": 2, "not text": 7, "malformed": 2, "empty": 1
+    }  # fmt: skip
+    assert len(list(read_rows(str(tmp_path / "out" / "clean.jsonl")))) == 2
+    for at, one in enumerate(bad):
+        with pytest.raises(FireflyError, match=rf"{at}.jsonl:1"):
+            list(read_rows(str(write_rows(tmp_path / f"{at}.jsonl", [one]))))
+
+
+def test_half_a_character_is_left_out_wherever_it_is(tmp_path):
+    broken = [
+        {"kind": "\ud800", "input": "问", "target": "答"},
+        {"instruction": "问", "output": "答\ud800"},
+        {"instruction": "说好", "output": "好", "note\ud800": ""},
+        {"conversation": [{"human": "在吗", "assistant": "在", "note": "\ud800"}]},
+    ]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(one) + "\n" for one in [*broken, row("问", "答")]))
+    clean([str(source)], str(tmp_path / "clean.jsonl"))
+    report = json.loads((tmp_path / "clean.jsonl.report.json").read_text("utf-8"))
+    assert report["counts"]["all"] == {"read": 5, "kept": 1, "broken characters": 4}
+
+
+def test_validation_rows_of_any_types_are_read(tmp_path):
+    val = write_rows(tmp_path / "val.jsonl", [{"instruction": 5, "output": ["五"]}, row("一加一", "二")])
+    rows = [row("一加一", "两"), row("二加二", "四")]
+    assert cleaned(tmp_path, rows, val_files=[str(val)])[0] == rows[1:]
+
+
 def test_code_keeps_what_looks_like_markup(tmp_path):
     rows = [row("写网页", "<p>&nbsp;</p>", "Program"), row("写网页吧", "<p>&nbsp;</p>", "OpenQA")]
     assert cleaned(tmp_path, rows)[0] == rows[:1]
@@ -128,17 +194,27 @@ def test_rows_are_left_out_only_for_a_reason_that_holds(tmp_path_factory, rows, 
     def grams(text):
         return {text[at : at + 5] for at in range(max(1, len(text) - 4))}
 
+    def turns(one):
+        said = [one["input"], *one["target"].split("</s>")]
+        while len(said) > 2 and not said[-1].strip():
+            said.pop()
+        return [(said[at], said[at + 1]) for at in range(0, len(said) - 1, 2)]
+
+    def whole(one):
+        return "\n".join(text for turn in turns(one) for text in turn)
+
     def alike(one, two):
         same, similar = True, 1.0
-        for of in (lambda r: r["input"] + "\n" + r["target"], lambda r: r["target"]):
+        for of in (whole, lambda r: "\n".join(answer for _, answer in turns(r))):
             a, b = plain(of(one)), plain(of(two))
             same &= a == b
             similar = min(similar, len(grams(a) & grams(b)) / len(grams(a) | grams(b)))
         return same or (threshold < 1 and similar >= threshold)
 
     def spoilt(one):
-        question, answer = plain(one["input"]), plain(one["target"])
-        return not one["target"].strip() or question == answer or (len(question) >= 10 and answer.startswith(question))
+        pairs = [(plain(question), plain(answer)) for question, answer in turns(one)]
+        empty = any(not answer.strip() for _, answer in turns(one))
+        return empty or any(q == a or (len(q) >= 10 and a.startswith(q)) for q, a in pairs)
 
     remaining = iter([first, *rows])
     assert all(any(one == other for other in remaining) for one in kept), "kept rows are as they were, in their order"
@@ -146,7 +222,7 @@ def test_rows_are_left_out_only_for_a_reason_that_holds(tmp_path_factory, rows, 
     for one in rows:
         assert one in kept or spoilt(one) or any(alike(one, other) for other in kept)
     for one, two in combinations(kept, 2):
-        assert not (plain(one["input"] + one["target"]) == plain(two["input"] + two["target"]) and alike(one, two))
+        assert not (plain(whole(one)) == plain(whole(two)) and alike(one, two))
 
 
 @pytest.mark.parametrize(("share", "found"), [(0.02, True), (0.6, False)])

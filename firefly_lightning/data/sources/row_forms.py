@@ -1,4 +1,8 @@
-"""Instruction rows from files and Hugging Face datasets, whatever of three forms they are in."""
+"""Instruction rows of files and Hugging Face datasets: one table of the forms that rows are in, and two readers of it.
+
+:func:`read_rows` is strict: it gives what can be learned, and refuses the rest. :func:`read_leniently` says of any
+record what it holds and what is wrong with it.
+"""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,113 +44,215 @@ class Row(NamedTuple):
         return xxhash.xxh3_64_intdigest(text.encode())
 
 
+class Reading(NamedTuple):
+    """What a record says, whatever is wrong with it.
+
+    Attributes:
+        kind: The kind that it names, else what its form is called; None where neither is known.
+        turns: (input, target) pairs; none of a raw row, and of a row that has a fault.
+        others: Values of the fields that are neither a part of the turns nor the kind.
+        fault: Why no turns can be read though the row is in a form, in a word or two.
+    """
+
+    kind: str | None
+    turns: tuple[Turn, ...]
+    others: list[Any]
+    fault: str | None = None
+
+
 def read_rows(source: str, row_format: RowFormat | None = None) -> Iterator[Row]:
     """Streams the rows of one file (``.jsonl``, ``.json``, ``.parquet``) or dataset.
 
-    The form is recognised from the fields of the first row: Firefly ``{"kind","input","target"}``, Belle
-    ``{"instruction","input","output"}``, or ``{"conversation":[{"human","assistant"},…]}``.
+    The form of each row is recognised from its fields: Firefly ``{"kind","input","target"}``, Belle
+    ``{"instruction","input","output"}``, also without ``input``, or ``{"conversation":[{"human","assistant"},…]}``.
 
     Args:
         source: As :func:`firefly_lightning.data.sources.records.find_sources` gives it.
         row_format: Is asked first, for every row.
 
     Raises:
-        FireflyError: If the source is empty, is in none of the forms, or a row is malformed; with file and line.
+        FireflyError: If the source is empty, or a row is in none of the forms or malformed; with file and line.
     """
-    parse: Callable[[Mapping[str, Any], str, int], Row] | None = None
     number = 0
     for number, fields in read_records(source):
-        where = f"{source}:{number}"
-        row = row_format and _parse_own(row_format, fields, where, number)
-        if not row:
-            parse = parse or _recognise(fields, where)
-            row = parse(fields, where, number)
+        try:
+            row = (row_format and _read_own(row_format, fields, number)) or _read_known(fields, number)
+        except _BadRowError as error:
+            raise FireflyError(f"{source}:{number}{error.place}: {error}") from error
         yield row
     if not number:
         raise FireflyError(f"{source}: has no rows; remove it from the list or fill it")
 
 
-def _parse_own(row_format: RowFormat, fields: Mapping[str, Any], where: str, number: int) -> Row | None:
+def read_leniently(fields: Mapping[str, Any]) -> Reading:
+    """What a record says: of a row in some form its turns, of any other (a raw row) its values.
+
+    A Firefly row may do without its kind here: the templates that build rows are given it apart.
+    """
+    form = _form_of(fields)
+    if form is None and {*fields, "kind"} >= _FIREFLY.required:
+        form, fields = _FIREFLY, {**fields, "kind": ""}
+    if form is None:
+        return Reading(_named_kind(fields), (), _values(fields, {"kind"}))
+    try:
+        kind, (turns, _) = form.kind(fields), form.turns(fields)
+    except _BadRowError as error:
+        return Reading(_named_kind(fields) or form.name, (), _values(fields, {"kind"}), error.fault)
+    return Reading(kind, turns, _values(fields, {"kind", *form.required, *form.optional}))
+
+
+class _BadRowError(Exception):
+    """A record that is no row to learn.
+
+    Args:
+        message: For who trains, with what to do.
+        fault: For who counts, in a word or two.
+        place: Of the fault within the row.
+    """
+
+    def __init__(self, message: str, fault: str, place: str = "") -> None:
+        super().__init__(message)
+        self.fault, self.place = fault, place
+
+
+class _Form(NamedTuple):
+    """One form that rows are in.
+
+    Attributes:
+        shown: What a message says of it.
+        required: Fields by which it is recognised.
+        turns: Reads turns, and whether a last one without an answer was left out.
+        name: Kind of a row that names none; None where each must.
+        optional: Fields of the turns that may be missing or null.
+    """
+
+    shown: str
+    required: frozenset[str]
+    turns: Callable[[Mapping[str, Any]], tuple[tuple[Turn, ...], bool]]
+    name: str | None = None
+    optional: frozenset[str] = frozenset()
+
+    def kind(self, fields: Mapping[str, Any]) -> str:
+        """The kind of a row in this form."""
+        if self.name is None:
+            return _text(fields, "kind")
+        return _text(fields, "kind") if isinstance(fields.get("kind"), str) and fields["kind"] else self.name
+
+
+def _firefly_turns(fields: Mapping[str, Any]) -> tuple[tuple[Turn, ...], bool]:
+    pieces = [_text(fields, "input"), *_text(fields, "target").split(TURN_SEPARATOR)]
+    while len(pieces) > 2 and not pieces[-1].strip():
+        pieces.pop()  # a closing </s> written out, or nothing after it
+    return tuple(zip(pieces[0::2], pieces[1::2], strict=False)), len(pieces) % 2 == 1
+
+
+def _belle_turns(fields: Mapping[str, Any]) -> tuple[tuple[Turn, ...], bool]:
+    parts = [_text(fields, "instruction"), "" if fields.get("input") is None else _text(fields, "input")]
+    return (("\n".join(filter(None, parts)), _text(fields, "output")),), False
+
+
+def _conversation_turns(fields: Mapping[str, Any]) -> tuple[tuple[Turn, ...], bool]:
+    conversation = fields["conversation"]
+    if not isinstance(conversation, list) or not conversation:
+        message = "'conversation' must be a list of at least one {human, assistant}"
+        raise _BadRowError(message, "malformed" if conversation else "empty")
+    turns = []
+    for index, turn in enumerate(conversation, 1):
+        if not isinstance(turn, dict):
+            message = f"turn {index} of 'conversation' must be an object with human and assistant"
+            raise _BadRowError(message, "malformed")
+        place = f", turn {index}"
+        turns.append((_text(turn, "human", place), _text(turn, "assistant", place)))
+    return tuple(turns), False
+
+
+_FIREFLY = _Form("{kind, input, target}", frozenset({"kind", "input", "target"}), _firefly_turns)
+_FORMS = (
+    _FIREFLY,
+    _Form(
+        "{instruction, output} with or without input",
+        frozenset({"instruction", "output"}),
+        _belle_turns,
+        "Belle",
+        frozenset({"input"}),
+    ),
+    _Form("{conversation: [{human, assistant}, …]}", frozenset({"conversation"}), _conversation_turns, "Conversation"),
+)
+
+
+def _form_of(fields: Mapping[str, Any]) -> _Form | None:
+    """The first form whose fields a record has, rather filled than null: columns of a table are there in every row."""
+    with_nulls = None
+    for form in _FORMS:
+        if form.required <= fields.keys():
+            if None not in fields.values() or None not in map(fields.get, form.required):
+                return form
+            with_nulls = with_nulls or form
+    return with_nulls
+
+
+def _read_known(fields: Mapping[str, Any], number: int) -> Row:
+    form = _form_of(fields)
+    if form is None:
+        raise _BadRowError(_no_form(fields), "no form")
+    kind, (turns, unanswered) = form.kind(fields), form.turns(fields)
+    return _row(kind, turns, number, unanswered)
+
+
+def _read_own(row_format: RowFormat, fields: Mapping[str, Any], number: int) -> Row | None:
     try:
         found = row_format(fields)
         if found is None:
             return None
         kind, turns = found[0], [{"input": question, "target": answer} for question, answer in found[1]]
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise FireflyError(
-            f"{where}: the function of data.row_format failed, {type(error).__name__}: {error}; mend it or the row"
-        ) from error
+        message = f"the function of data.row_format failed, {type(error).__name__}: {error}; mend it or the row"
+        raise _BadRowError(message, "malformed") from error
     if not turns:
-        raise FireflyError(f"{where}: the function of data.row_format gave no turn; remove the row")
-    texts = tuple((_text(turn, "input", where), _text(turn, "target", where)) for turn in turns)
-    return _row(_text({"kind": kind}, "kind", where), texts, where, number)
+        raise _BadRowError("the function of data.row_format gave no turn; remove the row", "empty")
+    texts = tuple((_text(turn, "input"), _text(turn, "target")) for turn in turns)
+    return _row(_text({"kind": kind}, "kind"), texts, number)
 
 
-def _recognise(fields: Mapping[str, Any], where: str) -> Callable[[Mapping[str, Any], str, int], Row]:
-    for required, parse in _FORMS:
-        if required <= fields.keys():
-            return parse
-    raise FireflyError(
-        f"{where}: fields {sorted(fields)} are none of the accepted forms; use {{kind, input, target}}, "
-        "{instruction, input, output} or {conversation: [{human, assistant}, …]}"
-    )
-
-
-def _parse_firefly(fields: Mapping[str, Any], where: str, number: int) -> Row:
-    kind = _text(fields, "kind", where)
-    pieces = [_text(fields, "input", where), *_text(fields, "target", where).split(TURN_SEPARATOR)]
-    while len(pieces) > 2 and not pieces[-1].strip():
-        pieces.pop()  # a closing </s> written out, or nothing after it
-    unanswered = len(pieces) % 2 == 1
-    turns = tuple(zip(pieces[0::2], pieces[1::2], strict=False))
-    return _row(kind, turns, where, number, unanswered)
-
-
-def _parse_belle(fields: Mapping[str, Any], where: str, number: int) -> Row:
-    parts = [_text(fields, "instruction", where), _text(fields, "input", where)]
-    question = "\n".join(part for part in parts if part)
-    return _row(_kind(fields, "Belle"), ((question, _text(fields, "output", where)),), where, number)
-
-
-def _parse_conversation(fields: Mapping[str, Any], where: str, number: int) -> Row:
-    conversation = fields["conversation"]
-    if not isinstance(conversation, list) or not conversation:
-        raise FireflyError(f"{where}: 'conversation' must be a list of at least one {{human, assistant}}")
-    turns = []
-    for index, turn in enumerate(conversation, 1):
-        if not isinstance(turn, dict):
-            raise FireflyError(f"{where}: turn {index} of 'conversation' must be an object with human and assistant")
-        turn_where = f"{where}, turn {index}"
-        turns.append((_text(turn, "human", turn_where), _text(turn, "assistant", turn_where)))
-    return _row(_kind(fields, "Conversation"), tuple(turns), where, number)
-
-
-_FORMS: tuple[tuple[set[str], Callable[[Mapping[str, Any], str, int], Row]], ...] = (
-    ({"kind", "input", "target"}, _parse_firefly),
-    ({"instruction", "input", "output"}, _parse_belle),
-    ({"conversation"}, _parse_conversation),
-)
-
-
-def _row(kind: str, turns: tuple[Turn, ...], where: str, number: int, unanswered: bool = False) -> Row:
+def _row(kind: str, turns: tuple[Turn, ...], number: int, unanswered: bool = False) -> Row:
     for index, (_, target) in enumerate(turns, 1):
         if not target.strip():
             turn = f" of turn {index}" if len(turns) > 1 else ""
-            raise FireflyError(f"{where}: the target{turn} is empty, so there is nothing to learn; remove the row")
+            message = f"the target{turn} is empty, so there is nothing to learn; remove the row"
+            raise _BadRowError(message, "empty")
     return Row(kind, turns, number, unanswered)
 
 
-def _kind(fields: Mapping[str, Any], default: str) -> str:
-    kind = fields.get("kind", default)
-    return kind if isinstance(kind, str) and kind else default
+def _no_form(fields: Mapping[str, Any]) -> str:
+    *others, last = (form.shown for form in _FORMS)
+    forms = f"use {', '.join(others)} or {last}"
+    for form in _FORMS:  # what lacks one field only was meant to be in this form
+        missing = form.required - fields.keys()
+        if len(missing) == 1 < len(form.required):
+            return f"field {missing.pop()!r} is missing; the row has {sorted(fields)}; {forms}"
+    return f"fields {sorted(fields)} are none of the accepted forms; {forms}"
 
 
-def _text(fields: Mapping[str, Any], name: str, where: str) -> str:
+def _text(fields: Mapping[str, Any], name: str, place: str = "") -> str:
     if name not in fields:
-        raise FireflyError(f"{where}: field {name!r} is missing; the row has {sorted(fields)}")
+        raise _BadRowError(f"field {name!r} is missing; the row has {sorted(fields)}", "malformed", place)
     value = fields[name]
     if not isinstance(value, str):
-        raise FireflyError(f"{where}: field {name!r} must be a string, this is {type(value).__name__}")
+        message = f"field {name!r} must be a string, this is {type(value).__name__}; mend the row or remove it"
+        raise _BadRowError(message, "not text", place)
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise FireflyError(f"{where}: field {name!r} holds half a surrogate pair, which is no character; mend it")
+        message = f"field {name!r} holds half a surrogate pair, which is no character; mend it"
+        raise _BadRowError(message, "broken characters", place)
     return value
+
+
+def _named_kind(fields: Mapping[str, Any]) -> str | None:
+    """The kind that a record names, if it can be written."""
+    try:
+        return _text(fields, "kind") or None
+    except _BadRowError:
+        return None
+
+
+def _values(fields: Mapping[str, Any], known: set[str]) -> list[Any]:
+    return [value for name, value in fields.items() if name not in known]

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from firefly_lightning.checkpoints.layout import DEEPSPEED_FOLDER
 from firefly_lightning.checkpoints.portable import PortableReader, States
-from firefly_lightning.data.batches import PlannedBatches
+from firefly_lightning.data.protocol import data_of
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.strategies.agreement import agreed
 from firefly_lightning.strategies.deepspeed.checkpoints import fill_sharded, plain_values_only, read_lazily
@@ -235,10 +235,9 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
             config.pop("train_batch_size", None)
             config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
             return
-        data: Any = getattr(trainer, "datamodule", None)
         accumulated = trainer.accumulate_grad_batches
         settle(config, "gradient_accumulation_steps", accumulated, "the plan of steps")
-        if isinstance(getattr(data, "train", None), PlannedBatches):
+        if (data := data_of(trainer)) and data.train is not None:
             settle(config, "train_micro_batch_size_per_gpu", data.train.micro_batch_size, "the plan of steps")
         micro = config.setdefault("train_micro_batch_size_per_gpu", self._auto_select_batch_size())
         settle(config, "train_batch_size", micro * accumulated * self.world_size, "the plan of steps")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from demo.raw_rows import package_file
 from firefly_lightning.data.sources import json_arrays
 from firefly_lightning.data.sources.records import find_sources, read_records
-from firefly_lightning.data.sources.row_forms import Row, read_rows
+from firefly_lightning.data.sources.row_forms import Row, read_leniently, read_rows
 from firefly_lightning.errors import FireflyError
 
 FIREFLY = {"kind": "Couplet", "input": "上联：春风", "target": "秋月"}
@@ -46,6 +46,74 @@ def test_the_three_forms(tmp_path):
     ]
     assert read(tmp_path, [CONVERSATION]) == [Row("Conversation", (("在吗", "在"), ("好", "嗯")), 1)]
     assert read(tmp_path, [{**BELLE, "kind": "Cot"}])[0].kind == "Cot"
+
+
+def test_each_row_of_a_file_has_a_form_of_its_own(tmp_path):
+    several = [CONVERSATION, FIREFLY, {"instruction": "说好", "output": "好"}, BELLE, CONVERSATION]
+    expected = [
+        Row("Conversation", (("在吗", "在"), ("好", "嗯")), 1),
+        Row("Couplet", (("上联：春风", "秋月"),), 2),
+        Row("Belle", (("说好", "好"),), 3),
+        Row("Belle", (("翻译\nhello", "你好"),), 4),
+        Row("Conversation", (("在吗", "在"), ("好", "嗯")), 5),
+    ]
+    assert read(tmp_path, several) == expected
+    turned = read(tmp_path, several[::-1])
+    assert [row[:2] for row in turned] == [row[:2] for row in reversed(expected)]
+    # A table has every column in every row.
+    pq.write_table(pa.Table.from_pylist(several, schema=SEVERAL), tmp_path / "rows.parquet")
+    assert list(read_rows(str(tmp_path / "rows.parquet"))) == expected
+
+
+SEVERAL = pa.schema(
+    [
+        *((name, pa.string()) for name in ("kind", "input", "target", "instruction", "output")),
+        ("conversation", pa.list_(pa.struct([("human", pa.string()), ("assistant", pa.string())]))),
+    ]
+)
+
+
+def test_a_row_says_the_same_in_every_form(tmp_path):
+    one, again, other = read(
+        tmp_path,
+        [
+            {"instruction": "说好", "output": "好</s>"},
+            {"conversation": [{"human": "说 好", "assistant": "好</s>"}]},
+            {"kind": "K", "input": "说好", "target": "好</s>再说</s>好"},
+        ],
+    )
+    assert one.identity == again.identity != other.identity
+    talk = {"conversation": [{"human": "说好", "assistant": "好"}, {"human": "再说", "assistant": "好"}]}
+    assert read(tmp_path, [talk])[0].identity == other.identity
+
+
+VALUES = st.one_of(
+    st.none(), st.integers(), st.floats(), st.text(max_size=3), st.lists(st.text(max_size=2), max_size=2)
+)
+TURN = st.one_of(st.fixed_dictionaries({"human": VALUES}, optional={"assistant": VALUES}), VALUES)
+RECORD = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(("kind", "input", "target", "instruction", "output"), VALUES),
+        "conversation": st.one_of(VALUES, st.lists(TURN, max_size=3)),
+    },
+)
+
+
+@given(RECORD)
+def test_the_lenient_reader_finds_fault_with_what_the_strict_one_refuses(tmp_path_factory, record):
+    said = read_leniently(record)
+    rows, refused = [], ""
+    try:
+        rows = read(tmp_path_factory.getbasetemp(), json.dumps(record))
+    except FireflyError as error:
+        refused = str(error)
+    assert bool(rows) != bool(refused)
+    if rows:
+        assert (said.fault, said.turns, said.kind or "") == (None, rows[0].turns, rows[0].kind)
+    else:
+        empty = any(not answer.strip() for _, answer in said.turns)
+        assert said.fault or empty or not said.turns or "'kind' is missing" in refused
 
 
 def test_containers_give_the_same_rows(tmp_path):
@@ -122,6 +190,11 @@ def test_real_text_of_packages(tmp_path):
         ([{**FIREFLY, "target": "a</s>b</s> </s>c"}], r"rows\.jsonl:1: the target of turn 2 is empty"),
         ('{"kind": "k", "input": "\\ud800", "target": "t"}', r"rows\.jsonl:1: field 'input' holds half a surrogate"),
         ([{"question": "q", "answer": "a"}], r":1: fields \['answer', 'question'\].*kind.*instruction.*conversation"),
+        ([FIREFLY, {"instruction": "q"}], r"rows\.jsonl:2: field 'output' is missing; .*\['instruction'\]; use"),
+        ([FIREFLY, {"question": "q"}], r"jsonl:2: fields \['question'\] are none.*kind.*instruction.*conversation"),
+        ([{"instruction": 5, "output": "五"}], r"rows\.jsonl:1: field 'instruction' must be a string, this is int"),
+        ([{**BELLE, "input": 4.0}], r"rows\.jsonl:1: field 'input' must be a string, this is float"),
+        ([{**BELLE, "instruction": ["加法"]}], r"rows\.jsonl:1: field 'instruction' must be a string, this is list"),
         ([{"conversation": []}], "'conversation' must be a list of at least one"),
         ([{"conversation": ["x"]}], "turn 1 of 'conversation' must be an object"),
         ([{"conversation": [{"human": "x"}]}], r"rows\.jsonl:1, turn 1: field 'assistant' is missing"),

@@ -1,0 +1,93 @@
+"""What watches the optimizer steps of a training: it logs them, and ends the run before a bad one does harm."""
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from firefly_lightning.data.protocol import data_of
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.strategies.hooks import hooks_of
+
+NAMED_ROWS = 32
+"""Rows that a message about a bad step names; the published batch sizes are 16 and 8."""
+
+_BEFORE = "still those before it"
+_AFTER = "not to be trusted, the last checkpoint is"
+
+
+class StepGuard:
+    """Gathers the losses of a step's micro-batches, and checks and logs the step.
+
+    A module holds one and tells it what happens, so that it works under any ``Trainer``, without a callback.
+    """
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._step, self._loss = 0, 0.0
+
+    def add(self, loss: Tensor) -> None:
+        """Notes the loss of a micro-batch, scaled so that the mean over micro-batches and ranks is that of the step."""
+        self._losses.append(loss.detach())
+
+    def forget(self) -> None:
+        """Forgets the micro-batches of a step that does not come to its end."""
+        self._losses.clear()
+
+    def before_step(self, module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Logs the loss of the step, the learning rate and, where it is known, the gradient's norm before clipping.
+
+        Args:
+            module: Of whose hook this is a part; it logs.
+            optimizer: The one that is about to step.
+
+        Raises:
+            FireflyError: If loss or gradient is not finite; before the weights are touched, naming the step's rows.
+        """
+        trainer: Any = module.trainer
+        strategy = trainer.strategy
+        if strategy.handles_gradient_accumulation and len(self._losses) < trainer.accumulate_grad_batches:
+            return  # such an engine is asked to step after every micro-batch, and knows which is the last
+        loss = strategy.reduce(torch.stack(self._losses).mean(), reduce_op="mean")
+        self._losses.clear()
+        self._step, self._loss = module.global_step, float(loss)
+        module.log("train_loss", loss, prog_bar=True)
+        module.log("lr", torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64))
+        if hooks_of(strategy).norm_follows_step:
+            self._check(module, grad_norm=0.0, weights=_BEFORE)
+        else:
+            self._log_norm(module, weights=_BEFORE)
+
+    def after_micro_batch(self, module: L.LightningModule) -> None:
+        """Logs the gradient's norm where the engine has computed it in its step, and this was the step's last.
+
+        Raises:
+            FireflyError: If it is not finite.
+        """
+        if hooks_of(module.trainer.strategy).norm_follows_step and not self._losses:
+            self._log_norm(module, weights=_AFTER)
+
+    def _log_norm(self, module: L.LightningModule, weights: str) -> None:
+        norm = hooks_of(module.trainer.strategy).gradient_norm(module.parameters())
+        self._check(module, float(norm), weights)
+        module.log("grad_norm", norm)
+
+    def _check(self, module: L.LightningModule, grad_norm: float, weights: str) -> None:
+        # A gradient scaler skips steps whose gradients overflow; without one nothing else would stop them.
+        scaled = module.trainer.precision == "16-mixed"
+        if math.isfinite(self._loss if scaled else self._loss + grad_norm):
+            return
+        data = data_of(module.trainer)
+        rows = data.describe_step(self._step) if data else []
+        raise FireflyError(
+            f"step {self._step}: loss {self._loss}, gradient norm {grad_norm}; the weights are {weights}. "
+            f"Look at its rows, or lower the learning rate. Rows: {_shown(rows)}"
+        )
+
+
+def _shown(rows: list[str]) -> str:
+    more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
+    return ", ".join(rows[:NAMED_ROWS]) + more if rows else "not known"
