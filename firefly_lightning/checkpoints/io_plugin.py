@@ -104,8 +104,8 @@ class _OfNoRun(dict[str, Any]):
     Who resumes from it is refused: Lightning then asks for its version first.
 
     Args:
-        contents: Of the file.
-        path: Of the file.
+        contents: What the file holds.
+        path: Where the file is.
     """
 
     def __init__(self, contents: dict[str, Any], path: str | Path) -> None:

@@ -101,8 +101,8 @@ def stored_name(key: str, name: str) -> tuple[str, str]:
     """Kind of a tensor of a portable checkpoint, and its name in the file.
 
     Args:
-        key: Of a state of the optimizer, or :data:`WEIGHT`.
-        name: Of the parameter in the ``LightningModule``.
+        key: Which state of the optimizer, or :data:`WEIGHT`.
+        name: The parameter's name in the ``LightningModule``.
     """
     if key != WEIGHT:
         return OPTIMIZER, f"{key}/{name}"

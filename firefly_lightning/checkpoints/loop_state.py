@@ -12,8 +12,8 @@ def fit_loop_state(step: int, steps_per_epoch: int, micro_batches: int) -> dict[
 
     Args:
         step: Optimizer steps done, at least one.
-        steps_per_epoch: Of the plan.
-        micro_batches: That a rank takes for a step.
+        steps_per_epoch: Steps of the plan in an epoch.
+        micro_batches: Micro-batches that a rank takes for a step.
 
     Returns:
         What replaces the entries of the same names in ``checkpoint["loops"]["fit_loop"]``.

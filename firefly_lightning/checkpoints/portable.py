@@ -46,7 +46,7 @@ class PortableWriter:
 
     Args:
         folder: The checkpoint, not yet in its place.
-        rank: Of this process; in the names of its files.
+        rank: This process's, in the names of its files.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:

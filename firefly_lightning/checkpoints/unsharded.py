@@ -120,8 +120,8 @@ def check_states(optimizer: Optimizer, saved: Iterable[tuple[int, Collection[str
     """Refuses the states of another kind of optimizer, with which this one could not step.
 
     Args:
-        optimizer: That is to go on.
-        saved: Of each parameter, how many dimensions it has, which decides what some optimizers keep, and the keys of
+        optimizer: The one that is to go on.
+        saved: For each parameter, how many dimensions it has, which decides what some optimizers keep, and the keys of
             the tensors that were saved; none of one that was not trained.
 
     Raises:

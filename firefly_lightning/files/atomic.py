@@ -30,7 +30,7 @@ def new_folder(out: Path, inputs: Iterable[str | Path]) -> Iterator[Path]:
 
     Args:
         out: Must not exist, or be an empty folder. Missing parents are made.
-        inputs: Of which it is made.
+        inputs: What it is made of.
 
     Raises:
         FireflyError: If ``out`` is taken or within an input, or the system refuses to read or write in the block.
@@ -60,7 +60,7 @@ def new_file(out: Path, inputs: Iterable[str | Path]) -> Iterator[BinaryIO]:
 
     Args:
         out: What it is called then. Missing parents are made.
-        inputs: Of which it is made.
+        inputs: What it is made of.
 
     Raises:
         FireflyError: If ``out`` is a folder or an input, or the system refuses to read or write in the block.
@@ -119,9 +119,7 @@ def whole_folder(
         replacing: Whether a file or a filled folder may be at ``target``; what was there, or the new folder, can be
             found at every moment.
     """
-    partial = partial or partial_path(target)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    remove(partial)
+    partial = _cleared(partial or partial_path(target))
     partial.mkdir()
     with _held(partial):
         yield partial
@@ -140,9 +138,7 @@ def whole_file(
         durable: Whether it survives a power failure, and with it its name.
         replacing: Whether a folder may be at ``target``; what was there, or the new file, can be found at every moment.
     """
-    partial = partial or partial_path(target)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    remove(partial)
+    partial = _cleared(partial or partial_path(target))
     with partial.open("x+b") as file, _held(partial):
         yield file
         file.flush()
@@ -229,6 +225,13 @@ def _one_line(out: Path, partial: Path) -> Iterator[None]:
         named = str(error.filename or "")
         where = named if named and partial.name not in named else out
         raise FireflyError(describe_os_error(error, where)) from error
+
+
+def _cleared(partial: Path) -> Path:
+    """A place to fill: its parents are made, and what a killed process has left there is removed."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    remove(partial)
+    return partial
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class ResumableFile:
         identity: What the content follows from; what was left under another identity is written anew.
 
     Attributes:
-        state: That of the last whole piece; None where there is nothing to go on from.
+        state: What the writer had said with the last whole piece; None where there is nothing to go on from.
 
     Raises:
         FireflyError: If the file cannot be written, or another process is writing it.

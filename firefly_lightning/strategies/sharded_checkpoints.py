@@ -59,12 +59,12 @@ class ShardedCheckpoints(Strategy):
         """Sets what :meth:`portable_states` gave, on whatever strategy; called by all processes.
 
         Args:
-            reader: Of the checkpoint; each process reads whole tensors and keeps its part.
+            reader: Reads the checkpoint; each process reads whole tensors and keeps its part.
             fitting: Whether there is an optimizer, whose states and number of steps are set too.
         """
 
     def scaler_state(self) -> dict[str, Any]:
-        """Of the scaler of a float16 loss, with the keys of PyTorch's ``GradScaler``; empty where nothing scales."""
+        """What the scaler of a float16 loss has learned, keyed as by ``GradScaler``; empty where nothing scales."""
         return {}
 
     def load_scaler_state(self, state: dict[str, Any]) -> None:
@@ -99,29 +99,15 @@ class ShardedCheckpoints(Strategy):
         with ExitStack() as folder:  # which the first process begins and ends; all fill it meanwhile
             self._on_first(lambda: folder.enter_context(whole_folder(target)))
             partial = partial_path(target)
-            kept = {name: value for name, value in checkpoint.items() if name not in TENSOR_KEYS}
-            if self.optimizers and (scaler := self.scaler_state()):
-                kept[SCALER_KEY] = scaler
-            files: dict[str, FileEntry] = {}
-            if self.saves_portable:
-                files = self._write_tensors(partial)
-                kept |= {TIED_KEY: self._tied(), SCALARS_KEY: summed_up({"": self._scalars()})}
-            else:
-                self.save_shards(partial)
-                self.barrier()
-                kept |= {WRITER_KEY: self.writer()}
+            trainer, files = self._fill(partial, checkpoint)
 
             def complete() -> None:
-                torch.save(kept, partial / TRAINER_FILE)
-                if self.saves_portable:
+                torch.save(trainer, partial / TRAINER_FILE)
+                if files is not None:
                     finish(partial, files)
                 folder.close()
 
             self._on_first(complete)
-
-    def _on_first(self, act: Callable[[], Any]) -> None:
-        """Acts on the first process; what it cannot do ends all."""
-        agreed(act if self.is_global_zero else _nothing)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -179,6 +165,22 @@ class ShardedCheckpoints(Strategy):
     @override
     def restore_checkpoint_after_setup(self) -> bool:
         return True
+
+    def _fill(self, folder: Path, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, FileEntry] | None]:
+        """Writes the tensors; returns what ``trainer.ckpt`` is to hold, and the files of a portable checkpoint."""
+        kept = {name: value for name, value in checkpoint.items() if name not in TENSOR_KEYS}
+        if self.optimizers and (scaler := self.scaler_state()):
+            kept[SCALER_KEY] = scaler
+        if self.saves_portable:
+            files = self._write_tensors(folder)
+            return kept | {TIED_KEY: self._tied(), SCALARS_KEY: summed_up({"": self._scalars()})}, files
+        self.save_shards(folder)
+        self.barrier()
+        return kept | {WRITER_KEY: self.writer()}, None
+
+    def _on_first(self, act: Callable[[], Any]) -> None:
+        """Acts on the first process; what it cannot do ends all."""
+        agreed(act if self.is_global_zero else _nothing)
 
     def _write_tensors(self, folder: Path) -> dict[str, FileEntry]:
         """Every process writes each so many-th parameter; returns what all of them wrote."""

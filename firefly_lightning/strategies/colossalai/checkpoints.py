@@ -27,7 +27,7 @@ class BoosterCheckpoints(ShardedCheckpoints):
     """Mixed into a strategy around a ``Booster``.
 
     Attributes:
-        name: Of the strategy.
+        name: The strategy's.
         booster: ColossalAI's.
         wrapper: The boosted model.
     """

@@ -103,7 +103,7 @@ def read_hybrid(bloom: BloomForCausalLM, optimizer: Any, plugin: Any) -> Iterato
     Args:
         bloom: Boosted.
         optimizer: Likewise; None where there is none.
-        plugin: That boosted them.
+        plugin: The one that boosted them.
     """
     for name, parameter in bloom.named_parameters():
         with hybrid_masters([parameter], optimizer, plugin.dp_group):
@@ -130,9 +130,9 @@ def write_hybrid(
     Args:
         bloom: Boosted.
         optimizer: Likewise; None where there is none.
-        plugin: That boosted them.
+        plugin: The one that boosted them.
         files: The plugin's, which knows how states are split.
-        reader: Of the checkpoint.
+        reader: Reads the checkpoint.
     """
     trainer = reader.trainer() if optimizer else {}
     if optimizer:
@@ -167,7 +167,7 @@ def _state(optimizer: Any, parameter: Parameter) -> dict[str, Any]:
 
 
 def _whole_shape(parameter: Parameter) -> torch.Size:
-    """Of a parameter before it was split, rows that pad the vocabulary included."""
+    """Shape of a parameter before it was split, rows that pad the vocabulary included."""
     return torch.Size(get_global_shape(parameter)) if is_distributed_tensor(parameter) else parameter.shape
 
 

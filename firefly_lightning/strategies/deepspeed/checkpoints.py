@@ -34,7 +34,7 @@ def read_weights(folder: Path, trainer: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def read_lazily(folder: Path) -> dict[str, Any]:
-    """By name, tensors or what ``contiguous()`` makes one."""
+    """Whole weights by name: tensors, or what ``contiguous()`` makes one."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with plain_values_only(folder), contextlib.redirect_stdout(io.StringIO()):  # it tells its progress there

@@ -30,7 +30,7 @@ def read_states(zero: Any, module: nn.Module) -> Iterator[tuple[str, States]]:
 
     Args:
         zero: The engine's optimizer; None where there is none.
-        module: That the engine trains.
+        module: The one that the engine trains.
     """
     keys = [key for key, value in _any_state(zero).items() if not is_scalar(value)]
     for name, parameter in module.named_parameters():
@@ -53,8 +53,8 @@ def write_states(zero: Any, module: nn.Module, reader: PortableReader) -> None:
 
     Args:
         zero: The engine's optimizer.
-        module: That the engine trains.
-        reader: Of the checkpoint.
+        module: The one that the engine trains.
+        reader: Reads the checkpoint.
     """
     if example := next((name for name, _ in module.named_parameters() if reader.keys(name)), None):
         _make_states(zero, reader, example)
@@ -139,7 +139,7 @@ def _make_states(zero: Any, reader: PortableReader, example: str) -> None:
 
     Args:
         zero: The engine's optimizer.
-        reader: Of the checkpoint, which says which states there are.
+        reader: Reads the checkpoint, which says which states there are.
         example: Name of a parameter that has some.
     """
     inner, scalars = zero.optimizer, scalars_of(reader.trainer(), example)
