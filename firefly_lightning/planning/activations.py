@@ -33,7 +33,7 @@ def block_activations(run: Run, tokens: int, attended: int, spares: bool = True)
 
 def normed_bytes(run: Run, spares: bool = True) -> int:
     """Bytes kept of each number that a layer norm puts out."""
-    return 0 if spares and run.known.whole_weights else 2 if run.mixed else 4
+    return 0 if spares and run.entry.whole_weights else 2 if run.mixed else 4
 
 
 def activations(run: Run) -> float:
@@ -58,7 +58,7 @@ def activations(run: Run) -> float:
 
 def autocast_copies(run: Run) -> float:
     """16-bit copies of the blocks' matrices, which autocast keeps until the forward pass ends, recomputed or not."""
-    if not run.mixed or run.known.engine.keeps_masters:
+    if not run.mixed or run.entry.engine.keeps_masters:
         return 0.0
     shared = run.layer_shares
     return 2.0 * run.model.matrices * run.model.n_layer / shared
@@ -74,9 +74,9 @@ def fused_logits(run: Run) -> float:
     hidden = 2.0 * targets * model.hidden_size * (2 if run.mixed else 4)
     if not run.mixed:
         return hidden + 8 * logits + 4 * model.embedding
-    copy = 0 if run.known.engine.keeps_masters else 2 * model.embedding
+    copy = 0 if run.entry.engine.keeps_masters else 2 * model.embedding
     products = 2 * logits + 6 * min(SUMMED_ROWS, model.vocab_size) * model.hidden_size
-    converted = 2 * model.embedding if run.known.engine.keeps_masters else 0
+    converted = 2 * model.embedding if run.entry.engine.keeps_masters else 0
     return hidden + copy + 4 * model.embedding + max(8 * logits, products, converted)
 
 

@@ -63,7 +63,7 @@ def estimate(run: Run) -> Estimate:
         FireflyError: If a strategy or a precision is not known, or the strategy cannot split the model so.
     """
     check(run)
-    moments, host = _ARITHMETIC[run.known.memory](run)
+    moments, host = _ARITHMETIC[run.entry.memory](run)
     return Estimate({name: {part: parts.get(part, 0.0) for part in PARTS} for name, parts in moments.items()}, host)
 
 
@@ -75,7 +75,7 @@ def adam_workspace(run: Run, numbers: float, largest: float) -> float:
         numbers: Numbers that the process updates.
         largest: Numbers of the largest tensor among them.
     """
-    one_by_one = run.device == "cpu" or run.known.engine.splits_tensors
+    one_by_one = run.device == "cpu" or run.entry.engine.splits_tensors
     return 8 * largest if one_by_one else 4 * numbers
 
 
@@ -84,7 +84,7 @@ def _whole(run: Run) -> tuple[dict[str, Parts], Parts]:
     count = run.model.parameters
     held = {"weights": 4.0 * count, "moments": 8.0 * count, "gradients": 4.0 * count}
     # DDP copies gradients into buckets of the same size.
-    held["buffers"] = 4.0 * count if "rows" in run.known.shards else 0.0
+    held["buffers"] = 4.0 * count if "rows" in run.entry.shards else 0.0
     step = 4.0 * count if run.precision == "16-mixed" else 0.0  # AdamW is fused but for scaled gradients
     kept = activations(run) + autocast_copies(run)
     moments = {
@@ -101,13 +101,13 @@ def _zero12(run: Run) -> tuple[dict[str, Parts], Parts]:
     states = {"master copy": 4.0 * share, "moments": 8.0 * share}
     largest = float(size * run.model.embedding)
     host: Parts = {}
-    if run.known.offloads:
+    if run.entry.offloads:
         summed = size * share if run.micro_batches > 1 else 0.0
         host = states | {"gradients": 4.0 * share + summed, "buffers": size * share + largest}
     held: Parts = {"weights": float(size * count)} | ({} if host else states)
     own = 0.0 if host else float(size * share)
     # Stage 1 accumulates whole gradients, stage 2 a share.
-    gathered = 0.0 if run.micro_batches == 1 else own if "gradients" in run.known.shards else float(size * count)
+    gathered = 0.0 if run.micro_batches == 1 else own if "gradients" in run.entry.shards else float(size * count)
     way_out = largest if host else 0.0  # of a gradient, to the host
     buffers = _written(run, 2 * BUCKET, count) * size + way_out
     reduced = min(BUCKET, count) * size
@@ -144,11 +144,11 @@ def _zero3(run: Run) -> tuple[dict[str, Parts], Parts]:
     copied = run.mixed or run.device == "cpu"  # on a GPU float32 weights are their own master
     states: Parts = {
         "weights": float(size * share),
-        "master copy": 4.0 * share if copied or run.known.offloads else 0.0,
+        "master copy": 4.0 * share if copied or run.entry.offloads else 0.0,
         "moments": 8.0 * share,
         "gradients": float(size * share),
     }
-    host = states | {"buffers": 4.0 * share} if run.known.offloads else {}
+    host = states | {"buffers": 4.0 * share} if run.entry.offloads else {}
     held = {} if host else states
     bucket = _written(run, BUCKET, count) * size
     gathered = size * min(count, REUSED_WITHIN // 2 + PREFETCHED)
@@ -179,14 +179,14 @@ def _gemini(run: Run) -> tuple[dict[str, Parts], Parts]:
     # The chunk at work, the next one, and that whose gradients are reduced; embedding and head are one of them.
     buffers = 3.0 * size * chunk
     gradients = float(size * share) if run.micro_batches > 1 else 0.0
-    held = {"buffers": buffers} if run.known.offloads else states | {"buffers": buffers, "gradients": gradients}
+    held = {"buffers": buffers} if run.entry.offloads else states | {"buffers": buffers, "gradients": gradients}
     kept = activations(run)
     moments = {
         "forward": held | {"activations": kept, "logits": plain_logits(run)},
         "first gradients": held | {"activations": kept + working_set(run)},
         "step": held,
     }
-    return moments, states | {"gradients": gradients} if run.known.offloads else {}
+    return moments, states | {"gradients": gradients} if run.entry.offloads else {}
 
 
 def _fsdp(run: Run) -> tuple[dict[str, Parts], Parts]:
@@ -214,7 +214,7 @@ def _tensor(run: Run) -> tuple[dict[str, Parts], Parts]:
     held = {"weights": float(size * share), "moments": 8.0 * share, "gradients": float(size * share)}
     held["master copy"] = 4.0 * share if size == 2 else 0.0
     # ColossalAI puts its model into DDP, with buckets.
-    held["buffers"] = float(size * share) if run.known.engine.keeps_masters else 0.0
+    held["buffers"] = float(size * share) if run.entry.engine.keeps_masters else 0.0
     kept = activations(run) + autocast_copies(run)
     workspace = adam_workspace(run, share, model.embedding / run.devices)
     moments = {

@@ -6,7 +6,7 @@ from typing import Literal
 from transformers import BloomConfig
 
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.strategies.catalogue import BY_NAME, Strategy
+from firefly_lightning.strategies.catalogue import BY_NAME, StrategyEntry
 
 STRATEGIES = tuple(BY_NAME)
 """Names of those that can be planned."""
@@ -110,19 +110,19 @@ class Run:
         return self.precision != "32-true"
 
     @property
-    def known(self) -> Strategy:
+    def entry(self) -> StrategyEntry:
         """What the catalogue says of the strategy."""
         return BY_NAME[self.strategy]
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of each number of the weights that are computed with, and of a gradient."""
-        return 2 if self.mixed and self.known.engine.keeps_masters else 4
+        return 2 if self.mixed and self.entry.engine.keeps_masters else 4
 
     @property
     def layer_shares(self) -> int:
         """Devices that share each layer; one has it alone where devices share the rows instead."""
-        return self.devices if self.known.splits_layers else 1
+        return self.devices if self.entry.splits_layers else 1
 
 
 def row_shares(strategy: str, devices: int) -> int:
@@ -141,7 +141,7 @@ def check(run: Run) -> None:
             raise FireflyError(f"{name} {value} is not one that can be planned; there are {', '.join(known)}")
     if run.strategy == "auto" and run.devices > 1:
         raise FireflyError(f"strategy auto is one device, not {run.devices}; take ddp")
-    if run.known.splits_layers and run.model.n_head % run.devices:
+    if run.entry.splits_layers and run.model.n_head % run.devices:
         raise FireflyError(f"{run.strategy}: {run.devices} devices do not divide the model's {run.model.n_head} heads")
-    if run.precision == "16-mixed" and not run.known.engine.scales_gradients:
+    if run.precision == "16-mixed" and not run.entry.engine.scales_gradients:
         raise FireflyError(f"{run.strategy}: cannot do precision 16-mixed; take bf16-mixed")

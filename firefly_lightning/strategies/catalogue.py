@@ -35,7 +35,7 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class Strategy:
+class StrategyEntry:
     """A strategy by its short name.
 
     Attributes:
@@ -116,15 +116,17 @@ _GRADIENTS: frozenset[Part] = _STATES | {"gradients"}
 _ALL: frozenset[Part] = _GRADIENTS | {"weights"}
 
 _CLASSES = "firefly_lightning.strategies."
-_zero = partial(Strategy, engine=DEEPSPEED, class_path=f"{_CLASSES}deepspeed.strategy.ZeroStrategy", name_by=_zero_name)
+_zero = partial(
+    StrategyEntry, engine=DEEPSPEED, class_path=f"{_CLASSES}deepspeed.strategy.ZeroStrategy", name_by=_zero_name
+)
 _gemini = partial(
-    Strategy, engine=COLOSSALAI, class_path=f"{_CLASSES}colossalai.strategy.GeminiStrategy", name_by=_gemini_name,
+    StrategyEntry, engine=COLOSSALAI, class_path=f"{_CLASSES}colossalai.strategy.GeminiStrategy", name_by=_gemini_name,
     shards=_ALL, memory="gemini",
 )  # fmt: skip
 
 CATALOGUE = (
-    Strategy("auto", "Lightning's choice: one device", LIGHTNING, frozenset(), "whole"),
-    Strategy(
+    StrategyEntry("auto", "Lightning's choice: one device", LIGHTNING, frozenset(), "whole"),
+    StrategyEntry(
         "ddp", "Every device has the whole model", LIGHTNING, _ROWS, "whole",
         class_path="lightning.pytorch.strategies.DDPStrategy",
     ),
@@ -154,15 +156,15 @@ CATALOGUE = (
         "gemini_offload", "ColossalAI's Gemini, weights and optimizer states on the host",
         options={"offload_optim_frac": 1.0, "offload_param_frac": 1.0}, offloads=True,
     ),
-    Strategy(
+    StrategyEntry(
         "tensor_parallel", "ColossalAI's tensor parallelism", COLOSSALAI, _LAYERS, "tensor",
         class_path=f"{_CLASSES}colossalai.strategy.TensorParallelStrategy",
     ),
-    Strategy(
+    StrategyEntry(
         "fsdp2", "Every process holds a part of every weight (PyTorch's FSDP2)", NATIVE, _ALL, "fsdp",
         class_path=f"{_CLASSES}native.strategy.FSDP2Strategy",
     ),
-    Strategy(
+    StrategyEntry(
         "native_tp", "Processes share each row: PyTorch's tensor parallelism", NATIVE, _LAYERS, "tensor",
         class_path=f"{_CLASSES}native.strategy.NativeTensorParallelStrategy",
     ),
