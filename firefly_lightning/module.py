@@ -37,10 +37,10 @@ from firefly_lightning.huggingface import (
 )
 from firefly_lightning.model.fast_bloom import FastBloom
 from firefly_lightning.model.loss import target_cross_entropy, target_scores
+from firefly_lightning.model.step_guard import StepGuard
 from firefly_lightning.model.target_metrics import TargetMetrics
 from firefly_lightning.optim import OptimizerSettings, cosine_with_warmup
 from firefly_lightning.prompt import PromptEncoder, prompt_format
-from firefly_lightning.step_guard import StepGuard
 from firefly_lightning.strategies.hooks import StrategyHooks, check_accumulation, hooks_of
 
 ALL = "all"

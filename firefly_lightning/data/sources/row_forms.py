@@ -229,7 +229,7 @@ def _no_form(fields: Mapping[str, Any]) -> str:
     for form in _FORMS:  # what lacks one field only was meant to be in this form
         missing = form.required - fields.keys()
         if len(missing) == 1 < len(form.required):
-            return f"field {missing.pop()!r} is missing; the row has {sorted(fields)}; {forms}"
+            return f"field {next(iter(missing))!r} is missing; the row has {sorted(fields)}; {forms}"
     return f"fields {sorted(fields)} are none of the accepted forms; {forms}"
 
 
