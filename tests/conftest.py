@@ -26,14 +26,14 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 # As many as the processes that tests start have: another number sums in another order, and last digits differ.
 torch.set_num_threads(1)
 
-pytest_plugins = ["tests.support.strategies"]
+pytest_plugins = ["tests.support.strategies", "tests.support.queue"]
 
 OF_ONE_STACK = {
     "current": (
         "benchmarks", "callbacks", "chat", "checkpoints/test_portable", "data", "demo", "evaluation/test_answer",
-        "evaluation/test_predictions", "files", "integration/test_moving", "integration/test_readme",
-        "model/test_target_metrics", "planning", "preparation", "pruning", "strategies/deepspeed", "strategies/native",
-        "test_cli", "test_prompt",
+        "evaluation/test_predictions", "files", "integration/test_interrupts", "integration/test_moving",
+        "integration/test_readme", "model/test_target_metrics", "planning", "preparation", "pruning",
+        "strategies/deepspeed", "strategies/native", "test_cli", "test_prompt",
     ),
     "oldest": ("integration/test_launching", "strategies/colossalai/test_strategy"),
 }  # fmt: skip

@@ -5,7 +5,10 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -16,7 +19,10 @@ from tests.support.helpers import PATIENCE, ROOT
 from tests.support.ranks import BIN
 
 MOMENTS = int(os.environ.get("FIREFLY_MOMENTS", 2))
-"""In which each command is told to end; a release is tried with 20."""
+"""In which each command is told to end by each signal, every second time twice; a release is tried with 20.
+
+With `--divided` one moment: every command is told once by one signal, and twice by the other.
+"""
 
 SECONDS = 3.0 * float(os.environ.get("FIREFLY_SLOWNESS", 2))
 """In which it must have ended: three on a machine with nothing else to do."""
@@ -56,14 +62,27 @@ COMMANDS = {
 }
 
 
+@pytest.fixture(scope="module")
+def seconds(places, tmp_path_factory) -> Callable[[str], float]:
+    """How long a command takes; measured once."""
+
+    @cache
+    def of(name: str) -> float:
+        folder = tmp_path_factory.mktemp("whole")
+        with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(folder / "cache")):
+            return ended(name, places, folder / "whole", None, 0)[0]
+
+    return of
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_signal_ends_a_command(name, number, places, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    whole, _ = ended(name, places, tmp_path / "whole", None, 0)
+def test_a_signal_ends_a_command(name, number, places, seconds, tmp_path, monkeypatch, request):
     drawn = random.Random(f"{name} {number}")
-    for moment in range(MOMENTS):
-        after = drawn.uniform(0.5, whole)
+    first = (list(COMMANDS).index(name) + (number == signal.SIGTERM)) % 2
+    for moment in range(first, first + 1) if request.config.getoption("--divided") else range(MOMENTS):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache{moment}"))  # as empty as that of the whole command
+        after = drawn.uniform(0.5, seconds(name))
         took, process = ended(name, places, tmp_path / str(moment), number, after, twice=moment % 2 == 1)
         if took is None:
             continue  # it had ended before

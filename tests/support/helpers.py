@@ -38,9 +38,12 @@ PATIENCE = 1800
 """Seconds until a process is taken to hang; a slow machine that compiles what DeepSpeed needs does not."""
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(  # what is imported late in a run, too
-    ["tests.support.ranks", "pandas", "torch.utils.tensorboard", "matplotlib.figure", "matplotlib.backends.backend_agg"]
-)
+FORKS.set_forkserver_preload(  # what is imported late in a run, too; the last three by engines
+    [
+        "tests.support.ranks", "pandas", "torch.utils.tensorboard", "matplotlib.figure",
+        "matplotlib.backends.backend_agg", "functorch.compile", "torch._inductor.lowering", "torch.utils.cpp_extension",
+    ]
+)  # fmt: skip
 
 
 def run(*command: object, check: bool = True, process: bool = False, cwd: Path = ROOT, how=None):

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 # Imported for those that follow: every rank is forked from a process that has it already.
 from firefly_lightning import cli
 from firefly_lightning.callbacks import run_report as report
+from firefly_lightning.callbacks import throughput
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -47,6 +48,7 @@ def run_rank(
         with path.open("a") as file:
             os.dup2(file.fileno(), number)
     torch.set_num_threads(1)
+    gc.freeze()  # what was forked with it is never garbage: to look through it takes longer than some steps
     for name, *args in commands:
         (script,) = entry_points(group="console_scripts", name=name.removeprefix("-"))
         args = args if whole else bare(args)
@@ -71,9 +73,11 @@ def bare(args: Sequence[str]) -> Sequence[str]:
 
 @contextlib.contextmanager
 def lean(args: Sequence[str]) -> Iterator[None]:
-    """Without what takes longer than the training of a tiny model: figures, parsers of others or made anew."""
+    """Without what takes longer than the training of a tiny model: figures, what the device can do at most, and parsers
+    of others or made anew."""
     own = {args[0]: SUBCOMMANDS[args[0]]}
     with (
+        mock.patch.object(throughput, "measure_peak", return_value=1e11),
         mock.patch.multiple(report, draw_losses=mock.DEFAULT, draw_kinds=mock.DEFAULT),
         mock.patch.object(cli.FireflyCLI, "subcommands", return_value=own),
         mock.patch.object(cli.FireflyCLI, "_setup_parser_kwargs", return_value=({}, {})),  # texts of others

@@ -1,0 +1,113 @@
+"""Files of tests as a queue that several processes of pytest take from, so that no core waits; and how long each takes.
+
+`bin/test` gives `--queue FOLDER` to all processes of a stack. Who makes the folder of a file in it runs the file.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+LONGEST = ()
+"""Begun first: a long one that begins last leaves a core without work."""
+
+LARGEST_SHARE = 0.12
+"""Of the time of its stack's files that one may take. Two cores share them, so that it is a quarter of what one waits
+for, and of what the end of a run can be late by. A longer one is divided, or made shorter."""
+
+LEAST_SECONDS = 180
+"""Which a file may take whatever its share is: that of a run of few files, or of a small stack, says nothing."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--queue", type=Path, metavar="FOLDER", help="leave files to others that were given this folder")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Files(config.getoption("--queue")), "files")
+
+
+class Files:
+    """Those of this process, with the time of each; where there is a queue, of all processes that take from it."""
+
+    def __init__(self, queue: Path | None):
+        self.queue, self.seconds = queue, {}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        items.sort(key=lambda item: LONGEST.index(file_of(item)) if file_of(item) in LONGEST else len(LONGEST))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session):
+        """As pytest's own, but for files that another process has taken."""
+        if self.queue is None or session.config.option.collectonly or session.testsfailed:
+            return None
+        for items in self.taken(session):
+            # After the last test of a file what is of the session stays: which file follows is not known yet.
+            for item, following in zip(items, [*items[1:], session], strict=True):
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                if session.shouldfail:
+                    raise session.Failed(session.shouldfail)
+                if session.shouldstop:
+                    raise session.Interrupted(session.shouldstop)
+            name = file_of(items[0])
+            (self.place(name) / "seconds").write_text(str(self.seconds[name]))
+        return True
+
+    def taken(self, session) -> Iterator[list[pytest.Item]]:
+        files = {}
+        for item in session.items:
+            files.setdefault(file_of(item), []).append(item)
+        *_, last = files
+        for name, items in files.items():
+            try:
+                self.place(name).mkdir(parents=True)
+            except FileExistsError:
+                continue
+            if name == last:  # no further process needs to begin
+                (self.queue / "empty").touch()
+            yield items
+
+    def place(self, name: str) -> Path:
+        return self.queue / name.replace("/", "+")
+
+    def pytest_runtest_logreport(self, report):
+        name = file_of(report)
+        self.seconds[name] = self.seconds.get(name, 0.0) + report.duration
+
+    def all_seconds(self) -> dict[str, float]:
+        if self.queue is None:
+            return self.seconds
+        return {path.parent.name.replace("+", "/"): float(path.read_text()) for path in self.queue.glob("*/seconds")}
+
+    def too_long(self) -> list[str]:
+        """Of those of this process: another one tells of its own."""
+        whole = sum(self.all_seconds().values())
+        return [
+            f"{name} took {seconds:.0f} s, {seconds / whole:.0%} of {whole:.0f} s: at most {LARGEST_SHARE:.0%} are a "
+            "file's share (LARGEST_SHARE in tests/support/queue.py); divide it, or make it shorter"
+            for name, seconds in self.seconds.items()
+            if seconds > max(LEAST_SECONDS, LARGEST_SHARE * whole)
+        ]
+
+    def pytest_sessionfinish(self, session, exitstatus):
+        if exitstatus == pytest.ExitCode.OK and whole_run(session.config) and self.too_long():
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter, config):
+        if config.option.durations:
+            terminalreporter.section("longest files")
+            for name, seconds in sorted(self.seconds.items(), key=lambda pair: -pair[1])[:15]:
+                terminalreporter.line(f"{seconds:7.1f} s  {name}")
+        if whole_run(config):
+            for line in self.too_long():
+                terminalreporter.line(f"ERROR {line}", red=True)
+
+
+def whole_run(config: pytest.Config) -> bool:
+    """Whether all files were asked for, which shares are of."""
+    return config.args_source == config.ArgsSource.TESTPATHS and not (config.option.keyword or config.option.markexpr)
+
+
+def file_of(of: pytest.Item | pytest.TestReport) -> str:
+    return of.nodeid.split("::")[0]
