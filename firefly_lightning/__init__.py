@@ -16,7 +16,8 @@ from firefly_lightning.strategies.registration import register_when_imported
 if TYPE_CHECKING:
     from firefly_lightning import strategies
     from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
-    from firefly_lightning.data.datamodule import FireflyDataModule, Source
+    from firefly_lightning.data.datamodule import FireflyDataModule
+    from firefly_lightning.data.mixing import Source
     from firefly_lightning.data.plan import StepPlan
     from firefly_lightning.module import FireflyModule
     from firefly_lightning.prompt import PromptEncoder, PromptFormat
@@ -43,7 +44,7 @@ _HOMES = {
     "FireflyModule": "module",
     "PromptEncoder": "prompt",
     "PromptFormat": "prompt",
-    "Source": "data.datamodule",
+    "Source": "data.mixing",
     "StepPlan": "data.plan",
     "StrategyHooks": "strategies.hooks",
 }

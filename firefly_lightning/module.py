@@ -1,4 +1,7 @@
-"""FireflyModule: a (pruned) Bloom that learns the targets of instruction rows."""
+"""FireflyModule: a (pruned) Bloom that learns the targets of instruction rows.
+
+Longer than 300 lines, since Lightning's hooks are methods of one class; what they do lies elsewhere.
+"""
 
 import os
 from collections.abc import Iterable

@@ -22,7 +22,7 @@ MOVED = {
     "data.rows": "data.sources.row_forms", "data.stats": "preparation.stats preparation.token_counts",
     "data.tables": "data.counts_table console",
     "data.template_files": "preparation.templates.reader", "data.template_views": "preparation.templates.views",
-    "data.templates": "preparation.templates.fill", "data.tokenized": "data.token_cache",
+    "data.templates": "preparation.templates.fill", "data.tokenized": "data.token_cache data.tokenized_rows",
     "direct_io": "files.direct_io", "folders": "files.atomic", "generation": "evaluation.generation",
     "loss": "model.loss", "metrics": "model.target_metrics", "parsing": "cli_errors",
     "planning.configuration": "planning.run_config planning.training_rows",

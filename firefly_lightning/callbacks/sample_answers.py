@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from firefly_lightning.data.batches import MicroBatch, collate
-from firefly_lightning.data.token_cache import TokenizedRow
+from firefly_lightning.data.tokenized_rows import TokenizedRow
 from firefly_lightning.evaluation.predictions import Prediction
 from firefly_lightning.module import FireflyModule
 from firefly_lightning.prompt import PromptEncoder

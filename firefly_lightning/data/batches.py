@@ -6,11 +6,13 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from firefly_lightning.data.plan import Rows, StepPlan
-from firefly_lightning.data.token_cache import TokenizedRow, TokenizedRows
+from firefly_lightning.data.tokenized_rows import TokenizedRow, TokenizedRows
+from firefly_lightning.processes import end_with_parent, leave_interrupts_to_parent
 
 
 class PaddedRows(TypedDict):
@@ -209,3 +211,37 @@ def collate(rows: Sequence[TokenizedRow], pad_id: int) -> PaddedRows:
 
 
 _NO_POSITIONS: Rows = np.zeros(0, np.int64)
+
+
+def make_loader(
+    batches: PlannedBatches,
+    workers: int,
+    pin_memory: bool,
+    loader: type[DataLoader[MicroBatch]] = DataLoader,
+    first_step: int = 0,
+) -> DataLoader[MicroBatch]:
+    """A loader of planned micro-batches.
+
+    Args:
+        batches: What it loads.
+        workers: Processes that prepare micro-batches; 0 for none.
+        pin_memory: Whether they are put into page-locked memory.
+        loader: Its class.
+        first_step: The optimizer step that it begins with.
+    """
+    return loader(
+        batches,
+        batch_size=None,
+        sampler=EpochSampler(batches, first_step),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        worker_init_fn=_begin_loading,
+    )
+
+
+def _begin_loading(worker: int) -> None:
+    """Seeds a worker as Lightning does those of loaders that begin nothing of their own; it ends with its run."""
+    pl_worker_init_function(worker)
+    leave_interrupts_to_parent()
+    end_with_parent()

@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from rich.table import Table
 
 from firefly_lightning.console import render
-from firefly_lightning.data.token_cache import COUNTED, Counts
+from firefly_lightning.data.tokenized_rows import COUNTED, Counts
 
 HEADINGS = {
     "rows": "rows read",

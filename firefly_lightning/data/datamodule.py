@@ -3,45 +3,27 @@
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import lightning as L
 import numpy as np
 import numpy.typing as npt
-from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from firefly_lightning.data.batches import EpochSampler, MicroBatch, PlanLoader, PlannedBatches, data_parallel_share
+from firefly_lightning.data.batches import MicroBatch, PlanLoader, PlannedBatches, data_parallel_share, make_loader
 from firefly_lightning.data.counts_table import counts_table
-from firefly_lightning.data.mixing import Share, check_share, describe_repeated, mix, repeated_rows
-from firefly_lightning.data.plan import Rows, StepPlan, WeightedRows, check_shares, permutation
+from firefly_lightning.data.mixing import Share, Source, check_share, split
+from firefly_lightning.data.plan import Rows, StepPlan, WeightedRows, check_shares
 from firefly_lightning.data.row_arrays import TooLong
 from firefly_lightning.data.sources.records import find_sources
 from firefly_lightning.data.sources.row_forms import RowFormat
-from firefly_lightning.data.token_cache import WHOLE, TokenizedRows, default_cache_dir, tokenize
+from firefly_lightning.data.token_cache import WHOLE, default_cache_dir, tokenize
+from firefly_lightning.data.tokenized_rows import TokenizedRows
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import load_tokenizer
-from firefly_lightning.processes import end_with_parent, leave_interrupts_to_parent
 from firefly_lightning.prompt import PromptEncoder, PromptFormat, prompt_format
-
-
-class _Path(TypedDict):
-    path: str
-
-
-class Source(_Path, Share, total=False):
-    """Rows to train on.
-
-    Attributes:
-        path: A file, a glob of files (their shares are each of its own), or the name of a Hugging Face dataset.
-        weight: How often an epoch takes each row: 1 once, 0.5 half of the rows (later epochs the others), 2 twice.
-        cap: Rows that an epoch takes at most.
-        epochs: How often each row is taken at most in the whole run; the others then fill its place.
-    """
-
-    # No dataclass, since jsonargparse would then take the file of rows for a configuration and read it.
 
 
 class FireflyDataModule(L.LightningDataModule):
@@ -102,23 +84,20 @@ class FireflyDataModule(L.LightningDataModule):
         self.val_files, self.test_files = _listed(val_files), _listed(test_files)
         self.predict_files = _listed(predict_files)
         self.val_fraction = val_fraction
-        self.batch_size = batch_size
-        self.micro_batch_size = micro_batch_size
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.max_length = max_length
         self.too_long: TooLong = too_long
         self.prompt = prompt_format(prompt)
         self.seed = seed
         self.row_format = row_format
-        self.num_workers = num_workers
-        self.pin_memory = pin_memory
+        self.num_workers, self.pin_memory = num_workers, pin_memory
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.train: PlannedBatches = None  # type: ignore[assignment]  # until it is set up to train
         self.val: PlannedBatches | None = None
         self.test: PlannedBatches | None = None
         self._tokenizer: PreTrainedTokenizerFast | None = None
         self._val_check_interval: Any = None  # as the user set it
-        self._fitting = False
-        self._resumed_step = 0
+        self._fitting, self._resumed_step = False, 0
         self._check_arguments()
 
     @property
@@ -158,7 +137,9 @@ class FireflyDataModule(L.LightningDataModule):
                 raise FireflyError("data.train_files: nothing to train on; name at least one file")
             files = [(file, source) for source in self.train_sources for file in find_sources([source["path"]])]
             train_rows = self._tokenized([file for file, _ in files], encoder, self.max_length)
-            taken, held_out = self._split(train_rows, [source for _, source in files])
+            taken, held_out = split(
+                train_rows, [source for _, source in files], self.kinds, self.val_fraction, self.seed
+            )
             self.train = self._planned(train_rows, taken, self.batch_size, micro_batch_size, shuffle=True)
             val_rows = self._planned(train_rows, held_out, 0, micro_batch_size) if self.val_fraction else None
         self.val = self._evaluated(self.val_files, encoder, micro_batch_size) or val_rows
@@ -199,7 +180,7 @@ class FireflyDataModule(L.LightningDataModule):
         """Micro-batches from the next optimizer step on."""
         # The trainer restores its own count only after a schedule may have asked how many batches there are.
         first_step = self._resumed_step or (self.trainer.global_step if self.trainer else 0)
-        return self._loader(self.train, PlanLoader, first_step)
+        return self._loader(self.train, loader=PlanLoader, first_step=first_step)
 
     def val_dataloader(self) -> DataLoader[MicroBatch] | list[Any]:
         """All validation rows once; no loader where there are none."""
@@ -251,23 +232,6 @@ class FireflyDataModule(L.LightningDataModule):
 
     def _files_to_answer(self) -> list[str]:
         return self.predict_files or self.test_files or self.val_files
-
-    def _split(self, rows: TokenizedRows, shares: Sequence[Share]) -> tuple[list[WeightedRows], list[WeightedRows]]:
-        """The rows to train on, by source and kind with their shares, and those held out for validation."""
-        repeated = repeated_rows(rows)
-        for line in describe_repeated(rows, repeated):
-            rank_zero_info(line)
-        held_out = np.zeros(len(rows), bool)
-        if self.val_fraction:
-            order = permutation(len(rows), self.seed)
-            order = order[~repeated[order]]
-            held_out[order[: round(self.val_fraction * len(order))]] = True
-        taken = mix(rows, ~held_out & ~repeated, shares, self.kinds)
-        if not taken or (self.val_fraction and not held_out.any()):
-            raise FireflyError(
-                f"data.val_fraction {self.val_fraction} of {len(rows)} rows leaves one side empty; choose another"
-            )
-        return taken, [WeightedRows(np.flatnonzero(held_out))]
 
     def _evaluated(self, files: Sequence[str], encoder: PromptEncoder, micro_batch_size: int) -> PlannedBatches | None:
         if not files:
@@ -323,25 +287,8 @@ class FireflyDataModule(L.LightningDataModule):
             steps = epochs * self.train.plan.steps_per_epoch
         self.train.plan.check_lasts(max(steps, 0))
 
-    def _loader(
-        self, batches: PlannedBatches, loader: type[DataLoader[MicroBatch]] = DataLoader, first_step: int = 0
-    ) -> DataLoader[MicroBatch]:
-        return loader(
-            batches,
-            batch_size=None,
-            sampler=EpochSampler(batches, first_step),
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=_begin_loading,
-        )
-
-
-def _begin_loading(worker: int) -> None:
-    """Seeds a worker as Lightning does those of loaders that begin nothing of their own; it ends with its run."""
-    pl_worker_init_function(worker)
-    leave_interrupts_to_parent()
-    end_with_parent()
+    def _loader(self, batches: PlannedBatches, **how: Any) -> DataLoader[MicroBatch]:
+        return make_loader(batches, self.num_workers, self.pin_memory, **how)
 
 
 def _as_source(source: str | Source) -> Source:

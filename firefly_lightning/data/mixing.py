@@ -6,9 +6,10 @@ from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
+from lightning.pytorch.utilities import rank_zero_info
 
-from firefly_lightning.data.plan import Rows, WeightedRows, apportion
-from firefly_lightning.data.token_cache import TokenizedRows
+from firefly_lightning.data.plan import Rows, WeightedRows, apportion, permutation
+from firefly_lightning.data.tokenized_rows import TokenizedRows
 from firefly_lightning.errors import FireflyError
 
 
@@ -24,6 +25,23 @@ class Share(TypedDict, total=False):
     weight: float
     cap: int
     epochs: float
+
+
+class _Path(TypedDict):
+    path: str
+
+
+class Source(_Path, Share, total=False):
+    """Rows to train on.
+
+    Attributes:
+        path: A file, a glob of files (their shares are each of its own), or the name of a Hugging Face dataset.
+        weight: How often an epoch takes each row: 1 once, 0.5 half of the rows (later epochs the others), 2 twice.
+        cap: Rows that an epoch takes at most.
+        epochs: How often each row is taken at most in the whole run; the others then fill its place.
+    """
+
+    # No dataclass, since jsonargparse would then take the file of rows for a configuration and read it.
 
 
 def check_share(share: Mapping[str, Any], key: str, name: str) -> None:
@@ -85,6 +103,39 @@ class _Part:
     def quota(self) -> int:
         """Rows that an epoch takes."""
         return round(self.weight * len(self.rows))
+
+
+def split(
+    rows: TokenizedRows, sources: Sequence[Share], kinds: Mapping[str, Share], val_fraction: float, seed: int
+) -> tuple[list[WeightedRows], list[WeightedRows]]:
+    """The rows to train on, by source and kind with their shares, and those held out for validation.
+
+    Rows that two sources share are reported, and taken from the first alone.
+
+    Args:
+        rows: Of all sources.
+        sources: The share of each.
+        kinds: The share of each kind that has one.
+        val_fraction: Share of the rows that is held out.
+        seed: Which are.
+
+    Raises:
+        FireflyError: If nothing is left to train or to validate on.
+    """
+    repeated = repeated_rows(rows)
+    for line in describe_repeated(rows, repeated):
+        rank_zero_info(line)
+    held_out = np.zeros(len(rows), bool)
+    if val_fraction:
+        order = permutation(len(rows), seed)
+        order = order[~repeated[order]]
+        held_out[order[: round(val_fraction * len(order))]] = True
+    taken = mix(rows, ~held_out & ~repeated, sources, kinds)
+    if not taken or (val_fraction and not held_out.any()):
+        raise FireflyError(
+            f"data.val_fraction {val_fraction} of {len(rows)} rows leaves one side empty; choose another"
+        )
+    return taken, [WeightedRows(np.flatnonzero(held_out))]
 
 
 def _cap(parts: Sequence[_Part], belongs: Callable[[_Part], bool], cap: int | None) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ from firefly_lightning.data.sources import records as records_module
 from firefly_lightning.data.sources import row_forms as rows_module
 from firefly_lightning.data.sources.records import is_file, load_hub_dataset
 from firefly_lightning.data.sources.row_forms import Row, RowFormat, read_rows
+from firefly_lightning.data.tokenized_rows import COUNTED, REPORT_FILE, ROWS_FILE
 from firefly_lightning.errors import FireflyError, describe_os_error
 from firefly_lightning.prompt import PromptEncoder
 
@@ -55,82 +56,6 @@ SCHEMA = pa.schema(
         "identity": pa.uint64(),
     }
 )
-Counts = dict[str, dict[str, int]]
-"""By kind, what ``COUNTED`` names: rows read, cut, left out or short of a last answer, and tokens kept."""
-
-COUNTED = ("rows", "truncated", "dropped", "no_target", "unanswered", "tokens", "target_tokens")
-
-
-class TokenizedRow(NamedTuple):
-    """One row: (length,) token ids, and (length,) whether each is learned."""
-
-    input_ids: npt.NDArray[np.int32]
-    target_mask: npt.NDArray[np.bool_]
-
-
-class TokenizedRows:
-    """Rows of several cache folders, one after another.
-
-    Args:
-        folders: From :func:`tokenize`.
-        names: What each is called in messages.
-    """
-
-    def __init__(self, folders: Sequence[Path], names: Sequence[str]) -> None:
-        self.folders, self.names = list(folders), list(names)
-        self.counts: list[Counts] = []
-        self.kinds: list[str] = []
-        self._batches: list[pa.RecordBatch] = []
-        kinds: list[npt.NDArray[np.int32]] = []
-        sizes: list[int] = []
-        for folder in self.folders:
-            report = json.loads((folder / "report.json").read_text("utf-8"))
-            self.counts.append(report["counts"])
-            renumbered = np.array([self._kind_id(kind) for kind in report["kinds"]], np.int32)
-            batches = _map_batches(folder / "rows.arrow")
-            kinds += [renumbered[_numbers(batch.column("kind"))] for batch in batches]
-            sizes.append(sum(batch.num_rows for batch in batches))
-            self._batches += batches
-        self.ends = np.cumsum(sizes)
-        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        self.lengths = _concatenate([np.diff(_numbers(batch.column("input_ids").offsets)) for batch in self._batches])
-        self.target_tokens = _concatenate([_numbers(batch.column("target_tokens")) for batch in self._batches])
-        self.kind_ids = _concatenate(kinds)
-        self.identities: npt.NDArray[np.uint64] = np.concatenate(
-            [np.zeros(0, np.uint64), *(_numbers(batch.column("identity")) for batch in self._batches)]
-        )
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getitem__(self, row: int) -> TokenizedRow:
-        batch, index = self._locate(row)
-        ids, mask = batch.column("input_ids"), batch.column("target_mask")
-        first, last = ids.offsets[index].as_py(), ids.offsets[index + 1].as_py()
-        return TokenizedRow(_numbers(ids.values[first:last]), _booleans(mask.values[first:last]))
-
-    def of_source(self, index: int) -> npt.NDArray[np.int64]:
-        """Rows of one source."""
-        return np.arange(self.ends[index - 1] if index else 0, self.ends[index])
-
-    def describe(self, row: int) -> str:
-        """Where a row came from: source, line and kind."""
-        batch, index = self._locate(row)
-        source = self.names[int(np.searchsorted(self.ends, row, side="right"))]
-        return f"{source}:{batch.column('number')[index].as_py()} ({self.kinds[self.kind_ids[row]]})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A worker that is started afresh maps the files itself instead of being sent their content.
-        return type(self), (self.folders, self.names)
-
-    def _locate(self, row: int) -> tuple[pa.RecordBatch, int]:
-        batch = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self._batches[batch], int(row - self._starts[batch])
-
-    def _kind_id(self, kind: str) -> int:
-        if kind not in self.kinds:
-            self.kinds.append(kind)
-        return self.kinds.index(kind)
 
 
 def default_cache_dir() -> Path:
@@ -226,8 +151,8 @@ def _make(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
         shutil.rmtree(left_over)  # of a process that was killed; a living one would hold the lock
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
     try:
-        report = write(temporary / "rows.arrow")
-        (temporary / "report.json").write_text(json.dumps(report, ensure_ascii=False), "utf-8")
+        report = write(temporary / ROWS_FILE)
+        (temporary / REPORT_FILE).write_text(json.dumps(report, ensure_ascii=False), "utf-8")
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -327,24 +252,3 @@ def _chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
     stream = iter(rows)  # once: a progress bar that is iterated anew for every chunk ends with the second
     while chunk := list(itertools.islice(stream, size)):
         yield chunk
-
-
-def _map_batches(path: Path) -> list[pa.RecordBatch]:
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    return [reader.get_batch(index) for index in range(reader.num_record_batches)]
-
-
-def _numbers(array: pa.Array) -> npt.NDArray[Any]:
-    """A view; pyarrow's own to_numpy imports pandas, which takes as long as all else that a start with a cache does."""
-    return np.from_dlpack(array)
-
-
-def _booleans(array: pa.BooleanArray) -> npt.NDArray[np.bool_]:
-    """Arrow keeps eight in a byte, the first in its lowest bit."""
-    first, after = array.offset, array.offset + len(array)
-    packed = np.frombuffer(array.buffers()[1], np.uint8)[first // 8 : -(-after // 8)]
-    return np.unpackbits(packed, bitorder="little")[first % 8 :][: len(array)].view(bool)
-
-
-def _concatenate(parts: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
-    return np.concatenate([np.zeros(0, np.int32), *parts])

@@ -3,6 +3,8 @@
 Rows lie one after another without padding; attention is PyTorch's fused one, with ALiBi as one bias for all rows; of
 the last block, only positions that are followed by a target go on. Weights, names and hooks are those of the stock
 model, whose own path stays what it is for everything else.
+
+Longer than 300 lines, since a block's forward pass and what its backward pass computes again are read together.
 """
 
 import math

@@ -68,7 +68,8 @@ def stats(
     inputs = [*sources, tokenizer, *([font] if font else [])]
     check_new_folder(folder, inputs)
     from firefly_lightning.data.plan import check_shares
-    from firefly_lightning.data.token_cache import WHOLE, TokenizedRows, default_cache_dir, tokenize
+    from firefly_lightning.data.token_cache import WHOLE, default_cache_dir, tokenize
+    from firefly_lightning.data.tokenized_rows import TokenizedRows
     from firefly_lightning.huggingface import load_tokenizer
     from firefly_lightning.preparation.figures import draw_lengths, draw_tasks, find_font
     from firefly_lightning.preparation.token_counts import describe, histogram, padding_of

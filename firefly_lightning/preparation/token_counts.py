@@ -7,7 +7,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from firefly_lightning.data.plan import StepPlan, WeightedRows
-from firefly_lightning.data.token_cache import TokenizedRows
+from firefly_lightning.data.tokenized_rows import TokenizedRows
 from firefly_lightning.preparation.stats import ALL
 
 QUANTILES = (0.5, 0.9, 0.99)

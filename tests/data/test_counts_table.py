@@ -1,7 +1,7 @@
 """The table of what was kept of each kind."""
 
 from firefly_lightning.data.counts_table import HEADINGS, counts_table
-from firefly_lightning.data.token_cache import COUNTED
+from firefly_lightning.data.tokenized_rows import COUNTED
 
 
 def test_the_table_adds_sources_up_and_cuts_no_word():

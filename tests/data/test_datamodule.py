@@ -11,7 +11,7 @@ import torch
 
 from firefly_lightning import FireflyDataModule, FireflyError, PromptFormat, Source
 from firefly_lightning.data.batches import EpochSampler, collate
-from firefly_lightning.data.token_cache import TokenizedRow
+from firefly_lightning.data.tokenized_rows import TokenizedRow
 from tests.conftest import write_rows
 from tests.support.helpers import forked, wait_for_ends
 

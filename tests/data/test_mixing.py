@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from firefly_lightning import FireflyDataModule, FireflyError
-from firefly_lightning.data import datamodule as datamodule_module
+from firefly_lightning.data import mixing
 from tests.conftest import write_rows
 from tests.support.helpers import one_line, run
 
@@ -75,7 +75,7 @@ def test_what_is_used_up_is_replaced_by_the_others(model_folder, tmp_path, files
 
 def test_rows_of_two_files_are_taken_once_and_reported(model_folder, tmp_path, files, monkeypatch):
     said = []
-    monkeypatch.setattr(datamodule_module, "rank_zero_info", said.append)
+    monkeypatch.setattr(mixing, "rank_zero_info", said.append)
     belle = [{"instruction": row["input"], "input": "", "output": row["target"]} for row in of_kind("Belle", 30)]
     belle[3] = {"instruction": "第", "input": "3问", "output": " Belle3\n"}  # joined by a line end here
     new = [{"instruction": "新", "input": "", "output": f"新{at}"} for at in range(5)]

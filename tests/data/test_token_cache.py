@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from firefly_lightning.data import token_cache as tokenized
-from firefly_lightning.data.token_cache import TokenizedRows, tokenize
+from firefly_lightning.data.token_cache import tokenize
+from firefly_lightning.data.tokenized_rows import TokenizedRows
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import load_tokenizer
 from firefly_lightning.prompt import PRESETS, PromptEncoder

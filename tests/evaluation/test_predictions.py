@@ -8,7 +8,7 @@ import pytest
 
 from firefly_lightning import FireflyDataModule, FireflyModule
 from firefly_lightning.data.batches import collate, first_turns
-from firefly_lightning.data.token_cache import TokenizedRow
+from firefly_lightning.data.tokenized_rows import TokenizedRow
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.evaluation.predictions import PredictionFile
 from firefly_lightning.huggingface import load_tokenizer

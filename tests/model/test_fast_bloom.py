@@ -15,7 +15,7 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from firefly_lightning import FireflyModule
 from firefly_lightning.data.batches import collate
-from firefly_lightning.data.token_cache import TokenizedRow
+from firefly_lightning.data.tokenized_rows import TokenizedRow
 from firefly_lightning.model import fast_bloom as fast
 from firefly_lightning.model import loss
 from firefly_lightning.model.fast_bloom import AlibiBias, FastBloom, alibi_slopes

@@ -7,7 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import BloomConfig, BloomForCausalLM
 
 from firefly_lightning.data.batches import collate
-from firefly_lightning.data.token_cache import TokenizedRow
+from firefly_lightning.data.tokenized_rows import TokenizedRow
 from firefly_lightning.model import fast_bloom as bloom
 from firefly_lightning.model.fast_bloom import FastBloom
 from firefly_lightning.model.loss import target_cross_entropy

@@ -1,6 +1,8 @@
 """ColossalAI's Gemini and its tensor parallelism: ``gemini``, ``gemini_offload``, ``tensor_parallel``.
 
 They need the extra ``colossalai``, which is imported only when one of them is used.
+
+Longer than 300 lines, since the two classes are read side by side: each hook of one has its twin.
 """
 
 import contextlib

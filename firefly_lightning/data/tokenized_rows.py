@@ -1,0 +1,114 @@
+"""Rows of token ids as they lie in the cache, mapped into memory: their ids, lengths, kinds and sources."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+REPORT_FILE = "report.json"
+"""In a folder of the cache: the source, its kinds in the order of their numbers, and what was counted of each."""
+
+ROWS_FILE = "rows.arrow"
+"""Beside it: the rows, in batches of a schema that :mod:`firefly_lightning.data.token_cache` says."""
+
+Counts = dict[str, dict[str, int]]
+"""By kind, what ``COUNTED`` names: rows read, cut, left out or short of a last answer, and tokens kept."""
+
+COUNTED = ("rows", "truncated", "dropped", "no_target", "unanswered", "tokens", "target_tokens")
+
+
+class TokenizedRow(NamedTuple):
+    """One row: (length,) token ids, and (length,) whether each is learned."""
+
+    input_ids: npt.NDArray[np.int32]
+    target_mask: npt.NDArray[np.bool_]
+
+
+class TokenizedRows:
+    """Rows of several cache folders, one after another.
+
+    Args:
+        folders: From :func:`firefly_lightning.data.token_cache.tokenize`.
+        names: What each is called in messages.
+    """
+
+    def __init__(self, folders: Sequence[Path], names: Sequence[str]) -> None:
+        self.folders, self.names = list(folders), list(names)
+        self.counts: list[Counts] = []
+        self.kinds: list[str] = []
+        self._batches: list[pa.RecordBatch] = []
+        kinds: list[npt.NDArray[np.int32]] = []
+        sizes: list[int] = []
+        for folder in self.folders:
+            report = json.loads((folder / REPORT_FILE).read_text("utf-8"))
+            self.counts.append(report["counts"])
+            renumbered = np.array([self._kind_id(kind) for kind in report["kinds"]], np.int32)
+            batches = _map_batches(folder / ROWS_FILE)
+            kinds += [renumbered[_numbers(batch.column("kind"))] for batch in batches]
+            sizes.append(sum(batch.num_rows for batch in batches))
+            self._batches += batches
+        self.ends = np.cumsum(sizes)
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        self.lengths = _concatenate([np.diff(_numbers(batch.column("input_ids").offsets)) for batch in self._batches])
+        self.target_tokens = _concatenate([_numbers(batch.column("target_tokens")) for batch in self._batches])
+        self.kind_ids = _concatenate(kinds)
+        self.identities: npt.NDArray[np.uint64] = np.concatenate(
+            [np.zeros(0, np.uint64), *(_numbers(batch.column("identity")) for batch in self._batches)]
+        )
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, row: int) -> TokenizedRow:
+        batch, index = self._locate(row)
+        ids, mask = batch.column("input_ids"), batch.column("target_mask")
+        first, last = ids.offsets[index].as_py(), ids.offsets[index + 1].as_py()
+        return TokenizedRow(_numbers(ids.values[first:last]), _booleans(mask.values[first:last]))
+
+    def of_source(self, index: int) -> npt.NDArray[np.int64]:
+        """Rows of one source."""
+        return np.arange(self.ends[index - 1] if index else 0, self.ends[index])
+
+    def describe(self, row: int) -> str:
+        """Where a row came from: source, line and kind."""
+        batch, index = self._locate(row)
+        source = self.names[int(np.searchsorted(self.ends, row, side="right"))]
+        return f"{source}:{batch.column('number')[index].as_py()} ({self.kinds[self.kind_ids[row]]})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker that is started afresh maps the files itself instead of being sent their content.
+        return type(self), (self.folders, self.names)
+
+    def _locate(self, row: int) -> tuple[pa.RecordBatch, int]:
+        batch = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._batches[batch], int(row - self._starts[batch])
+
+    def _kind_id(self, kind: str) -> int:
+        if kind not in self.kinds:
+            self.kinds.append(kind)
+        return self.kinds.index(kind)
+
+
+def _map_batches(path: Path) -> list[pa.RecordBatch]:
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    return [reader.get_batch(index) for index in range(reader.num_record_batches)]
+
+
+def _numbers(array: pa.Array) -> npt.NDArray[Any]:
+    """A view; pyarrow's own to_numpy imports pandas, which takes as long as all else that a start with a cache does."""
+    return np.from_dlpack(array)
+
+
+def _booleans(array: pa.BooleanArray) -> npt.NDArray[np.bool_]:
+    """Arrow keeps eight in a byte, the first in its lowest bit."""
+    first, after = array.offset, array.offset + len(array)
+    packed = np.frombuffer(array.buffers()[1], np.uint8)[first // 8 : -(-after // 8)]
+    return np.unpackbits(packed, bitorder="little")[first % 8 :][: len(array)].view(bool)
+
+
+def _concatenate(parts: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
+    return np.concatenate([np.zeros(0, np.int32), *parts])
