@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,7 +43,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo_run/bloom-zh", help="folder of a small Bloom")
     parser.add_argument("--rows", nargs="+", default=["demo_run/rows/*.jsonl"], help="instruction rows to train on")
+    parser.add_argument("--only", nargs="+", default=[*GOALS, *FLOORS], metavar="COMMAND", help="commands to time")
     parser.add_argument("--repeats", type=int, default=5, help="of which the median is taken")
+    parser.add_argument("--warmup", type=int, default=1, help="before them, of which none counts")
     parser.add_argument("--out", type=Path, help="PNG to draw")
     options = parser.parse_args()
     print(json.dumps(machine()), flush=True)
@@ -55,26 +58,22 @@ def main() -> None:
         draw(lines, options.out)
 
 
-def measured(options: argparse.Namespace) -> Any:
+def measured(options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
     """Times of each command, by what it is called."""
-    programs = Path(sys.executable).parent
-    for name in GOALS:
-        program, *arguments = name.split()
-        command = [str(programs / program), *arguments]
-        if name == "firefly chat":
-            command += ["--model", options.model, "--prompt", "你好", "--seed", "1"]
-            yield name, repeated(lambda command=command: until_first_byte(command), options.repeats)
-        elif name == "firefly-fit fit":
-            yield name, repeated(lambda command=command: until_first_step(command, options), options.repeats)
-        else:
-            yield name, repeated(lambda command=command: until_end(command), options.repeats)
-    for name, code in FLOORS.items():
-        yield name, repeated(lambda code=code: until_end([sys.executable, "-c", code]), options.repeats)
+    for name in options.only:
+        once = timed(name, options)
+        yield name, [once() for _ in range(options.warmup + options.repeats)][options.warmup :]
 
 
-def repeated(once: Any, repeats: int) -> list[float]:
-    """Times of as many as are asked for, after one that does not count."""
-    return [once() for _ in range(repeats + 1)][1:]
+def timed(name: str, options: argparse.Namespace) -> Callable[[], float]:
+    """What starts a command anew and says how long it took."""
+    if name in FLOORS:
+        return partial(until_end, [sys.executable, "-c", FLOORS[name]])
+    program, *arguments = name.split()
+    command = [str(Path(sys.executable).parent / program), *arguments]
+    if name == "firefly chat":
+        return partial(until_first_byte, [*command, "--model", options.model, "--prompt", "你好", "--seed", "1"])
+    return partial(until_first_step, command, options) if name == "firefly-fit fit" else partial(until_end, command)
 
 
 def until_end(command: Sequence[str]) -> float:
