@@ -1,6 +1,6 @@
 """Files of tests as a queue that several processes of pytest take from, so that no core waits; and how long each takes.
 
-`bin/test` gives `--queue FOLDER` to all processes of a stack. Who makes the folder of a file in it runs the file.
+`bin/test` gives `--queue=FOLDER` to all processes of a stack. Who makes the folder of a file in it runs the file.
 """
 
 from collections.abc import Iterator
@@ -9,19 +9,20 @@ from pathlib import Path
 import pytest
 
 LONGEST = (
-    "tests/integration/test_moving.py", "tests/integration/test_parity.py", "tests/integration/test_interrupts.py",
-    "tests/integration/test_predict.py", "tests/strategies/colossalai/test_strategy.py",
+    "tests/integration/test_moving.py", "tests/integration/test_engine_parity.py", "tests/integration/test_parity.py",
+    "tests/integration/test_predict.py", "tests/integration/test_interrupts.py",
+    "tests/strategies/colossalai/test_strategy.py",
     "tests/integration/test_launching.py", "tests/strategies/deepspeed/test_strategy.py",
     "tests/integration/test_readme.py", "tests/strategies/native/test_strategy.py", "tests/integration/test_resume.py",
 )  # fmt: skip
 """Begun first: a long one that begins last leaves a core without work."""
 
 LARGEST_SHARE = 0.12
-"""Of the time of its stack's files that one may take. Two cores share them, so that it is a quarter of what one waits
-for, and of what the end of a run can be late by. A longer one is divided, or made shorter."""
+"""Of the time of all files of `bin/test --divided`, both stacks together, that one may take. Two cores share that time,
+so it is a quarter of what one waits for, and what one core may be late by. A longer one is divided, or made shorter."""
 
 LEAST_SECONDS = 180
-"""Which a file may take whatever its share is: that of a run of few files, or of a small stack, says nothing."""
+"""Which a file may take whatever its share is: that of a run of few files says nothing."""
 
 
 def pytest_addoption(parser):
@@ -80,17 +81,13 @@ class Files:
         name = file_of(report)
         self.seconds[name] = self.seconds.get(name, 0.0) + report.duration
 
-    def all_seconds(self) -> dict[str, float]:
-        if self.queue is None:
-            return self.seconds
-        return {path.parent.name.replace("+", "/"): float(path.read_text()) for path in self.queue.glob("*/seconds")}
-
     def too_long(self) -> list[str]:
         """Of those of this process: another one tells of its own."""
-        whole = sum(self.all_seconds().values())
+        times = [float(path.read_text()) for path in self.queue.parent.glob("*/*/seconds")] if self.queue else []
+        whole = sum(times or self.seconds.values())
         return [
-            f"{name} took {seconds:.0f} s, {seconds / whole:.0%} of {whole:.0f} s: at most {LARGEST_SHARE:.0%} are a "
-            "file's share (LARGEST_SHARE in tests/support/queue.py); divide it, or make it shorter"
+            f"{name} took {seconds:.0f} s, {seconds / whole:.0%} of {whole:.0f} s; at most {LARGEST_SHARE:.0%} are its "
+            "share (LARGEST_SHARE in tests/support/queue.py): divide it, or make it shorter"
             for name, seconds in self.seconds.items()
             if seconds > max(LEAST_SECONDS, LARGEST_SHARE * whole)
         ]
@@ -110,8 +107,9 @@ class Files:
 
 
 def whole_run(config: pytest.Config) -> bool:
-    """Whether all files were asked for, which shares are of."""
-    return config.args_source == config.ArgsSource.TESTPATHS and not (config.option.keyword or config.option.markexpr)
+    """Whether this is all of a divided run, which shares are of."""
+    chosen = config.option.keyword or config.option.markexpr
+    return config.getoption("--divided") and config.args_source == config.ArgsSource.TESTPATHS and not chosen
 
 
 def file_of(of: pytest.Item | pytest.TestReport) -> str:
