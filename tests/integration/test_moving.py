@@ -44,15 +44,16 @@ def command(fit_args, strategy: str, precision: str, root: Path, *more: object) 
 
 @pytest.fixture(scope="module")
 def saved(fit_args, tmp_path_factory):
-    """Checkpoints of runs that were stopped, by strategy and precision; made when they are asked for."""
+    """Checkpoints of runs that were stopped, by strategy and precision; made in both when one is asked for."""
     root = tmp_path_factory.mktemp("saved")
+    stopping = ["--model", "tests.support.helpers.Stopping", "--model.stop_step", SAVED - 1]
 
     def checkpoint(strategy: str, precision: str = "32-true"):
-        folder = root / f"{strategy}-{precision}"
-        if not folder.exists():
-            stopping = ["--model", "tests.support.helpers.Stopping", "--model.stop_step", SAVED - 1]
-            run_ranks(STRATEGIES[strategy][0], command(fit_args, strategy, precision, folder, *stopping))
-        return folder / "checkpoints" / "last.ckpt"
+        folders = {each: root / f"{strategy}-{each}" for each in TOLERANCES}
+        if not folders[precision].exists():
+            runs = (command(fit_args, strategy, each, folder, *stopping) for each, folder in folders.items())
+            run_ranks(STRATEGIES[strategy][0], *runs)
+        return folders[precision] / "checkpoints" / "last.ckpt"
 
     return checkpoint
 
