@@ -1,7 +1,4 @@
-"""FireflyModule: a (pruned) Bloom that learns the targets of instruction rows.
-
-Longer than 300 lines, since Lightning's hooks are methods of one class; what they do lies elsewhere.
-"""
+"""FireflyModule: a (pruned) Bloom that learns the targets of instruction rows."""
 
 import os
 from collections.abc import Iterable
