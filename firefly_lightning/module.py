@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable
 from functools import partial
-from itertools import zip_longest
 from typing import Any, Literal
 
 import lightning as L
@@ -13,18 +12,17 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import BloomForCausalLM, GenerationConfig
 
 from firefly_lightning.checkpoints.layout import DESCRIPTION_KEY, NAMES_KEY
 from firefly_lightning.checkpoints.loop_state import fit_loop_state
 from firefly_lightning.checkpoints.unsharded import accept_names, numbered_names
-from firefly_lightning.data.batches import MicroBatch, closing_targets, data_parallel_share
-from firefly_lightning.data.protocol import batches_of, data_of
+from firefly_lightning.data.batches import MicroBatch, data_parallel_share
+from firefly_lightning.data.protocol import data_of
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.evaluation.answer_scores import AnswerScores
 from firefly_lightning.evaluation.generation import Decoding, change_decoding, default_decoding
 from firefly_lightning.evaluation.predictions import Prediction, predict
+from firefly_lightning.evaluation.totals import ALL, EvaluationTotals, kinds_of
 from firefly_lightning.huggingface import (
     PUBLISHED_DECODING,
     check_same_model,
@@ -38,13 +36,9 @@ from firefly_lightning.huggingface import (
 from firefly_lightning.model.fast_bloom import FastBloom
 from firefly_lightning.model.loss import target_cross_entropy, target_scores
 from firefly_lightning.model.step_guard import StepGuard
-from firefly_lightning.model.target_metrics import TargetMetrics
-from firefly_lightning.optim import OptimizerSettings, cosine_with_warmup
+from firefly_lightning.optim import OptimizerSettings, cosine_schedule, optimizers_with_schedules
 from firefly_lightning.prompt import PromptEncoder, prompt_format
 from firefly_lightning.strategies.hooks import StrategyHooks, check_accumulation, hooks_of
-
-ALL = "all"
-"""What rows are called whose kinds are not known."""
 
 
 class FireflyModule(L.LightningModule):
@@ -92,9 +86,7 @@ class FireflyModule(L.LightningModule):
         self.decoding = decoding or Decoding()
         self.model: BloomForCausalLM = None  # until configure_model, where Lightning wants it to be built
         self._fast: FastBloom | None = None
-        self.target_metrics: TargetMetrics | None = None  # until an evaluation says of which kinds
-        self._answer_scores = AnswerScores([])
-        self._kinds: list[str] | None = None
+        self._totals: EvaluationTotals  # of an evaluation, from its start on
         self.step_guard = StepGuard()
         self._description: dict[str, Any] | None = None
         self._settings: list[OptimizerSettings] = []
@@ -125,8 +117,7 @@ class FireflyModule(L.LightningModule):
         build = partial(random_bloom, config, dtype) if self.from_scratch else partial(load_bloom, self.path, dtype)
         self.model = self._hooks.build_model(config, build)
         self.model.train()  # from_pretrained leaves it in evaluation mode, and Lightning keeps that
-        tokenizer, _ = self._tokenizer_and_prompt()
-        check_sizes(self.model.config, tokenizer, self.path)
+        check_sizes(self.model.config, self._tokenizer_and_prompt()[0], self.path)
         if self.attention != "eager":
             heads = self._hooks.own_heads(self.model.config.n_head)
             self._fast = FastBloom(self.model, heads, self._hooks.whole_weights)
@@ -151,24 +142,23 @@ class FireflyModule(L.LightningModule):
     def test_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, list[Prediction]]:
         """Adds a micro-batch to the metrics, with answers to the first inputs of its rows if their kinds are known."""
         self._evaluation_step(batch)
-        if self._kinds is None:
+        if self._totals.kinds is None:
             return {"predictions": []}
-        predictions = self._answers(batch, self._kinds)
-        self._answer_scores.update(predictions)
+        predictions = self._answers(batch, self._totals.kinds)
+        self._totals.add_answers(predictions)
         return {"predictions": predictions}
 
     def predict_step(self, batch: MicroBatch, batch_idx: int) -> list[Prediction]:
         """Answers to the first input of every row; sampled ones depend on seed, micro-batch and rank alone."""
-        return self._answers(batch, _kinds_of(self.trainer.predict_dataloaders))
+        return self._answers(batch, kinds_of(self.trainer.predict_dataloaders))
 
     def on_validation_epoch_start(self) -> None:
         """Begins to count."""
-        self._begin_evaluation(self.trainer.val_dataloaders)
+        self._totals = EvaluationTotals(self.trainer.val_dataloaders, self.device)
 
     def on_test_epoch_start(self) -> None:
         """Begins to count."""
-        self._begin_evaluation(self.trainer.test_dataloaders)
-        self._answer_scores = AnswerScores(self._kinds or [])
+        self._totals = EvaluationTotals(self.trainer.test_dataloaders, self.device)
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``val_loss``, and ``val_perplexity``, ``val_accuracy`` and ``val_eos_accuracy``, these by kind too."""
@@ -177,21 +167,20 @@ class FireflyModule(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Logs the same as ``test_…``, and the scores of the answers by kind, such as ``test_bleu/Couplet``."""
         self._log_evaluation("test")
-        scores = self._answer_scores.compute(self.device)
-        self.log_dict({f"test_{name}": score for name, score in scores.items()})
+        self.log_dict({f"test_{name}": score for name, score in self._totals.answer_scores().items()})
 
     def on_fit_start(self) -> None:
         """Notes what is configured, and lets optimizers take states by name, before a checkpoint is loaded."""
         for optimizer in self.trainer.optimizers:
             if hasattr(optimizer, "register_load_state_dict_pre_hook"):  # an engine's own may lack it
                 accept_names(self, optimizer)
-        self._settings = [OptimizerSettings.of(*each) for each in self._optimizers_with_schedules()]
+        self._settings = [OptimizerSettings.of(*each) for each in optimizers_with_schedules(self.trainer)]
 
     def on_train_start(self) -> None:
         """Forgets what a run that stopped within a step had gathered, and puts settings above a checkpoint's."""
         self.step_guard.forget()
         if self._resumed:
-            for settings, each in zip(self._settings, self._optimizers_with_schedules(), strict=True):
+            for settings, each in zip(self._settings, optimizers_with_schedules(self.trainer), strict=True):
                 settings.apply(*each)
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
@@ -230,8 +219,11 @@ class FireflyModule(L.LightningModule):
             FireflyError: If the run has no last step for the cosine to end at.
         """
         optimizer = self._make_optimizer(self.parameters())
-        scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler else self._cosine(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        if self.lr_scheduler:
+            schedule: Any = self.lr_scheduler(optimizer)
+        else:
+            schedule = cosine_schedule(optimizer, self.warmup_steps, self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds configuration, tokenizer and format, so that the checkpoint can be exported alone."""
@@ -269,19 +261,10 @@ class FireflyModule(L.LightningModule):
             scores = self._fast.target_scores(batch)
         else:
             scores = target_scores(self._hidden_at_targets(batch), self.model.lm_head, batch["target_ids"])
-        assert self.target_metrics is not None
-        rows = batch["target_positions"] // batch["input_ids"].shape[1]
-        kinds = torch.zeros_like(rows) if self._kinds is None else batch["kinds"].index_select(0, rows)
-        self.target_metrics.update(scores, kinds, closing_targets(batch, self.encoder.eos_token_id))
-
-    def _begin_evaluation(self, loader: Any) -> None:
-        """Counts by kind where the rows are our own; of others, all are one."""
-        self._kinds = _kinds_of(loader)
-        self.target_metrics = TargetMetrics(self._kinds or [ALL]).to(self.device)
+        self._totals.add_targets(batch, scores, self.encoder.eos_token_id)
 
     def _log_evaluation(self, stage: str) -> None:
-        assert self.target_metrics is not None
-        metrics = self.target_metrics.compute()
+        metrics = self._totals.target_metrics()
         shown = {f"{stage}_{name}": metrics.pop(name) for name in ("loss", "perplexity") if name in metrics}
         self.log_dict(shown, prog_bar=True)
         self.log_dict({f"{stage}_{name}": value for name, value in metrics.items()})
@@ -289,8 +272,7 @@ class FireflyModule(L.LightningModule):
     def _answers(self, batch: MicroBatch, kinds: list[str] | None) -> list[Prediction]:
         config = change_decoding(default_decoding(self.model), self.decoding)
         in_step = self._hooks.generates_in_step and self.trainer.world_size > 1
-        seed = self._seed(batch["step"])
-        return predict(self.model, self.encoder, batch, kinds or [ALL], config, seed, in_step)
+        return predict(self.model, self.encoder, batch, kinds or [ALL], config, self._seed(batch["step"]), in_step)
 
     @property
     def _hooks(self) -> StrategyHooks:
@@ -311,24 +293,7 @@ class FireflyModule(L.LightningModule):
         fused = plain and self.trainer.precision != "16-mixed"  # Lightning cannot clip scaled gradients then
         return AdamW(parameters, self.learning_rate, weight_decay=0.0, fused=fused or None)
 
-    def _optimizers_with_schedules(self) -> list[tuple[Any, Any]]:
-        """Each of the trainer's optimizers with its schedule, or None."""
-        schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        return list(zip_longest(self.trainer.optimizers, schedules[: len(self.trainer.optimizers)]))
-
-    def _cosine(self, optimizer: Optimizer) -> LambdaLR:
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise FireflyError("the cosine needs a last step; set trainer.max_steps or trainer.max_epochs")
-        return LambdaLR(optimizer, partial(cosine_with_warmup, warmup=self.warmup_steps, steps=int(steps)))
-
     def _tokenizer_and_prompt(self) -> tuple[Any, Any]:
         """Those of the data, or of the model's folder where the data is not ours."""
         data = data_of(self._trainer)
         return (data.tokenizer, data.prompt) if data else (load_tokenizer(self.path), prompt_format("firefly"))
-
-
-def _kinds_of(loader: Any) -> list[str] | None:
-    """Names of the kinds of its rows, where these are our own."""
-    batches = batches_of(loader)
-    return None if batches is None else batches.rows.kinds

@@ -6,9 +6,14 @@ An optimizer's settings are the configuration's, its progress the checkpoint's.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from typing import Any
 
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from firefly_lightning.errors import FireflyError
 
 
 def cosine_with_warmup(step: int, warmup: int, steps: int) -> float:
@@ -27,6 +32,28 @@ def cosine_with_warmup(step: int, warmup: int, steps: int) -> float:
     if step < warmup:
         return step / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def cosine_schedule(optimizer: Optimizer, warmup: int, steps: float) -> LambdaLR:
+    """A schedule by :func:`cosine_with_warmup`.
+
+    Args:
+        optimizer: Whose rate it sets.
+        warmup: Steps of the way up.
+        steps: All of the run; infinite where it has no last one.
+
+    Raises:
+        FireflyError: If there is no last step for the cosine to end at.
+    """
+    if steps == math.inf:
+        raise FireflyError("the cosine needs a last step; set trainer.max_steps or trainer.max_epochs")
+    return LambdaLR(optimizer, partial(cosine_with_warmup, warmup=warmup, steps=int(steps)))
+
+
+def optimizers_with_schedules(trainer: Any) -> list[tuple[Any, Any]]:
+    """Each of a trainer's optimizers with its schedule, or None."""
+    schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+    return list(zip_longest(trainer.optimizers, schedules[: len(trainer.optimizers)]))
 
 
 @dataclass(frozen=True)
