@@ -35,10 +35,10 @@ from firefly_lightning.huggingface import (
 )
 from firefly_lightning.model.fast_bloom import FastBloom
 from firefly_lightning.model.loss import target_cross_entropy, target_scores
-from firefly_lightning.model.step_guard import StepGuard
 from firefly_lightning.optim import OptimizerSettings, cosine_schedule, optimizers_with_schedules
 from firefly_lightning.prompt import PromptEncoder, prompt_format
 from firefly_lightning.strategies.hooks import StrategyHooks, check_accumulation, hooks_of
+from firefly_lightning.strategies.step_guard import StepGuard
 
 
 class FireflyModule(L.LightningModule):
