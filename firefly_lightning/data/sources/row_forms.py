@@ -225,12 +225,12 @@ def _row(kind: str, turns: tuple[Turn, ...], number: int, unanswered: bool = Fal
 
 def _no_form(fields: Mapping[str, Any]) -> str:
     *others, last = (form.shown for form in _FORMS)
-    forms = f"use {', '.join(others)} or {last}"
+    forms = f"{', '.join(others)} or {last}"
     for form in _FORMS:  # what lacks one field only was meant to be in this form
         missing = form.required - fields.keys()
         if len(missing) == 1 < len(form.required):
-            return f"field {next(iter(missing))!r} is missing; the row has {sorted(fields)}; {forms}"
-    return f"fields {sorted(fields)} are none of the accepted forms; {forms}"
+            return f"field {next(iter(missing))!r} is missing; the row has {sorted(fields)}; use {forms}"
+    return f"fields {sorted(fields)} are none of the accepted forms; use {forms}"
 
 
 def _text(fields: Mapping[str, Any], name: str, place: str = "") -> str:
