@@ -45,7 +45,7 @@ TOKENIZER_CONFIG = {
 """What tokenizer_config.json must say for the tokenizer to load and serve a Bloom in transformers 4 and 5."""
 
 UNUSED_ROWS = 1024
-"""Embedding rows without a token from which on they are no padding: Bloom has 200, tensor parallelism adds a few."""
+"""Number of embedding rows without a token that is too large for padding: Bloom has 200, parallelism adds a few."""
 
 
 def load_config(path: str) -> BloomConfig:
@@ -225,7 +225,7 @@ def find_model_file(path: str, name: str) -> Path | None:
 
 
 def _lacks_file(path: str, error: Exception) -> bool:
-    """Whether a failed download means that the model has no such file; off line, only downloaded files count."""
+    """Whether a failed download means that the model has no such file; off line, it does if the model is cached."""
     if isinstance(error, LocalEntryNotFoundError):
         return isinstance(try_to_load_from_cache(path, "config.json"), str)
     return isinstance(error, EntryNotFoundError)
