@@ -89,11 +89,11 @@ class FireflyCLI(LightningCLI):
         return {**known, "predict": known["predict"] | {"return_predictions"}}
 
     def predict(self, **kwargs: Any) -> None:
-        """What ``firefly-fit predict`` runs."""
+        """Answers the rows of ``data.predict_files``: what ``firefly-fit predict`` runs."""
         self.trainer.predict(return_predictions=False, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds what a run measures, shows and saves, and gives the data the model's tokenizer."""
+        """Adds the keys of throughput, samples and checkpoints, and gives the data the model's tokenizer."""
         parser.set_defaults(
             {"model": {"class_path": _path_of(FireflyModule)}, "data": {"class_path": _path_of(FireflyDataModule)}}
         )

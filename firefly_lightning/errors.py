@@ -69,7 +69,7 @@ def unreadable(error: OSError, path: str | Path) -> FireflyError:
 
 
 def reason(error: BaseException) -> str:
-    """What a library says went wrong, on one line of bearable length."""
+    """What a library says went wrong, on one line of at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:199] + "…"
 

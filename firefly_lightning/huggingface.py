@@ -189,7 +189,7 @@ def describe(model_config: BloomConfig, tokenizer: PreTrainedTokenizerFast, prom
             **TOKENIZER_CONFIG,
             "padding_side": "left",
             "clean_up_tokenization_spaces": False,
-            # Here and not in chat_template.jinja, which transformers 4 reads in the encoding of the locale.
+            # The template is here and not in chat_template.jinja, which transformers 4 reads in the locale's encoding.
             "chat_template": prompt.chat_template(),
         },
         "prompt_format.json": asdict(prompt),

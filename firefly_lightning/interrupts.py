@@ -38,7 +38,7 @@ def before_end(tidy: Callable[[], None]) -> None:
 
 @contextmanager
 def ends_on_signals(program: str) -> Iterator[None]:
-    """Has SIGINT and SIGTERM raise within the block, and end the process with exit code 130 or 143 however it ends.
+    """Has SIGINT and SIGTERM raise in the block and end the process, with code 130 or 143, however the block ends.
 
     An exception alone is not enough: it may be raised where Python drops it, or the main thread may be in a library
     that does not return for long. So a thread watches: ``GRACE`` seconds after the first signal, and at once after a
@@ -168,7 +168,7 @@ class _Watch:
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
     def _watch(self) -> None:
-        """Waits for a signal that our handler takes, then for a second one or the end of ``GRACE``, and ends."""
+        """Waits for a signal that our handler takes, then for a second one or ``GRACE`` seconds; ends the process."""
         first, received = 0, 0
         while not first:
             told = self._told.recv(1)

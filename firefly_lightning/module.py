@@ -161,7 +161,7 @@ class FireflyModule(L.LightningModule):
         self._totals = EvaluationTotals(self.trainer.test_dataloaders, self.device)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``val_loss``, and ``val_perplexity``, ``val_accuracy`` and ``val_eos_accuracy``, these by kind too."""
+        """Logs ``val_loss``; and over all and by kind ``val_perplexity``, ``val_accuracy`` and ``val_eos_accuracy``."""
         self._log_evaluation("val")
 
     def on_test_epoch_end(self) -> None:

@@ -112,7 +112,8 @@ class PromptEncoder:
         pad_token_id: Id of ``<pad>``.
 
     Raises:
-        FireflyError: If the tokenizer lacks what the format needs, or a control string borders on an ordinary token.
+        FireflyError: If the tokenizer lacks a token that it must have, or a control string begins or ends with an
+            ordinary token.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", prompt: PromptFormat) -> None:

@@ -69,7 +69,7 @@ TENSOR_KEYS = ("state_dict", "optimizer_states", NAMES_KEY)
 """Keys of a checkpoint of one file that ``trainer.ckpt`` lacks: the files beside it hold these tensors by name."""
 
 SCALARS_KEY = "optimizer_scalars"
-"""Key of the numbers that an optimizer counts, such as ``step``: those of all parameters, and of those that differ."""
+"""Key of the numbers that an optimizer counts, such as ``step``: those that parameters share, and those that differ."""
 
 TIED_KEY = "tied"
 """Key of the names of weights that share a tensor, each with the name under which the tensor is stored."""

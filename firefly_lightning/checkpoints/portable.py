@@ -38,8 +38,7 @@ FileEntry = dict[str, Any]
 """What is known of a file that was written: its size, its digest, and the size in bytes of each tensor by name."""
 
 States = dict[str, Tensor]
-"""The unsharded tensors of one parameter: its weight under :data:`WEIGHT`, and the optimizer's, of that shape, by key.
-"""
+"""A parameter's unsharded tensors: its weight under :data:`WEIGHT`, the optimizer's of the same shape by their keys."""
 
 
 class PortableWriter:

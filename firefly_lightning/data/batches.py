@@ -40,7 +40,7 @@ class PaddedRows(TypedDict):
 
 
 class MicroBatch(PaddedRows):
-    """What one rank works on at a time.
+    """The rows that one rank works on at a time.
 
     Attributes:
         rows: (rows,) which rows these are; empty in a micro-batch that only fills a short last step.

@@ -49,7 +49,7 @@ class FireflyDataModule(L.LightningDataModule):
         num_workers: Number of processes that prepare batches.
         pin_memory: Whether batches are put into page-locked memory, from which a GPU copies faster.
         cache_dir: Where token ids are kept; a folder of the user's cache by default.
-        kinds: ``{KIND: {weight, cap, epochs}}`` for kinds in all training files; kind and file weights are multiplied.
+        kinds: Shares of kinds of training rows over all files, ``{KIND: {weight, cap, epochs}}``; weights multiply.
         row_format: Function for rows in a form of your own, such as ``my_rows.messages``: from a row's fields it gives
             kind and (input, target) turns, or None where the row is in one of the three known forms.
 
@@ -96,7 +96,7 @@ class FireflyDataModule(L.LightningDataModule):
         self.val: PlannedBatches | None = None
         self.test: PlannedBatches | None = None
         self._tokenizer: PreTrainedTokenizerFast | None = None
-        self._val_check_interval: Any = None  # as the user set it
+        self._val_check_interval: Any = None  # the trainer's, as the user set it
         self._fitting, self._resumed_step = False, 0
         self._check_arguments()
 
@@ -197,7 +197,7 @@ class FireflyDataModule(L.LightningDataModule):
         return self._loader(self.test)
 
     def predict_dataloader(self) -> DataLoader[MicroBatch]:
-        """All rows to answer once."""
+        """All rows that ``predict`` is to answer, once."""
         return self._loader(self.answered)
 
     def describe_step(self, step: int) -> list[str]:

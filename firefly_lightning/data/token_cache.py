@@ -59,7 +59,7 @@ SCHEMA = pa.schema(
 
 
 def default_cache_dir() -> Path:
-    """``firefly_lightning`` in the user's cache folder (``$XDG_CACHE_HOME``, else ``~/.cache``)."""
+    """The folder ``firefly_lightning`` in the user's cache folder (``$XDG_CACHE_HOME``, else ``~/.cache``)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "firefly_lightning"
 
 
@@ -124,7 +124,7 @@ _CODE = [__file__, *(str(module.__file__) for module in _READERS)]
 
 def _hash_content(source: str) -> str:
     if is_file(source):
-        # Whether it is read as JSON lines or as Parquet depends on the suffix too.
+        # The suffix is part of the hash, since it decides whether a file is read as JSON lines or as Parquet.
         return Path(source).suffix + _hash_once(source)
     cached = [entry["filename"] for entry in load_hub_dataset(source).cache_files]
     return source + _hash_files(cached)

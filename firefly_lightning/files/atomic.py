@@ -165,7 +165,7 @@ def remove(path: Path) -> None:
 
 def partial_path(target: Path) -> Path:
     """Hidden place of a file or folder until it is complete, where a single process may write it."""
-    # Neither a pattern for checkpoints nor one for visible files matches.
+    # Neither a pattern for checkpoints nor one for visible files matches this name.
     return target.with_name(f".{target.name}.partial")
 
 
@@ -175,7 +175,7 @@ def replaced_path(target: Path) -> Path:
 
 
 def replaced_paths(folder: Path, pattern: str) -> Iterator[Path]:
-    """Hidden old files and folders (:func:`replaced_path`) whose own names match a pattern.
+    """Hidden old files and folders (:func:`replaced_path`) in a folder, whose own names match a pattern.
 
     Where a new one has the name already, the hidden old one is left out: it may be half removed.
     """

@@ -24,11 +24,10 @@ import numpy.typing as npt
 Bytes = npt.NDArray[np.uint8]
 
 PIECE = 16 << 20
-"""Most bytes that are read or written at once."""
+"""Largest number of bytes that are read or written at once."""
 
 THREADS = 4
-"""Pieces that are read or written at the same time: a disk is fastest with several to choose from. Each thread has two
-buffers."""
+"""Pieces under way at the same time: a disk is fastest with several to choose from. Each thread has two buffers."""
 
 BLOCK = 4096
 """Bytes of which places in files and in memory must be multiples for direct access and for the sharing of blocks."""

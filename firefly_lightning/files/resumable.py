@@ -14,7 +14,7 @@ from firefly_lightning.files.atomic import partial_path
 
 
 class ResumableFile:
-    """A file written piece by piece, each with the state its writer needs to go on; a context that ends with the file.
+    """A file written piece by piece, each piece with the state that its writer needs to go on; used as a context.
 
     Until the file is whole, two hidden files lie beside it: the bytes written so far (``.NAME.partial``) and a journal
     (``.NAME.journal``) with a line for every piece: where the piece ends, the digest of all bytes up to there, and the
