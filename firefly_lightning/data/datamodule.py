@@ -49,7 +49,8 @@ class FireflyDataModule(L.LightningDataModule):
         num_workers: Number of processes that prepare batches.
         pin_memory: Whether batches are put into page-locked memory, from which a GPU copies faster.
         cache_dir: Where token ids are kept; a folder of the user's cache by default.
-        kinds: Shares of kinds of training rows over all files, ``{KIND: {weight, cap, epochs}}``; weights multiply.
+        kinds: Shares of kinds of training rows over all files, ``{KIND: {weight, cap, epochs}}``; a row's weight is its
+            file's weight times its kind's.
         row_format: Function for rows in a form of your own, such as ``my_rows.messages``: from a row's fields it gives
             kind and (input, target) turns, or None where the row is in one of the three known forms.
 
