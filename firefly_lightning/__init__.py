@@ -1,7 +1,7 @@
 """Firefly on Lightning: prune Bloom, train it on instruction rows, resume, export, chat.
 
-Importing it imports none of PyTorch, Lightning and transformers, which take seconds: a name brings what it needs when
-it is first asked for.
+Importing this package imports none of PyTorch, Lightning and transformers, which take seconds: each public name imports
+what it needs when it is first asked for.
 """
 
 import logging
@@ -48,7 +48,7 @@ _HOMES = {
     "StepPlan": "data.plan",
     "StrategyHooks": "strategies.hooks",
 }
-"""By a public name, the module that has it."""
+"""For each public name, the module of this package that defines it."""
 
 sys.meta_path.insert(0, OldNames())
 register_when_imported()
@@ -65,7 +65,10 @@ def __getattr__(name: str) -> Any:
 
 
 def _log_to_stderr(record: logging.LogRecord) -> bool:
-    """Where DeepSpeed is installed, transformers imports it, and it logs to standard output, which is for answers."""
+    """Moves DeepSpeed's log from standard output, which is for answers, to standard error, and lets each record pass.
+
+    The log matters even where DeepSpeed is not used, since transformers imports it where it is installed.
+    """
     for handler in logging.getLogger("DeepSpeed").handlers:
         if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
             handler.setStream(sys.stderr)

@@ -42,7 +42,7 @@ class SavedConfiguration(SaveConfigCallback):
     """Writes the whole configuration beside the figures of a run, and into its checkpoints."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Writes it, unless it would take the place of the user's own file."""
+        """Writes the configuration, unless it would take the place of the user's own file."""
         written = Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename
         if any(written.exists() and written.samefile(str(given)) for given in self.config.get("config") or ()):
             self.save_to_log_dir = False
@@ -50,12 +50,12 @@ class SavedConfiguration(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds it as YAML."""
+        """Adds the configuration to a checkpoint, as YAML."""
         checkpoint[CONFIGURATION_KEY] = self._text
 
     @cached_property
     def _text(self) -> str:
-        """Made once: it takes some tenths of a second."""
+        """The configuration as YAML; made once, since that takes some tenths of a second."""
         return str(self.parser.dump(self.config, skip_none=False))
 
 
@@ -63,7 +63,7 @@ class FireflyCLI(LightningCLI):
     """LightningCLI whose model, data and trainer have defaults that fit each other."""
 
     def __init__(self, **kwargs: Any) -> None:
-        load_classes()  # so that they are known by their last names, and listed in the help
+        load_classes()  # so that the classes are known by their last names, and listed in the help
         super().__init__(
             FireflyModule,
             FireflyDataModule,
@@ -84,16 +84,16 @@ class FireflyCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, without the flag that would gather all predictions in memory: they go to a file."""
+        """Lightning's subcommands; ``predict`` has no flag to gather all predictions in memory: they go to a file."""
         known = LightningCLI.subcommands()
         return {**known, "predict": known["predict"] | {"return_predictions"}}
 
     def predict(self, **kwargs: Any) -> None:
-        """What ``firefly-fit predict`` runs."""
+        """Answers the rows of ``data.predict_files``: what ``firefly-fit predict`` runs."""
         self.trainer.predict(return_predictions=False, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds what a run measures, shows and saves, and gives the data the model's tokenizer."""
+        """Adds the keys of throughput, samples and checkpoints, and gives the data the model's tokenizer."""
         parser.set_defaults(
             {"model": {"class_path": _path_of(FireflyModule)}, "data": {"class_path": _path_of(FireflyDataModule)}}
         )
@@ -104,7 +104,7 @@ class FireflyCLI(LightningCLI):
         parser.link_arguments("model.init_args.path", "data.init_args.tokenizer")
 
     def before_instantiate_classes(self) -> None:
-        """Finds the checkpoint to resume from, and shows what has changed since, before anything is loaded."""
+        """Finds the checkpoint to resume from, and shows which settings have changed since, before loading anything."""
         config = self.config[self.subcommand]
         if config.get("ckpt_path"):
             folder = Path(config.checkpoint.dirpath or _checkpoints(config)) if config.ckpt_path == "last" else Path()
@@ -123,13 +123,13 @@ class FireflyCLI(LightningCLI):
         kwargs["plugins"] = _with_atomic_checkpoints(config.plugins, portable)
         trainer = super().instantiate_trainer(**kwargs)
         for callback in trainer.checkpoint_callbacks:
-            # Beside, not inside, the logs of one run, so that the next run finds `last`.
+            # Checkpoints lie beside, not inside, the logs of one run, so that the next run finds `last`.
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(_checkpoints(self.config[self.subcommand]))
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:
-        """Leaves out this project's checkpoints where the trainer is told to save none, and adds its progress bar.
+        """Makes the trainer, with this project's progress bar, and without its checkpoints where none are to be saved.
 
         Raises:
             FireflyError: If arguments of the trainer do not go together.
@@ -150,7 +150,7 @@ class FireflyCLI(LightningCLI):
 
 
 def make_parser() -> ArgumentParser:
-    """The parser of ``firefly-fit``, for reading what a command line says where nothing is to be built."""
+    """The parser of ``firefly-fit``, for reading a command line without building model, data and trainer."""
     return capture_parser(FireflyCLI)
 
 
@@ -162,7 +162,7 @@ def main() -> None:
 
 
 def _quiet_lightning() -> None:
-    """Leaves out what Lightning says on every start and no user can act on."""
+    """Silences the messages that Lightning prints at every start and that no user can act on."""
     advertisement = "litlogger"
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: advertisement not in record.getMessage())
@@ -183,13 +183,13 @@ def _checkpoints(config: Any) -> Path:
 
 
 def _loggers(root: str | None) -> list[Logger]:
-    """CSV, written after every step so that a killed run keeps its figures, and TensorBoard, in one folder."""
+    """A CSV logger, which writes after every step so that a killed run keeps its figures, and TensorBoard beside it."""
     csv = CSVLogger(root or str(Path.cwd()), flush_logs_every_n_steps=1)
     return [csv, TensorBoardLogger(csv.save_dir, csv.name, csv.version)]
 
 
 def _with_atomic_checkpoints(plugins: Any, portable: bool) -> list[Any]:
-    """Adds what writes checkpoints of the kind that is asked for, unless the user has named something that does."""
+    """The plugins and one that writes checkpoints, portable or not, unless the user has named such a plugin already."""
     plugins = plugins if isinstance(plugins, list) else [plugins] if plugins else []
     named = any(isinstance(plugin, CheckpointIO) for plugin in plugins)
     return plugins if named else [*plugins, AtomicCheckpointIO(portable)]

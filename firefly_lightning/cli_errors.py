@@ -1,6 +1,6 @@
-"""Command-line errors in one line that names the key, and the nearest known one.
+"""Command-line errors in one line that names the key, and the nearest known key.
 
-jsonargparse tells the truth about nested classes at length: every union it tried, and the value it was given.
+The messages of jsonargparse about nested classes are long: they list every union that was tried and the given value.
 """
 
 import argparse
@@ -34,18 +34,18 @@ class OneLineErrors(ArgumentParser):  # type: ignore[misc]
     """A parser that raises a one-line :class:`FireflyError` where it would print its usage and exit."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises the error; parsers inside a type report to the one around them as before."""
+        """Raises the error; a parser inside a type reports to the parser around it, as in jsonargparse."""
         if not self.exit_on_error:
             super().error(message, ex)
         raise FireflyError(explain(message, known_keys(self))) from ex
 
 
 def explain(message: str, known: set[str]) -> str:
-    """One line from a message of jsonargparse.
+    """Says in one line what an error message of jsonargparse means.
 
     Args:
-        message: What the parser says.
-        known: Keys of the parser itself; those of a class that the message names are looked up there.
+        message: The message of the parser.
+        known: Keys of the parser itself; the keys of a class that the message names are looked up in the class.
     """
     path = ".".join(_KEY.findall(message))
     classes = _CLASS.findall(message)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _PATIENCE = 5.0
-"""Seconds that a rank waits for its parent to report what both met."""
+"""Seconds that a rank waits for its parent process to report a mistake that both have met."""
 
 _LOST_PEER = re.compile(
     r"Connection (closed|reset) by peer|Connection refused|Broken pipe|Timed out waiting \d+ms for \w+ operation"
@@ -27,7 +27,7 @@ class FireflyError(Exception):
 
 
 class MissingFileError(FireflyError, FileNotFoundError):
-    """A file or checkpoint that was named is not there; who calls Lightning may expect a ``FileNotFoundError``."""
+    """A named file or checkpoint is not there; code that calls Lightning may expect a ``FileNotFoundError``."""
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def one_line_errors(program: str, *others: type[Exception]) -> Iterator[None]:
     """Ends the process with one line and exit code 1 on a mistake of the user's; anything else keeps its traceback.
 
     Args:
-        program: Name that opens the line.
+        program: Name of the program, which opens the line.
         others: Further exceptions that speak of a user's mistake.
     """
     try:
@@ -56,31 +56,31 @@ def one_line_errors(program: str, *others: type[Exception]) -> Iterator[None]:
 
 
 def describe_os_error(error: OSError, path: str | Path | None = None) -> str:
-    """Says which file, what the system answered and, for a full disk, what to do."""
+    """One line that names the file, what the system answered and, for a full disk, what to do."""
     where = path or error.filename or "the disk"
     hint = "; free some space or choose another folder" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
     return f"{where}: {error.strerror or error}{hint}"
 
 
 def unreadable(error: OSError, path: str | Path) -> FireflyError:
-    """What to raise where the system does not give a file."""
+    """The error to raise where the system does not let a file be read."""
     kind = MissingFileError if isinstance(error, FileNotFoundError) else FireflyError
     return kind(describe_os_error(error, path))
 
 
 def reason(error: BaseException) -> str:
-    """What a library says went wrong, on one line of bearable length."""
+    """What a library says went wrong, on one line of at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:199] + "…"
 
 
 def some(names: list[str]) -> str:
-    """The first few of many names."""
+    """The first three of many names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _exit(program: str, message: str, code: int = 1, wait: float = 0.0) -> None:
-    """Reports and ends, after seconds in which the ranks that this process started can still report."""
+    """Prints the error and ends the process, after ``wait`` seconds in which ranks that it started can still report."""
     rank = int(os.environ.get("LOCAL_RANK", 0))
     if not rank or not _parent_ends():
         name = f"{program} (rank {rank})" if rank else program
@@ -90,7 +90,7 @@ def _exit(program: str, message: str, code: int = 1, wait: float = 0.0) -> None:
 
 
 def _parent_ends(seconds: float = _PATIENCE) -> bool:
-    """Whether the process that started this one ends soon: it met the same mistake, and has said so."""
+    """Whether the process that started this one ends within ``seconds``: it has then reported the same mistake."""
     parent, deadline = os.getppid(), time.monotonic() + seconds
     while os.getppid() == parent and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -19,7 +19,7 @@ def export(
     Args:
         checkpoint: A ``.ckpt`` file, or a folder with ``last.ckpt`` in it.
         out: The new folder; it appears complete or not at all.
-        dtype: Type of the weights; that of the checkpoint by default.
+        dtype: Type of the weights; the type that they have in the checkpoint by default.
         max_shard_size: Weights beyond this size are spread over several files.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The program ``firefly-fit``: its help, which is there at once, and all else from the CLI, which takes seconds."""
+"""The program ``firefly-fit``: it prints its help at once, and starts the CLI, which takes seconds, for all else."""
 
 import ast
 import re
@@ -25,17 +25,17 @@ CLASSES = {
     "throughput": ("callbacks.throughput", "Throughput"),
     "samples": ("callbacks.sample_answers", "Samples"),
 }
-"""By the first part of a key, the module and the class whose constructor has the rest."""
+"""For the first part of a key, the module and the class whose constructor's arguments are the last parts."""
 
 
 class Key(NamedTuple):
     """A flag of ``firefly-fit`` and key of its YAML files.
 
     Attributes:
-        name: As it is typed, such as ``data.batch_size``.
-        type: As the constructor annotates it.
-        default: As the constructor writes it; empty where a value must be given.
-        text: What the class's docstring says of it, on one line.
+        name: The key as it is typed, such as ``data.batch_size``.
+        type: The type as the constructor annotates it.
+        default: The default as the constructor writes it; empty where a value must be given.
+        text: What the class's docstring says of the argument, on one line.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Key(NamedTuple):
 
 
 def own_keys() -> Iterator[Key]:
-    """All keys that are this project's, read off the sources: importing them takes seconds."""
+    """All keys that are this project's, read off the source files, since importing the classes takes seconds."""
     for first, (module, name) in CLASSES.items():
         source = Path(__file__).parent / f"{module.replace('.', '/')}.py"
         (defined,) = (
@@ -95,7 +95,7 @@ def overview() -> str:
 
 
 def _wrapped(name: str, text: str) -> list[str]:
-    """A name, and beside it what is said of it, in lines of the terminal's width."""
+    """Lines of the terminal's width, with a name on the left and the text about it on the right."""
     from shutil import get_terminal_size
     from textwrap import wrap
 
@@ -106,7 +106,7 @@ def _wrapped(name: str, text: str) -> list[str]:
 
 
 def command() -> None:
-    """The program ``firefly-fit``: a process that does nothing else."""
+    """Runs the program ``firefly-fit``, in a process that does nothing else."""
     with ends_on_signals("firefly-fit"):
         if sys.argv[1:] in ([], ["-h"], ["--help"]):
             print(overview())

@@ -1,4 +1,4 @@
-"""Bloom's Hugging Face folders: reading them, and the description from which a checkpoint becomes one."""
+"""Reading Hugging Face folders of Bloom, and the description from which a checkpoint becomes such a folder."""
 
 import json
 import re
@@ -25,7 +25,7 @@ PUBLISHED_DECODING = {
     "temperature": 0.35,
     "repetition_penalty": 1.2,
 }
-"""How the published Firefly models answer."""
+"""Decoding settings with which the published Firefly models answer."""
 
 DESCRIPTION_FILES = (
     "config.json",
@@ -34,7 +34,7 @@ DESCRIPTION_FILES = (
     "tokenizer_config.json",
     "prompt_format.json",
 )
-"""Files of a Hugging Face folder beside the weights, and keys of a description."""
+"""Files of a Hugging Face folder besides the weights; the same names are the keys of a description."""
 
 TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",  # transformers 5 has no BloomTokenizerFast; this one reads its file
@@ -45,17 +45,17 @@ TOKENIZER_CONFIG = {
 """What tokenizer_config.json must say for the tokenizer to load and serve a Bloom in transformers 4 and 5."""
 
 UNUSED_ROWS = 1024
-"""So many embedding rows without a token are no padding any more: Bloom has 200, tensor parallelism adds a few."""
+"""Number of embedding rows without a token that is too large for padding: Bloom has 200, parallelism adds a few."""
 
 
 def load_config(path: str) -> BloomConfig:
-    """Configuration of a Bloom.
+    """The configuration of a Bloom.
 
     Args:
-        path: Folder or hub name.
+        path: Folder or hub name of the model.
 
     Raises:
-        FireflyError: If there is none, or it is another architecture's.
+        FireflyError: If there is no configuration, or the model is of another architecture.
     """
     file = find_model_file(path, "config.json")
     if file is None:
@@ -67,42 +67,42 @@ def load_config(path: str) -> BloomConfig:
 
 
 def load_bloom(path: str, dtype: torch.dtype) -> BloomForCausalLM:
-    """The model with all its weights.
+    """A Bloom with all its weights.
 
     Args:
-        path: Folder or hub name.
-        dtype: Type the weights are converted to.
+        path: Folder or hub name of the model.
+        dtype: Type that the weights are converted to.
 
     Raises:
-        FireflyError: If it is no Bloom, or its weights are not there, damaged, incomplete or of other sizes.
+        FireflyError: If the model is no Bloom, or its weights are missing, damaged, incomplete or of other sizes.
     """
     load_config(path)
-    # transformers 4.51 knows only the old name, 5 means to drop it.
+    # transformers 4.51 knows only the old name of the argument, 5 means to drop it.
     dtype_name = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
     try:
         with _quiet_transformers():
             model, info = BloomForCausalLM.from_pretrained(path, output_loading_info=True, **{dtype_name: dtype})
     except Exception as error:  # whatever the readers of the several weight formats raise
         raise FireflyError(f"{path}: the weights cannot be read ({reason(error)}); fetch them again") from error
-    # transformers would go on with random numbers in their place.
+    # transformers would go on with random numbers in the place of missing weights.
     if missing := sorted(info["missing_keys"]):
         raise FireflyError(f"{path}: the weights lack {some(missing)}; fetch them again")
     return model
 
 
 def random_bloom(config: BloomConfig, dtype: torch.dtype) -> BloomForCausalLM:
-    """The model with weights drawn as Hugging Face draws them, from PyTorch's random state."""
+    """A Bloom with weights drawn as Hugging Face draws them, from PyTorch's random state."""
     return BloomForCausalLM(config).to(dtype)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of ``tokenizer.json``.
+    """The tokenizer of a model, read from its ``tokenizer.json``.
 
     Args:
-        path: Folder or hub name.
+        path: Folder or hub name of the model.
 
     Raises:
-        FireflyError: If there is none, or it cannot be read.
+        FireflyError: If there is no tokenizer, or it cannot be read.
     """
     if find_model_file(path, "tokenizer.json") is None:
         raise FireflyError(f"{path}: has no tokenizer.json; copy the tokenizer's files there")
@@ -115,10 +115,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
 
 
 def load_prompt_format(path: str) -> PromptFormat | None:
-    """The format a model was trained with; None where its folder does not say.
+    """The prompt format that a model was trained with; None where its folder does not say.
 
     Args:
-        path: Folder or hub name.
+        path: Folder or hub name of the model.
 
     Raises:
         FireflyError: If ``prompt_format.json`` is malformed.
@@ -137,9 +137,9 @@ def check_sizes(model_config: BloomConfig, tokenizer: PreTrainedTokenizerFast, w
     """Checks that a tokenizer and an embedding belong together.
 
     Args:
-        model_config: Gives the embedding's rows.
-        tokenizer: Gives the tokens.
-        where: Opens the message.
+        model_config: Configuration of the model, which gives the number of the embedding's rows.
+        tokenizer: The tokenizer, which gives the number of tokens.
+        where: Name of the model, which opens the error message.
 
     Raises:
         FireflyError: If a token has no row, or 1,024 rows or more have no token.
@@ -156,12 +156,12 @@ def check_sizes(model_config: BloomConfig, tokenizer: PreTrainedTokenizerFast, w
 
 
 def check_same_model(description: dict[str, Any], model_config: BloomConfig, where: str) -> None:
-    """Checks that a model which was described has the same sizes; where nothing was described, nothing differs.
+    """Checks that the model of a checkpoint has the sizes of the model that it is to be loaded into.
 
     Args:
-        description: What ``describe`` gave for the model of a checkpoint; empty where it has none.
-        model_config: Of the model that it is to be loaded into.
-        where: Opens the message.
+        description: What ``describe`` gave for the model of the checkpoint; where empty, nothing is checked.
+        model_config: Configuration of the model that the checkpoint is to be loaded into.
+        where: Name of this model, which opens the error message.
 
     Raises:
         FireflyError: If a size differs.
@@ -174,11 +174,11 @@ def check_same_model(description: dict[str, Any], model_config: BloomConfig, whe
 
 
 def describe(model_config: BloomConfig, tokenizer: PreTrainedTokenizerFast, prompt: PromptFormat) -> dict[str, Any]:
-    """Everything of a Hugging Face folder but the weights, so that a checkpoint that carries it can become one.
+    """Everything of a Hugging Face folder but the weights; a checkpoint that carries it can become such a folder.
 
     Returns:
-        File name to contents: JSON objects, and the text of ``tokenizer.json``. Built of plain Python types only, which
-        ``torch.load(weights_only=True)`` takes.
+        Contents by file name: JSON objects, and the text of ``tokenizer.json``. They are made of plain Python types
+        only, which ``torch.load(weights_only=True)`` takes.
     """
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return {
@@ -189,7 +189,7 @@ def describe(model_config: BloomConfig, tokenizer: PreTrainedTokenizerFast, prom
             **TOKENIZER_CONFIG,
             "padding_side": "left",
             "clean_up_tokenization_spaces": False,
-            # Here and not in chat_template.jinja, which transformers 4 reads in the encoding of the locale.
+            # The template is here and not in chat_template.jinja, which transformers 4 reads in the locale's encoding.
             "chat_template": prompt.chat_template(),
         },
         "prompt_format.json": asdict(prompt),
@@ -225,7 +225,7 @@ def find_model_file(path: str, name: str) -> Path | None:
 
 
 def _lacks_file(path: str, error: Exception) -> bool:
-    """Whether a failed download means that the model has no such file; off line, what was downloaded once counts."""
+    """Whether a failed download means that the model has no such file; off line, it does if the model is cached."""
     if isinstance(error, LocalEntryNotFoundError):
         return isinstance(try_to_load_from_cache(path, "config.json"), str)
     return isinstance(error, EntryNotFoundError)
@@ -233,7 +233,7 @@ def _lacks_file(path: str, error: Exception) -> bool:
 
 def _describe_config(model_config: BloomConfig) -> dict[str, Any]:
     stored = json.loads(model_config.to_json_string())
-    # What begins with _ is of this process, such as the folder the model came from.
+    # Fields that begin with _ concern this process alone, such as the folder that the model came from.
     fields = {name: value for name, value in stored.items() if not name.startswith("_")}
     # transformers 5 reads both names of the type, 4 only the old one.
     dtype = fields.pop("dtype", None) or fields.pop("torch_dtype", None)
@@ -242,8 +242,8 @@ def _describe_config(model_config: BloomConfig) -> dict[str, Any]:
 
 
 def _tokenizer_json(tokenizer: PreTrainedTokenizerFast) -> str:
-    # Truncation and padding are left over from the last call, no part of the tokenizer. It stays text in a checkpoint,
-    # because weights_only reads a text at once and a vocabulary token by token.
+    # Truncation and padding are left over from the last call, no part of the tokenizer. The JSON stays text in a
+    # checkpoint, because weights_only reads a text at once and a vocabulary token by token.
     fields = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     return json.dumps(fields, ensure_ascii=False)
 

@@ -11,20 +11,20 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 GRACE = 2.0
-"""Seconds in which a command that was told to end may tidy up; then it is ended."""
+"""Seconds that a command has to tidy up after the first signal; then its process is ended by force."""
 
 _HANDLED = 0x80
-"""Added to the number of a signal where our handler, not the system, tells the watch of it."""
+"""Added to a signal's number where our handler, not the system, tells the watching thread of the signal."""
 
 _tidying: list[Callable[[], None]] = []
 _watch: "_Watch | None" = None
 
 
 class Terminated(SystemExit):
-    """A signal ends the process, with the exit code that a shell knows it by.
+    """Raised where a signal ends the process; carries the exit code by which a shell knows the signal.
 
     Args:
-        number: Of the signal.
+        number: Number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -32,20 +32,20 @@ class Terminated(SystemExit):
 
 
 def before_end(tidy: Callable[[], None]) -> None:
-    """Has a function run before a command is ended that did not end in time by itself."""
+    """Registers a function that runs before a command is ended by force, as it did not end in time by itself."""
     _tidying.append(tidy)
 
 
 @contextmanager
 def ends_on_signals(program: str) -> Iterator[None]:
-    """In its block, SIGINT and SIGTERM raise, and the process ends with exit code 130 or 143, however the block ends.
+    """Has SIGINT and SIGTERM raise in the block and end the process, with code 130 or 143, however the block ends.
 
     An exception alone is not enough: it may be raised where Python drops it, or the main thread may be in a library
     that does not return for long. So a thread watches: ``GRACE`` seconds after the first signal, and at once after a
     second one, it ends the process and those that it started.
 
     Args:
-        program: Name that opens the line which says so.
+        program: Name of the program, which opens the line that reports the signal.
     """
     global _watch
     if threading.current_thread() is not threading.main_thread() or _watch is not None:
@@ -71,14 +71,14 @@ def ends_on_signals(program: str) -> Iterator[None]:
 
 
 def listen() -> None:
-    """Takes the signals back from a library that has put handlers of its own in place; nothing outside a command."""
+    """Takes the signals back from a library that has set handlers of its own; does nothing outside a command."""
     if _watch is not None and threading.current_thread() is threading.main_thread():
         _watch.listen()
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """In its block Ctrl-C raises ``KeyboardInterrupt`` and nothing more: in a conversation it stops an answer."""
+    """Has Ctrl-C only raise ``KeyboardInterrupt`` within the block: in a conversation it stops just the answer."""
     if _watch is not None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -88,19 +88,19 @@ def interruptible() -> Iterator[None]:
 
 
 def end_now(number: int) -> None:
-    """Ends this process, and those that it started, as a command that a signal ends."""
+    """Ends this process, and those that it started, as the signal of this number ends a command."""
     (_watch or _Watch("firefly")).end(number)
 
 
 def leave_to_system() -> None:
-    """Has the signals end the process at once: the last thing that a command does, when there is nothing to tidy up."""
+    """Has SIGINT and SIGTERM end the process at once; a command calls this last, when there is nothing to tidy up."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
 
 def end_children() -> None:
-    """Kills the processes that this one has started, and theirs."""
-    import psutil  # where there is something to end: a start does without
+    """Kills the processes that this one has started, and those that they have started."""
+    import psutil  # here, since only ending a command needs it: a start does without
 
     with suppress(psutil.Error):
         children = psutil.Process().children(recursive=True)
@@ -111,7 +111,7 @@ def end_children() -> None:
 
 
 class _Watch:
-    """A thread that is told of signals by the system itself, so that it knows of them whatever the main one does."""
+    """A thread that the system itself tells of signals, so that it learns of them whatever the main thread does."""
 
     def __init__(self, program: str) -> None:
         self.program = program
@@ -139,7 +139,7 @@ class _Watch:
         self._tells.close()
 
     def _unraisable(self, lost: Any) -> None:
-        """Says nothing of an end that Python drops, as in a hook of ``fork``: the watch sees to it."""
+        """Hides an ending exception that Python drops, as in a hook of ``fork``: the watch ends the process anyway."""
         if self.number is None or not isinstance(lost.exc_value, KeyboardInterrupt | Terminated):
             self._unraisable_before(lost)
 
@@ -168,7 +168,7 @@ class _Watch:
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
     def _watch(self) -> None:
-        """Waits for a signal that is ours, then for a second one or the end of the time."""
+        """Waits for a signal that our handler takes, then for a second one or ``GRACE`` seconds; ends the process."""
         first, received = 0, 0
         while not first:
             told = self._told.recv(1)
@@ -185,14 +185,14 @@ class _Watch:
         self.end(first)
 
     def _ours(self, told: int) -> int:
-        """The number of a signal for which our handler is in place; a run that trains has its own."""
+        """The number of a signal that our handler takes, else 0; a run that trains has a handler of its own."""
         number = told & ~_HANDLED
         ours = told & _HANDLED or (number in self._before and signal.getsignal(number) == self._raise)
         return number if ours else 0
 
 
 def _begin_child() -> None:
-    """What a forked process is told is not for its parent's ears."""
+    """Gives a forked process the default handlers, so that its signals are not reported to its parent's watch."""
     global _watch
     if _watch is not None:
         signal.set_wakeup_fd(-1)

@@ -49,16 +49,16 @@ class FireflyModule(L.LightningModule):
 
     Args:
         path: Folder or hub name of the Bloom to start from, with its tokenizer.
-        learning_rate: Of AdamW, reached at the end of the warm-up.
-        warmup_steps: Optimizer steps of linear warm-up before the cosine.
-        attention: ``sdpa`` is the fast forward pass of :mod:`firefly_lightning.model.fast_bloom`; ``eager`` is Hugging
-            Face's own. ``auto`` is the first.
-        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
-        from_scratch: Begin with random weights of the folder's ``config.json``, not with its weights.
-        optimizer: Replaces AdamW; its own arguments hold, ``learning_rate`` is not used.
-        lr_scheduler: Replaces warm-up and cosine; stepped once an optimizer step.
-        decoding: How ``test`` and ``predict`` answer, where it differs from the model's own generation config, such as
-            ``{max_new_tokens: 100, do_sample: false}``.
+        learning_rate: Highest learning rate of AdamW, reached at the end of the warm-up.
+        warmup_steps: Optimizer steps in which the learning rate rises linearly, before it falls along a cosine.
+        attention: Forward pass to use: ``sdpa`` is the fast one of :mod:`firefly_lightning.model.fast_bloom`, ``eager``
+            is Hugging Face's own, and ``auto`` means ``sdpa``.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass instead of kept.
+        from_scratch: Whether to begin with random weights for the folder's ``config.json``, not the folder's weights.
+        optimizer: Optimizer that replaces AdamW; its own arguments hold, and ``learning_rate`` is not used.
+        lr_scheduler: Schedule that replaces warm-up and cosine; it is stepped once an optimizer step.
+        decoding: Settings with which ``test`` and ``predict`` answer, where they differ from the model's own generation
+            config, such as ``{max_new_tokens: 100, do_sample: false}``.
     """
 
     def __init__(
@@ -86,17 +86,17 @@ class FireflyModule(L.LightningModule):
         self.decoding = decoding or Decoding()
         self.model: BloomForCausalLM = None  # until configure_model, where Lightning wants it to be built
         self._fast: FastBloom | None = None
-        self._totals: EvaluationTotals  # of an evaluation, from its start on
+        self._totals: EvaluationTotals  # totals of one evaluation, set when it starts
         self.step_guard = StepGuard()
         self._description: dict[str, Any] | None = None
         self._settings: list[OptimizerSettings] = []
         self._resumed = False
 
     def setup(self, stage: str) -> None:
-        """Refuses a model, an optimizer or a decoding that cannot be had, before weights are loaded.
+        """Refuses a model, an optimizer or decoding settings that cannot be used, before weights are loaded.
 
         Raises:
-            FireflyError: If there is such a one, or the folder holds no Bloom.
+            FireflyError: If one of them cannot be used, or the folder holds no Bloom.
         """
         self._hooks.check_model(load_config(self.path))
         change_decoding(GenerationConfig(**PUBLISHED_DECODING), self.decoding)
@@ -130,7 +130,7 @@ class FireflyModule(L.LightningModule):
         return hidden
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
-        """A micro-batch's part of the step's loss, scaled so that the mean over micro-batches and ranks is it."""
+        """A micro-batch's loss, scaled so that the mean over micro-batches and ranks is the loss of the step."""
         loss = self._shared_step(batch) * (batch["step_micro_batches"] / batch["step_target_tokens"])
         self.step_guard.add(loss)
         return loss
@@ -149,35 +149,35 @@ class FireflyModule(L.LightningModule):
         return {"predictions": predictions}
 
     def predict_step(self, batch: MicroBatch, batch_idx: int) -> list[Prediction]:
-        """Answers to the first input of every row; sampled ones depend on seed, micro-batch and rank alone."""
+        """Answers to the first input of every row; sampled answers depend on seed, micro-batch and rank alone."""
         return self._answers(batch, kinds_of(self.trainer.predict_dataloaders))
 
     def on_validation_epoch_start(self) -> None:
-        """Begins to count."""
+        """Starts new totals for a validation."""
         self._totals = EvaluationTotals(self.trainer.val_dataloaders, self.device)
 
     def on_test_epoch_start(self) -> None:
-        """Begins to count."""
+        """Starts new totals for a test."""
         self._totals = EvaluationTotals(self.trainer.test_dataloaders, self.device)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``val_loss``, and ``val_perplexity``, ``val_accuracy`` and ``val_eos_accuracy``, these by kind too."""
+        """Logs ``val_loss``; and over all and by kind ``val_perplexity``, ``val_accuracy`` and ``val_eos_accuracy``."""
         self._log_evaluation("val")
 
     def on_test_epoch_end(self) -> None:
-        """Logs the same as ``test_…``, and the scores of the answers by kind, such as ``test_bleu/Couplet``."""
+        """Logs the metrics of a validation as ``test_…``, and the answers' scores by kind (``test_bleu/Couplet``)."""
         self._log_evaluation("test")
         self.log_dict({f"test_{name}": score for name, score in self._totals.answer_scores().items()})
 
     def on_fit_start(self) -> None:
-        """Notes what is configured, and lets optimizers take states by name, before a checkpoint is loaded."""
+        """Notes the configured optimizer settings, and lets optimizers load states by name, before any are loaded."""
         for optimizer in self.trainer.optimizers:
             if hasattr(optimizer, "register_load_state_dict_pre_hook"):  # an engine's own may lack it
                 accept_names(self, optimizer)
         self._settings = [OptimizerSettings.of(*each) for each in optimizers_with_schedules(self.trainer)]
 
     def on_train_start(self) -> None:
-        """Forgets what a run that stopped within a step had gathered, and puts settings above a checkpoint's."""
+        """Forgets the losses of a step that was not finished, and restores the configured settings in a resumed run."""
         self.step_guard.forget()
         if self._resumed:
             for settings, each in zip(self._settings, optimizers_with_schedules(self.trainer), strict=True):
@@ -208,7 +208,7 @@ class FireflyModule(L.LightningModule):
         """Logs the gradient's norm where the engine has computed it in its step.
 
         Raises:
-            FireflyError: If it is not finite.
+            FireflyError: If the norm is not finite.
         """
         self.step_guard.after_micro_batch(self)
 
@@ -226,7 +226,7 @@ class FireflyModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds configuration, tokenizer and format, so that the checkpoint can be exported alone."""
+        """Adds the model's configuration, tokenizer and prompt format, so that the checkpoint can be exported alone."""
         if self._description is None:  # the same at every save, and a tokenizer takes a moment to write out
             self._description = describe(self.model.config, *self._tokenizer_and_prompt())
         checkpoint[DESCRIPTION_KEY] = self._description
@@ -236,7 +236,7 @@ class FireflyModule(L.LightningModule):
         """Checks that the checkpoint is of this model, and resumes at the step of the plan that comes next.
 
         Raises:
-            FireflyError: If it is of another.
+            FireflyError: If the checkpoint is of another model.
         """
         self._resumed = True
         if self.model is not None:
@@ -279,7 +279,7 @@ class FireflyModule(L.LightningModule):
         return hooks_of(getattr(self._trainer, "strategy", None))
 
     def _seed(self, *where: int) -> int:
-        """Of a place in the run, another on every rank; ranks that split a model must draw the same."""
+        """Random seed of a place in the run; it differs between ranks, except between those that split one model."""
         _, rank = data_parallel_share(self.trainer.strategy)
         return hash((int(os.environ.get("PL_GLOBAL_SEED", 0)), *where, rank)) % 2**63
 
@@ -288,12 +288,12 @@ class FireflyModule(L.LightningModule):
         return self._hooks.convert_optimizer(make(parameters))
 
     def _adamw(self, parameters: Iterable[Parameter]) -> Optimizer:
-        """PyTorch's own in one pass over the weights, where nothing else touches gradients between them."""
+        """PyTorch's AdamW, fused into one pass over the weights where nothing else touches their gradients."""
         plain = self._hooks.whole_weights and not isinstance(self.trainer.strategy, StrategyHooks)
         fused = plain and self.trainer.precision != "16-mixed"  # Lightning cannot clip scaled gradients then
         return AdamW(parameters, self.learning_rate, weight_decay=0.0, fused=fused or None)
 
     def _tokenizer_and_prompt(self) -> tuple[Any, Any]:
-        """Those of the data, or of the model's folder where the data is not ours."""
+        """The data's tokenizer and prompt format; where it is not ours, the model's tokenizer and ``firefly``."""
         data = data_of(self._trainer)
         return (data.tokenizer, data.prompt) if data else (load_tokenizer(self.path), prompt_format("firefly"))

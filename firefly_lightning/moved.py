@@ -1,4 +1,4 @@
-"""Old names of modules: what imports or names them goes on working, and is told once what to write now."""
+"""Old names of modules: code that imports or names them still works, and is told once what to write now."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -55,29 +55,32 @@ MOVED = {
     "strategies.simulated_device": "strategies.colossalai.simulated_device", "throughput": "callbacks.throughput",
     "web": "chat.server",
 }  # fmt: skip
-"""By a module's old name, the modules that have now what it had."""
+"""For the old name of a module, the modules that now have its contents."""
 
 _PACKAGE = "firefly_lightning."
 
 
 class OldNames(MetaPathFinder, Loader):
-    """Makes the modules that are gone. Where a package has the old name, it asks for ``names_of`` itself."""
+    """Makes modules for old names that are gone; a package that bears an old name calls ``names_of`` itself."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
-        """Asked before all others, to whom a folder that is left of an old version is a package."""
+        """Finds a module by its old name, before other finders take an old version's leftover folder for a package."""
         name = fullname.removeprefix(_PACKAGE)
         gone = name != fullname and name in MOVED and not MOVED[name].startswith(f"{name}.")
         return ModuleSpec(fullname, self) if gone else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Gives a module the names that it had."""
+        """Gives a module with an old name the contents that it had."""
         vars(module)["__getattr__"] = names_of(module.__name__, _warn_once)
 
 
 def names_of(old: str, tell: Callable[[str], None] = lambda message: None) -> Callable[[str], Any]:
     """The ``__getattr__`` of a module with an old name.
 
-    Packages do not tell: jsonargparse asks each on the way to a class for it, and writes down the shortest name.
+    Args:
+        old: The old name of the module.
+        tell: Called with what to write instead of the old name. Packages leave it out, since jsonargparse asks each
+            package on the way to a class for the class, and writes down the shortest name.
     """
 
     def look_up(name: str) -> Any:
@@ -92,4 +95,4 @@ def names_of(old: str, tell: Callable[[str], None] = lambda message: None) -> Ca
 
 @cache
 def _warn_once(message: str) -> None:
-    warn(message, FutureWarning, stacklevel=3)  # where the name is asked for
+    warn(message, FutureWarning, stacklevel=3)  # points to the line that asks for the name

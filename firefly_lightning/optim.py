@@ -1,6 +1,6 @@
-"""The learning rate over a run, and which settings of an optimizer hold in one that is resumed.
+"""The learning rate over a run, and the settings of an optimizer in a run that is resumed.
 
-An optimizer's settings are the configuration's, its progress the checkpoint's.
+A resumed run takes an optimizer's settings from its configuration, and the optimizer's progress from the checkpoint.
 """
 
 import math
@@ -17,15 +17,15 @@ from firefly_lightning.errors import FireflyError
 
 
 def cosine_with_warmup(step: int, warmup: int, steps: int) -> float:
-    """Factor of the learning rate: up from 0 in a line, then down to 0 along half a cosine.
+    """Factor of the learning rate: it rises linearly from 0 to 1, then falls to 0 along half a cosine.
 
-    The same as that of transformers' ``get_cosine_schedule_with_warmup``, whose module imports peft and bitsandbytes
-    where they are installed, a fifth of the time that a start takes.
+    The factor equals that of transformers' ``get_cosine_schedule_with_warmup``. That function is not used, since its
+    module imports peft and bitsandbytes where they are installed, which is a fifth of the time that a start takes.
 
     Args:
-        step: Optimizer steps that were taken.
-        warmup: Steps of the way up.
-        steps: All of them.
+        step: Optimizer steps taken so far.
+        warmup: Optimizer steps in which the factor rises.
+        steps: Optimizer steps of the whole run.
 
     Source: Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, 2017, equation 5.
     """
@@ -35,12 +35,12 @@ def cosine_with_warmup(step: int, warmup: int, steps: int) -> float:
 
 
 def cosine_schedule(optimizer: Optimizer, warmup: int, steps: float) -> LambdaLR:
-    """A schedule by :func:`cosine_with_warmup`.
+    """A schedule whose learning rate follows :func:`cosine_with_warmup`.
 
     Args:
-        optimizer: Whose rate it sets.
-        warmup: Steps of the way up.
-        steps: All of the run; infinite where it has no last one.
+        optimizer: Optimizer whose learning rate is set.
+        warmup: Optimizer steps in which the learning rate rises.
+        steps: Optimizer steps of the whole run; infinite where the run has no last step.
 
     Raises:
         FireflyError: If there is no last step for the cosine to end at.
@@ -51,21 +51,21 @@ def cosine_schedule(optimizer: Optimizer, warmup: int, steps: float) -> LambdaLR
 
 
 def optimizers_with_schedules(trainer: Any) -> list[tuple[Any, Any]]:
-    """Each of a trainer's optimizers with its schedule, or None."""
+    """Each of a trainer's optimizers with its schedule, or with None where it has no schedule."""
     schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
     return list(zip_longest(trainer.optimizers, schedules[: len(trainer.optimizers)]))
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Of one optimizer and its schedule, as the configuration has them."""
+    """Settings of one optimizer and its schedule, as the configuration gives them."""
 
     groups: list[dict[str, Any]]
     base_lrs: list[float] | None
 
     @classmethod
     def of(cls, optimizer: Any, scheduler: Any) -> "OptimizerSettings":
-        """Those of an optimizer, also an engine's, and of its schedule or None, before a checkpoint is loaded."""
+        """Settings of an optimizer, also of an engine's, and of its schedule or None, before a checkpoint is loaded."""
         groups = [
             {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
         ]
@@ -73,7 +73,7 @@ class OptimizerSettings:
         return cls(groups, list(base_lrs) if base_lrs is not None else None)
 
     def apply(self, optimizer: Any, scheduler: Any) -> None:
-        """Sets them where a checkpoint has been loaded; the learning rate follows from the step that was reached."""
+        """Restores these settings after a checkpoint was loaded; the learning rate follows from the step reached."""
         for group, settings in zip(optimizer.param_groups, self.groups, strict=True):
             group.update(settings)
         if isinstance(scheduler, LRScheduler):
@@ -83,7 +83,7 @@ class OptimizerSettings:
             scheduler._last_lr = list(rates)
 
     def _reached(self, scheduler: LRScheduler) -> Sequence[Any]:
-        """Learning rates at the step of a schedule, whose base becomes that of the configuration."""
+        """Learning rates at the step that a schedule has reached; its base rates become those configured."""
         saved, base = getattr(scheduler, "base_lrs", None), self.base_lrs
         rates: list[Any] = scheduler._last_lr
         if saved is None or base is None or len(saved) != len(base):
@@ -92,5 +92,5 @@ class OptimizerSettings:
         if isinstance(scheduler, LambdaLR):
             factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
             return [rate * factor for rate, factor in zip(base, factors, strict=True)]
-        # Others go on from the rate that they last had; one that starts elsewhere is that much higher or lower.
+        # Other schedules go on from their last rate, scaled by the ratio of the configured to the saved base rate.
         return [rate * (new / old if old else 1.0) for rate, new, old in zip(rates, base, saved, strict=True)]

@@ -1,4 +1,4 @@
-"""A function over many items on all cores, in their order, with few of them in memory."""
+"""Maps a function over many items on all cores, in their order and with few items in memory."""
 
 import multiprocessing
 import os
@@ -16,12 +16,13 @@ Result = TypeVar("Result")
 
 
 def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None) -> Iterator[Result]:
-    """``map(work, items)`` over processes; items are taken only as results are.
+    """``map(work, items)`` over processes; further items are read only as results are taken.
 
     Args:
-        work: Can be pickled.
-        items: Can be pickled, each large enough to be worth a message.
-        workers: Processes; one for each core this process may use where None. One, and a single item, need no process.
+        work: Function of one item; it must be picklable.
+        items: Picklable items, each large enough to be worth a message to another process.
+        workers: Number of processes; where None, one for each core that this process may use. Where it is one, or there
+            is a single item, the work is done in this process.
     """
     stream = iter(items)
     workers = workers or usable_cores()
@@ -30,7 +31,7 @@ def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], workers:
     if workers == 1 or len(first) < 2:
         yield from map(work, stream)
         return
-    # A forked process has the modules already; macOS breaks in forked ones.
+    # A forked process has the modules already; on macOS, forked processes break.
     method = "fork" if sys.platform == "linux" else "spawn"
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _begin_work)
     under_way: deque[Future[Result]] = deque()
@@ -51,20 +52,20 @@ def usable_cores() -> int:
 
 
 def _begin_work() -> None:
-    """Leaves an interrupt to the process that started this one, and ends with it."""
+    """Has a worker leave interrupts to the process that started it, and end with that process."""
     leave_interrupts_to_parent()
     end_with_parent()
 
 
 def leave_interrupts_to_parent() -> None:
-    """Has this process go on at Ctrl-C, which a terminal sends to it too: its parent says when it ends."""
+    """Has this process ignore Ctrl-C, which a terminal sends to it too: its parent decides when it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def end_with_parent() -> None:
-    """Ends this process with the one that asked for it, which a kill keeps from saying so.
+    """Ends this process when the one that asked for it ends, also if that one is killed and cannot say so.
 
-    PyTorch's own workers watch the process that forked them, which is another where a server forks all.
+    PyTorch's own workers watch the process that forked them instead, which may be a server that forks all processes.
     """
     parent = multiprocessing.parent_process()
 

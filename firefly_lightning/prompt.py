@@ -26,10 +26,10 @@ class PromptFormat:
     their ``end`` are learned, nothing else is. Control strings are read as special tokens; what a user wrote never is.
 
     Args:
-        start: Once, before the first turn.
-        separator: Between the first input and its target.
-        later_separator: Between the input and the target of every later turn.
-        end: After every target.
+        start: String before the first turn.
+        separator: String between the first input and its target.
+        later_separator: String between the input and the target of every later turn.
+        end: String after every target.
     """
 
     start: str = "<s>"
@@ -40,7 +40,7 @@ class PromptFormat:
     def chat_template(self) -> str:
         """Jinja template with which ``apply_chat_template`` gives the ids of training for user/assistant messages.
 
-        One thing a template cannot do: special tokens typed inside a message are read as special tokens there.
+        There is one difference to training: special tokens typed inside a message are read as special tokens.
         """
         # A JSON string is a Jinja string too, as long as it needs no surrogate pairs.
         quoted = {name: json.dumps(value, ensure_ascii=False) for name, value in vars(self).items()}
@@ -62,16 +62,16 @@ class PromptFormat:
 PRESETS = {
     # The published form; rows with later turns carry them inside `target`, joined by a literal single </s>.
     "firefly": PromptFormat(),
-    # Every turn in the published form of the first.
+    # Every turn has the published form of the first one.
     "firefly_turns": PromptFormat(later_separator="</s></s>"),
     # The form of the later Firefly releases.
     "firefly_single": PromptFormat(separator="</s>"),
 }
-"""Formats by name."""
+"""Prompt formats that can be chosen by name."""
 
 
 def prompt_format(prompt: str | PromptFormat) -> PromptFormat:
-    """The format itself, or the preset of that name.
+    """The prompt format that was given, or the preset of the given name.
 
     Raises:
         FireflyError: If there is no such preset.
@@ -100,11 +100,11 @@ class ControlIds(NamedTuple):
 
 
 class PromptEncoder:
-    """Turns to token ids under one tokenizer and one format.
+    """Encodes turns into token ids, with one tokenizer and one prompt format.
 
     Args:
-        tokenizer: Must be a fast one and have ``<unk>``, ``<s>``, ``</s>`` and ``<pad>``, all different.
-        prompt: The format.
+        tokenizer: A fast tokenizer, which must have ``<unk>``, ``<s>``, ``</s>`` and ``<pad>``, all different.
+        prompt: The prompt format.
 
     Attributes:
         controls: Ids of the format's control strings.
@@ -112,7 +112,8 @@ class PromptEncoder:
         pad_token_id: Id of ``<pad>``.
 
     Raises:
-        FireflyError: If the tokenizer lacks what the format needs, or a control string borders on an ordinary token.
+        FireflyError: If the tokenizer lacks a token that it must have, or a control string begins or ends with an
+            ordinary token.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", prompt: PromptFormat) -> None:
@@ -150,7 +151,12 @@ class PromptEncoder:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode_turn(self, prompt_ids: Sequence[int], target_ids: Sequence[int]) -> Turn:
-        """Texts of a row's first turn, from its ids up to the target and those of the target; cut ones as they are."""
+        """Input and target text of a row's first turn; where the row was cut, the text ends there.
+
+        Args:
+            prompt_ids: Token ids of the row up to its first target.
+            target_ids: Token ids of this target.
+        """
         source = _between(self.controls.start, list(prompt_ids), self.controls.separator)
         target = _between([], list(target_ids), self.controls.end)
         return self._decode(source), self._decode(target)
@@ -187,7 +193,8 @@ def check_special_tokens(tokenizer: "PreTrainedTokenizerFast") -> None:
     """Checks that Bloom's four special tokens are there and differ.
 
     Raises:
-        FireflyError: If one is missing, or two share an id: a padding that is also the end would hide every end.
+        FireflyError: If one is missing or has another text, or two share an id: padding that is the end token too
+            would hide every end.
     """
     where = tokenizer.name_or_path or "the tokenizer"
     missing = [f"{name} {token}" for name, token in SPECIAL_TOKENS.items() if getattr(tokenizer, name) is None]

@@ -23,7 +23,7 @@ COMMANDS = {
     "export": "export",
     "chat": "chat.command",
 }
-"""Each command, and the module whose function of that name it is."""
+"""For each command, the module whose function of the same name runs it."""
 
 Function = Callable[..., None]
 
@@ -32,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs a command of ``firefly``.
 
     Args:
-        args: What stands after ``firefly`` on the command line; by default that of the process.
+        args: Arguments after ``firefly`` on the command line; by default those of this process.
     """
     with ends_on_signals("firefly"), one_line_errors("firefly"):
         from jsonargparse import CLI
@@ -43,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if given == ["--version"]:
             print(f"firefly {__version__}")
             return
-        # Where one is named, nothing of the others is needed.
+        # Where one command is named, the modules of the others are not needed.
         names = given[:1] if given[:1] and given[0] in COMMANDS else [*COMMANDS]
         components: dict[str, Any] = {name: command_function(name) for name in names}
         if len(names) == 1:
@@ -52,19 +52,19 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def command() -> None:
-    """The program ``firefly``: a process that does nothing else."""
+    """Runs the program ``firefly``, in a process that does nothing else."""
     main()
     leave_to_system()
 
 
 def command_function(name: str) -> Function:
-    """What runs a command."""
+    """The function that runs a command."""
     function: Function = getattr(import_module(f"firefly_lightning.{COMMANDS[name]}"), name)
     return function
 
 
 def join_configs(args: Sequence[str]) -> list[str]:
-    """Makes one list of every ``--config`` of ``firefly plan``, which jsonargparse would read as its own arguments."""
+    """Makes one list of all ``--config`` of ``firefly plan``, which jsonargparse would read as a flag of its own."""
     if args[:1] != ["plan"]:
         return list(args)
     files, others, taking = list[str](), list[str](), False
@@ -86,7 +86,8 @@ def gather_lists(args: Sequence[str], function: Function) -> Iterator[str]:
 
     Args:
         args: A command and its flags.
-        function: Of the command; what its annotations call a list takes several values, a ``bool`` may stand alone.
+        function: Function of the command; an argument annotated as a list takes several values, and a ``bool`` may
+            stand without a value.
     """
     lists, switches = _flags(function, list), _flags(function, bool)
     values: list[str] | None = None
@@ -105,7 +106,7 @@ def gather_lists(args: Sequence[str], function: Function) -> Iterator[str]:
 
 
 def _flags(function: Function, kind: type) -> set[str]:
-    """Flags of a command whose annotation is a type, or may be one."""
+    """Flags of a command whose annotation is the given type or a union with it."""
     hints = get_type_hints(function)
     found = set()
     for name in signature(function).parameters:

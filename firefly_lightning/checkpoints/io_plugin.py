@@ -1,4 +1,4 @@
-"""How a trainer's checkpoints are written and read where one process has all of a model."""
+"""Lightning's plugin that writes and reads checkpoints where one process has all of a model."""
 
 from collections.abc import Callable
 from copy import copy
@@ -18,14 +18,14 @@ from firefly_lightning.files.atomic import remove_whole, whole_file, whole_folde
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints streamed to disk, and in place only when complete: a failed save costs nothing.
+    """Streams checkpoints to disk and gives them their names only when they are complete: a failed save costs nothing.
 
-    Lightning's own first copies the whole checkpoint in memory, and runs whatever code a loaded file holds.
+    Lightning's own plugin first copies the whole checkpoint in memory, and runs whatever code a loaded file holds.
 
     Args:
         portable: Whether a checkpoint is a folder that every strategy reads, as
             ``firefly_lightning.checkpoints.layout`` describes it, or the file that Lightning writes. A strategy that
-            shards asks this too.
+            shards a model follows this too.
     """
 
     def __init__(self, portable: bool = True) -> None:
@@ -33,17 +33,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.portable = portable
 
     def in_own_form(self) -> "AtomicCheckpointIO":
-        """The same plugin, but for checkpoints that are not portable; this one stays as it is."""
+        """A copy of this plugin that writes checkpoints that are not portable; this plugin stays as it is."""
         own = copy(self)
         own.portable = False
         return own
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Writes beside ``path``, then renames.
+        """Writes a checkpoint beside ``path``, then renames it.
 
         Raises:
-            FireflyError: If the disk does not take it; a checkpoint that was there stays as it was.
+            FireflyError: If the disk does not take the checkpoint; an earlier one at ``path`` stays as it was.
         """
         if storage_options is not None or _is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -69,14 +69,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, _: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Loads either kind: tensors and plain values; anything that could run code only if ``weights_only`` is False.
+        """Loads a checkpoint, portable or a file; objects that could run code only if ``weights_only`` is False.
 
-        Everything a ``Trainer`` saves for this package is of that kind on every supported release. A file that no run
-        saved is read too, but not resumed from.
+        Everything that a ``Trainer`` saves for this package is tensors and plain values, on every supported release. A
+        file that no run saved is read too, but a run cannot be resumed from it.
 
         Raises:
             MissingFileError: If there is no such file.
-            FireflyError: If it is no checkpoint, is damaged, or holds other objects.
+            FireflyError: If ``path`` is no checkpoint, is damaged, or holds objects that could run code.
         """
         weights_only = weights_only is not False
         if _is_remote(path):
@@ -91,7 +91,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Removes a checkpoint; one that is half removed is never taken for a checkpoint."""
+        """Removes a checkpoint, so that a half-removed one is never taken for a checkpoint."""
         if _is_remote(path):
             super().remove_checkpoint(path)
         elif Path(path).exists():
@@ -101,11 +101,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class _OfNoRun(dict[str, Any]):
     """Contents of a file that no run saved, such as the weights that Lightning's own processes hand over.
 
-    Who resumes from it is refused: Lightning then asks for its version first.
+    A run that resumes from such a file is refused, when Lightning asks for the version that a run would have saved.
 
     Args:
-        contents: What the file holds.
-        path: Where the file is.
+        contents: The dictionary that the file holds.
+        path: Path of the file.
     """
 
     def __init__(self, contents: dict[str, Any], path: str | Path) -> None:
@@ -120,7 +120,10 @@ class _OfNoRun(dict[str, Any]):
 
 
 def _os_error_behind(error: BaseException) -> OSError | None:
-    """PyTorch closes its archive after a failed write, fails again, and raises that as a RuntimeError."""
+    """The system's error that led to an error, if any.
+
+    After a failed write PyTorch closes its archive, fails again, and raises this second failure as a RuntimeError.
+    """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__

@@ -3,97 +3,103 @@
 A portable checkpoint is a folder that every strategy writes and reads, on any number of processes:
 
     checkpoint.json                names, sizes and xxh3_128 digests of the other files; written last
-    trainer.ckpt                   what Lightning saves but for tensors: loops, schedule, data, format, settings
+    trainer.ckpt                   what Lightning saves except tensors: loops, schedule, data, format, settings
     model-*.safetensors            weights by their Hugging Face names, in float32 where the run keeps float32 masters
-    model.safetensors.index.json   in which file each is, as Hugging Face writes it
-    module-*.safetensors           weights of a module around the model, by their names there, if there are any
+    model.safetensors.index.json   in which file each of these weights is, as Hugging Face writes it
+    module-*.safetensors           weights of a module around the model, if it has any, by their names there
     optimizer-*.safetensors        states of the optimizer: ``exp_avg/NAME`` and so on, a tensor shaped like the weight
 
 Every process writes files of its own, a bounded number of bytes at a time.
 
-An engine's own checkpoint is a folder that the same strategy reads on as many processes:
+An engine's own checkpoint is a folder that the same strategy reads on the same number of processes:
 
-    trainer.ckpt                   the same, and which engine wrote the rest
-    checkpoint/                    of DeepSpeed: a file for each process, in its own format
-    weights/                       of ColossalAI: the weights, as one
-    optimizer-*.ckpt               of ColossalAI: for each process, its part of the optimizer's states
-    rank-*.pt                      of PyTorch: for each process, its parts of all
+    trainer.ckpt                   as in a portable checkpoint, and which engine wrote the other files
+    checkpoint/                    DeepSpeed's: a file for each process, in DeepSpeed's own format
+    weights/                       ColossalAI's: the weights, unsharded
+    optimizer-*.ckpt               ColossalAI's: for each process, its part of the optimizer's states
+    rank-*.pt                      PyTorch's: for each process, its parts of weights and optimizer states
 
-One device and ``ddp`` write a file as Lightning does, where a checkpoint is not to be portable or cannot be. In a file
-and in ``trainer.ckpt``, keys that are not named here are Lightning's own.
+Where a checkpoint is not to be portable or cannot be, one device and ``ddp`` write a single file as Lightning does. In
+that file and in ``trainer.ckpt``, keys that are not named here are Lightning's own.
 """
 
 MANIFEST = "checkpoint.json"
-"""File of a portable checkpoint: names, sizes and digests of its other files."""
+"""File of a portable checkpoint with the names, sizes and digests of its other files."""
 
 TRAINER_FILE = "trainer.ckpt"
-"""File of a checkpoint that is a folder: what Lightning saves, but for weights and optimizer states."""
+"""File of a checkpoint folder with all that Lightning saves except weights and optimizer states."""
 
 INDEX = "model.safetensors.index.json"
-"""File of a portable checkpoint: in which of its files each weight of the model is."""
+"""File of a portable checkpoint that says in which of the other files each weight of the model is."""
 
 FORMAT = 1
 """Number of the portable format, which the manifest names."""
 
 MODEL = "model"
-"""Kind of tensor, and beginning of its files' names: a weight of the Hugging Face model."""
+"""Kind of the tensors that are weights of the Hugging Face model; the names of their files begin with it."""
 
 MODULE = "module"
-"""Kind of tensor, and beginning of its files' names: a weight or a buffer of the module around the model."""
+"""Kind of the tensors that are weights or buffers of the module around the model; their files' names begin with it."""
 
 OPTIMIZER = "optimizer"
-"""Kind of tensor, and beginning of its files' names: a state of the optimizer."""
+"""Kind of the tensors that are states of the optimizer; the names of their files begin with it."""
 
 MODEL_PREFIX = "model."
-"""What a ``LightningModule`` puts before the names of its Hugging Face model."""
+"""Prefix that a ``LightningModule`` puts before the names of the weights of its Hugging Face model."""
 
 WEIGHT = ""
-"""Key of the weight itself beside the states of the optimizer, in what strategies give and take."""
+"""Key of a parameter's weight beside its optimizer states, in the dictionaries that strategies exchange."""
 
 VERSION_KEY = "pytorch-lightning_version"
-"""Key of Lightning's own version, by which it knows the checkpoint of a run."""
+"""Key of Lightning's version, by which Lightning recognises the checkpoint of a run."""
 
 DESCRIPTION_KEY = "hugging_face"
-"""Key of all that a Hugging Face folder holds beside the weights."""
+"""Key of the description: all that a Hugging Face folder holds except the weights."""
 
 CONFIGURATION_KEY = "configuration"
 """Key of the whole configuration of the run, as YAML."""
 
 SCALER_KEY = "MixedPrecision"
-"""Key of what the scaler of a float16 loss has learned: where Lightning keeps that of its own."""
+"""Key of the state of the scaler of a float16 loss; the one under which Lightning keeps its own scaler's."""
 
 NAMES_KEY = "optimizer_parameters"
-"""Key of the names of each optimizer's parameters, in the order of their numbers; in a file only."""
+"""Key of the names of each optimizer's parameters, in the order of their numbers; only in a checkpoint of one file."""
 
 TENSOR_KEYS = ("state_dict", "optimizer_states", NAMES_KEY)
-"""Keys of a file that ``trainer.ckpt`` lacks: the files beside it hold those tensors by name."""
+"""Keys of a checkpoint of one file that ``trainer.ckpt`` lacks: the files beside it hold these tensors by name."""
 
 SCALARS_KEY = "optimizer_scalars"
-"""Key of what an optimizer counts, such as ``step``: for all parameters, and those that differ."""
+"""Key of the numbers that an optimizer counts, such as ``step``: those that parameters share, and those that differ."""
 
 TIED_KEY = "tied"
-"""Key of the names that share the tensor of another."""
+"""Key of the names of weights that share a tensor, each with the name under which the tensor is stored."""
 
 WRITER_KEY = "written_by"
-"""Key of which strategy wrote an engine's own folder, and on how many processes."""
+"""Key that says which strategy wrote an engine's own checkpoint, and on how many processes."""
 
 BY_NAME = "by_name"
-"""Key of an optimizer's state whose parameters go by their names until they are numbered; on no disk."""
+"""Key of an optimizer's states by parameter name, in memory only, until the parameters are numbered."""
 
 DEEPSPEED_FOLDER = "checkpoint"
-"""Folder of DeepSpeed's shards, which it calls a tag."""
+"""Folder of DeepSpeed's shards; DeepSpeed calls such a name a tag."""
 
 COLOSSALAI_WEIGHTS = "weights"
 """Folder of the weights that ColossalAI saves."""
 
 
 def tensor_file(kind: str, rank: int, number: int) -> str:
-    """File of a portable checkpoint with tensors of one kind, the so many-th that a process writes."""
+    """Name of a file of a portable checkpoint.
+
+    Args:
+        kind: Kind of the tensors in the file.
+        rank: Number of the process that writes it.
+        number: How many files of this kind the process has written before.
+    """
     return f"{kind}-{rank}-{number}.safetensors"
 
 
 def kind_of(file: str) -> str | None:
-    """Kind of the tensors in a file of a portable checkpoint; None where it holds none."""
+    """Kind of the tensors in a file of a portable checkpoint; None where the file holds no tensors."""
     return file.partition("-")[0] if file.endswith(".safetensors") else None
 
 
@@ -101,7 +107,7 @@ def stored_name(key: str, name: str) -> tuple[str, str]:
     """Kind of a tensor of a portable checkpoint, and its name in the file.
 
     Args:
-        key: Which state of the optimizer, or :data:`WEIGHT`.
+        key: Key of the optimizer's state, or :data:`WEIGHT` for the weight itself.
         name: The parameter's name in the ``LightningModule``.
     """
     if key != WEIGHT:
@@ -110,15 +116,15 @@ def stored_name(key: str, name: str) -> tuple[str, str]:
 
 
 def name_in_module(kind: str, stored: str) -> str:
-    """Name in the ``LightningModule`` of a weight, by the kind and the name under which it is stored."""
+    """Name of a weight in the ``LightningModule``, from the kind and the name under which it is stored."""
     return MODEL_PREFIX + stored if kind == MODEL else stored
 
 
 def colossalai_states_file(rank: int) -> str:
-    """File of a process's part of the optimizer's states that ColossalAI keeps."""
+    """Name of the file with a process's part of ColossalAI's optimizer states."""
     return f"optimizer-{rank}.ckpt"
 
 
 def native_part_file(rank: int) -> str:
-    """File of all that a process holds under PyTorch's own parallelism."""
+    """Name of the file with a process's parts of weights and optimizer states under PyTorch's own parallelism."""
     return f"rank-{rank}.pt"

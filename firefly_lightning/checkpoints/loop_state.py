@@ -4,19 +4,19 @@ from typing import Any
 
 
 def fit_loop_state(step: int, steps_per_epoch: int, micro_batches: int) -> dict[str, Any]:
-    """Lightning's own progress, as it is right after an optimizer step.
+    """The progress of Lightning's fit loop, as it is right after an optimizer step.
 
-    Lightning counts micro-batches and epochs, and what it saved depends on when it did: in the middle of a step, at a
-    validation, or when training ended, after which it takes an epoch that was cut short for a whole one. The plan
-    follows from the step alone, so a resumed run is told where that step is.
+    Lightning counts micro-batches and epochs, and its saved counts depend on when it saved them: in the middle of a
+    step, at a validation, or when training ended, after which it takes an epoch that was cut short for a whole one. The
+    plan's rows follow from the step alone, so a resumed run is given the counts that belong to its step.
 
     Args:
-        step: Optimizer steps done, at least one.
-        steps_per_epoch: Steps of the plan in an epoch.
-        micro_batches: Micro-batches that a rank takes for a step.
+        step: Number of optimizer steps done, at least one.
+        steps_per_epoch: Number of optimizer steps that the plan has in an epoch.
+        micro_batches: Number of micro-batches that a rank takes for a step.
 
     Returns:
-        What replaces the entries of the same names in ``checkpoint["loops"]["fit_loop"]``.
+        Entries that replace those of the same names in ``checkpoint["loops"]["fit_loop"]``.
     """
     epoch, last = divmod(step - 1, steps_per_epoch)
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a path means."""
+"""Finds the checkpoint that a path means."""
 
 from pathlib import Path
 
@@ -10,11 +10,12 @@ from firefly_lightning.files.atomic import replaced_path, replaced_paths
 def find_checkpoint(checkpoint: str) -> Path:
     """The checkpoint that a path means.
 
-    A checkpoint is a file, or a folder, which a file inside it stands for too. A folder of checkpoints, and ``last``
-    inside it, mean its latest ``last*.ckpt``, or where there is none its latest ``step=*.ckpt``.
+    A checkpoint is a file or a folder; a path to a file inside such a folder means the folder too. A folder of several
+    checkpoints, and the name ``last`` inside it, mean its latest ``last*.ckpt``, or its latest ``step=*.ckpt`` where it
+    has no ``last*.ckpt``.
 
     Raises:
-        MissingFileError: If there is none.
+        MissingFileError: If the path means no checkpoint.
     """
     path = Path(checkpoint).expanduser()
     for place in (path, path.parent) if path.is_file() else (path,):

@@ -32,21 +32,21 @@ from firefly_lightning.errors import FireflyError, MissingFileError, reason, unr
 from firefly_lightning.files.atomic import sync
 
 FLUSH_BYTES = 256 * 2**20
-"""A process writes its pending tensors once they take so much; one tensor alone may take more."""
+"""Bytes of pending tensors at which a process writes them to a file; a single tensor may be larger."""
 
 FileEntry = dict[str, Any]
-"""What is known of a file that was written: its size, its digest, and the bytes of each tensor by name."""
+"""What is known of a file that was written: its size, its digest, and the size in bytes of each tensor by name."""
 
 States = dict[str, Tensor]
-"""One parameter, whole: its weight under :data:`WEIGHT`, and the optimizer's tensors of the same shape by key."""
+"""A parameter's unsharded tensors: its weight under :data:`WEIGHT`, the optimizer's of the same shape by their keys."""
 
 
 class PortableWriter:
-    """Writes one process's share of the tensors.
+    """Writes one process's share of the tensors of a checkpoint.
 
     Args:
-        folder: The checkpoint, not yet in its place.
-        rank: This process's, in the names of its files.
+        folder: Folder of the checkpoint, under its temporary name.
+        rank: Number of this process, which is part of the names of its files.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -55,7 +55,12 @@ class PortableWriter:
         self._files: dict[str, FileEntry] = {}
 
     def add(self, name: str, states: Mapping[str, Tensor]) -> None:
-        """Takes the tensors of one parameter, by its name in the ``LightningModule``."""
+        """Adds the tensors of one parameter.
+
+        Args:
+            name: Name of the parameter in the ``LightningModule``.
+            states: The parameter's weight and states of the optimizer, by key; see :data:`States`.
+        """
         for key, tensor in states.items():
             kind, stored = stored_name(key, name)
             pending = self._pending[kind]
@@ -64,7 +69,7 @@ class PortableWriter:
                 self._flush(kind)
 
     def close(self) -> dict[str, FileEntry]:
-        """Writes what is left; returns what was written, by name of the file."""
+        """Writes the tensors that are still pending; returns the entry of each file that was written, by its name."""
         for kind in self._pending:
             self._flush(kind)
         return self._files
@@ -79,18 +84,18 @@ class PortableWriter:
         try:
             save_file(tensors, path, metadata={"format": "pt"})
         except SafetensorError as error:
-            if number := re.search(r"os error (\d+)", str(error)):  # it keeps the system's answer in its text only
+            if number := re.search(r"os error (\d+)", str(error)):  # only the error's text has the system's answer
                 raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
             raise
         self._files[path.name] = _written(path) | {"tensors": {name: tensor.nbytes for name, tensor in tensors.items()}}
 
 
 def finish(folder: Path, files: Mapping[str, FileEntry]) -> None:
-    """Adds index and manifest to a folder that has all else; one process does so, last.
+    """Adds index and manifest to a checkpoint that has all its other files; one process does so, last.
 
     Args:
-        folder: The checkpoint, not yet in its place.
-        files: What the writers of all processes returned.
+        folder: Folder of the checkpoint, under its temporary name.
+        files: The entries that the writers of all processes returned, by name of the file.
     """
     tensors = {file: entry["tensors"] for file, entry in files.items() if kind_of(file) == MODEL}
     weight_map = {name: file for file, sizes in tensors.items() for name in sizes}
@@ -110,11 +115,11 @@ class PortableReader:
     """A complete and undamaged portable checkpoint; tensors are read when they are asked for.
 
     Args:
-        folder: The checkpoint.
+        folder: Folder of the checkpoint.
 
     Raises:
-        MissingFileError: If a file is missing, naming it.
-        FireflyError: If a file is cut or changed, naming it, or the format is of a later release.
+        MissingFileError: If a file is missing; the message names it.
+        FireflyError: If a file is cut or changed, which the message names, or the format is of a later release.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -132,34 +137,34 @@ class PortableReader:
 
     @staticmethod
     def is_at(path: Path) -> bool:
-        """Whether a portable checkpoint, whole or damaged, is there."""
+        """Whether there is a portable checkpoint, whole or damaged, at a path."""
         return (path / MANIFEST).is_file() or (path / INDEX).is_file()
 
     def trainer(self) -> dict[str, Any]:
-        """What Lightning saved but for weights and optimizer states."""
+        """All that Lightning saved except weights and optimizer states."""
         return load_file(self.folder / TRAINER_FILE, "cpu")
 
     def names(self) -> list[str]:
-        """Names of all weights, as in the ``LightningModule``; one that has two names bears the first."""
+        """Names of all weights in the ``LightningModule``; of a weight that has two names, the first."""
         return [name_in_module(kind, name) for kind, name in self._where if kind != OPTIMIZER]
 
     def weight(self, name: str) -> Tensor:
-        """A weight by its name in the ``LightningModule``.
+        """The weight of a given name in the ``LightningModule``.
 
         Raises:
-            FireflyError: If there is none of that name.
+            FireflyError: If the checkpoint has no weight of that name.
         """
         return self._read(WEIGHT, name, f"the weight {name}")
 
     def keys(self, name: str) -> list[str]:
-        """Which tensors the optimizer had of a parameter, such as ``exp_avg``; of a frozen one none."""
+        """Keys of the tensors that the optimizer had for a parameter, such as ``exp_avg``; none for a frozen one."""
         return self._keys.get(name, [])
 
     def states_like_weights(self) -> Iterator[tuple[int, list[str]]]:
-        """Dimensions of each weight that the optimizer had states of, and the keys of its states.
+        """For each weight that the optimizer had states of, its number of dimensions and the keys of these states.
 
         Raises:
-            FireflyError: If a state has another shape than its weight, so that it cannot be split as that is.
+            FireflyError: If a state has another shape than its weight, so that it cannot be split like the weight.
         """
         for name, keys in self._keys.items():
             shape = self.weight(name).shape
@@ -172,7 +177,7 @@ class PortableReader:
             yield len(shape), keys
 
     def state(self, key: str, name: str) -> Tensor:
-        """A state of the optimizer, such as ``exp_avg``, of a parameter.
+        """The optimizer's state of the given key, such as ``exp_avg``, for the parameter of the given name.
 
         Raises:
             FireflyError: If the optimizer that was saved has no such state.
@@ -223,7 +228,7 @@ def _check(folder: Path) -> list[str]:
 
 
 def _written(path: Path) -> FileEntry:
-    """Makes a file survive a power failure, and says what it is."""
+    """Makes a file survive a power failure, and returns its size and digest."""
     sync(path)
     return {"bytes": path.stat().st_size, "xxh3_128": _digest(path)}
 

@@ -1,4 +1,4 @@
-"""The configuration that a checkpoint was saved with, and how that of the run which resumes it differs."""
+"""The configuration that a checkpoint was saved with, and how the configuration of a run that resumes it differs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +10,14 @@ from firefly_lightning.checkpoints.layout import CONFIGURATION_KEY, TRAINER_FILE
 from firefly_lightning.checkpoints.torch_file import load_file
 
 _OF_THE_START = ("ckpt_path", "config")
-"""What says how a run was begun, not what it does."""
+"""Settings that say how a run was started, not what it does."""
 
 
 def read_configuration(checkpoint: Path) -> str | None:
-    """The configuration of the run which saved a checkpoint; None where another program did.
+    """The configuration of the run that saved a checkpoint; None where another program saved it.
 
     Raises:
-        FireflyError: If it is damaged.
+        FireflyError: If the checkpoint is damaged.
     """
     file = checkpoint / TRAINER_FILE if checkpoint.is_dir() else checkpoint
     configuration: str | None = load_file(file, "cpu").get(CONFIGURATION_KEY)
@@ -25,7 +25,12 @@ def read_configuration(checkpoint: Path) -> str | None:
 
 
 def differences(saved: str | None, now: str) -> str:
-    """A table of what differs between two configurations, in YAML; empty where nothing does."""
+    """A table of the settings that differ between two YAML configurations; empty where none differs.
+
+    Args:
+        saved: Configuration that a checkpoint was saved with; where None, the table is empty.
+        now: Configuration of the run that resumes it.
+    """
     if saved is None:
         return ""
     before, after = (dict(_leaves(yaml.safe_load(text))) for text in (saved, now))
@@ -43,7 +48,7 @@ def differences(saved: str | None, now: str) -> str:
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting by its dotted name; lists are settings."""
+    """Every setting of a configuration by its dotted name; a list is one setting."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _leaves(inner, f"{name}.{key}" if name else str(key))

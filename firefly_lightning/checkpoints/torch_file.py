@@ -1,4 +1,4 @@
-"""A file that ``torch.save`` wrote, read without running what it holds."""
+"""Reads a file that ``torch.save`` wrote, without running code that the file holds."""
 
 import pickle
 import re
@@ -11,14 +11,19 @@ from firefly_lightning.errors import FireflyError, reason, unreadable
 
 
 def load_file(path: Path, map_location: Any, weights_only: bool = True) -> dict[str, Any]:
-    """What ``torch.save`` wrote.
+    """Loads the dictionary that ``torch.save`` wrote into a file.
+
+    Args:
+        path: The file.
+        map_location: Where the tensors go; see ``torch.load``.
+        weights_only: Whether a file with objects that could run code is refused.
 
     Raises:
         MissingFileError: If there is no such file.
-        FireflyError: If it is no checkpoint, is damaged, or holds objects that could run code.
+        FireflyError: If the file is no checkpoint, is damaged, or holds objects that could run code.
     """
     try:
-        # Mapped, so that the processes of one machine share a single copy.
+        # The file is mapped into memory, so that the processes of one machine share a single copy.
         checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only, mmap=True)
     except torch.OutOfMemoryError:
         raise

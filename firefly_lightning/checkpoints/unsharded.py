@@ -1,4 +1,4 @@
-"""A checkpoint as Lightning keeps it in one process, all of a model in one dictionary, to and from a portable one."""
+"""Turns a checkpoint that Lightning keeps as one dictionary in one process into a portable checkpoint, and back."""
 
 import inspect
 from collections.abc import Collection, Iterable, Mapping
@@ -24,18 +24,18 @@ from firefly_lightning.errors import FireflyError
 
 
 def can_be_portable(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether all tensors of a checkpoint have names: weights alone, or those of one optimizer too."""
+    """Whether all tensors of a checkpoint have names; it holds weights alone, or the states of one optimizer too."""
     optimizers = checkpoint.get("optimizer_states", [])
     named = len(optimizers) == 0 or (len(optimizers) == 1 and None not in checkpoint.get(NAMES_KEY, [[None]])[0])
     return named and NAMES_KEY in checkpoint and "state_dict" in checkpoint
 
 
 def write_whole(checkpoint: Mapping[str, Any], folder: Path) -> None:
-    """Writes a checkpoint for which :func:`can_be_portable`.
+    """Writes a checkpoint for which :func:`can_be_portable` holds as a portable checkpoint.
 
     Args:
-        checkpoint: With ``state_dict`` and ``optimizer_states``.
-        folder: To fill; it is not yet in its place.
+        checkpoint: Lightning's checkpoint, with ``state_dict`` and ``optimizer_states``.
+        folder: The folder to fill, under its temporary name.
     """
     states, scalars = _by_name(checkpoint)
     writer, tied = PortableWriter(folder, rank=0), {}
@@ -53,7 +53,7 @@ def write_whole(checkpoint: Mapping[str, Any], folder: Path) -> None:
 
 
 def read_whole(reader: PortableReader) -> dict[str, Any]:
-    """The same checkpoint again; its optimizer's state needs :func:`accept_names`."""
+    """Lightning's checkpoint from a portable one; an optimizer can load its states after :func:`accept_names`."""
     checkpoint = reader.trainer()
     weights = {name: reader.weight(name) for name in reader.names()}
     weights |= {name: weights[first] for name, first in checkpoint[TIED_KEY].items()}
@@ -66,37 +66,37 @@ def read_whole(reader: PortableReader) -> dict[str, Any]:
 
 
 def summed_up(scalars: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What an optimizer counts for each parameter, said once where it is the same for all."""
+    """The numbers that an optimizer counts for each parameter, kept once for all parameters that have the same."""
     common = dict(next(iter(scalars.values()), {}))
     own = {name: dict(values) for name, values in scalars.items() if values != common}
     return {"all": common, "own": own}
 
 
 def scalars_of(trainer: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What the optimizer had counted for a parameter, from what ``trainer.ckpt`` holds."""
+    """The numbers that the optimizer had counted for a parameter, from the contents of ``trainer.ckpt``."""
     saved = trainer[SCALARS_KEY]
     values = saved["own"].get(name, saved["all"])
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in values.items()}
 
 
 def is_scalar(value: Any) -> bool:
-    """Whether an entry of an optimizer's state is counted rather than a tensor of the parameter's."""
+    """Whether an entry of an optimizer's state is a number that it counts, rather than a tensor with dimensions."""
     return not isinstance(value, Tensor) or value.dim() == 0
 
 
 def numbered_names(module: nn.Module, optimizer: Optimizer) -> list[str | None]:
-    """Names of an optimizer's parameters in the order of their numbers; None for those that the module lacks."""
+    """Names of an optimizer's parameters in the order of their numbers; None for each that the module lacks."""
     names = parameter_names(module)
     return [names.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def parameter_names(module: nn.Module) -> dict[int, str]:
-    """Names of a module's parameters by ``id``; of two names, the first."""
+    """Names of a module's parameters by their ``id``; of a parameter with two names, the first."""
     return {id(parameter): name for name, parameter in module.named_parameters()}
 
 
 def accept_names(module: nn.Module, optimizer: Optimizer) -> None:
-    """Makes ``optimizer.load_state_dict`` take states by name too; its settings then stay its own."""
+    """Makes ``optimizer.load_state_dict`` take states by parameter name too; the optimizer then keeps its settings."""
 
     def numbered(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
         if BY_NAME not in state:
@@ -120,12 +120,12 @@ def check_states(optimizer: Optimizer, saved: Iterable[tuple[int, Collection[str
     """Refuses the states of another kind of optimizer, with which this one could not step.
 
     Args:
-        optimizer: The one that is to go on.
-        saved: For each parameter, how many dimensions it has, which decides what some optimizers keep, and the keys of
-            the tensors that were saved; none of one that was not trained.
+        optimizer: The optimizer that is to go on from the states.
+        saved: For each parameter, its number of dimensions, which decides which states some optimizers keep, and the
+            keys of its saved tensors; no keys for a parameter that was not trained.
 
     Raises:
-        FireflyError: If they are not what it keeps.
+        FireflyError: If the keys are not those of the tensors that this optimizer keeps.
     """
     for dimensions, keys in sorted({(dimensions, tuple(sorted(keys))) for dimensions, keys in saved if keys}):
         kept = _kept_states(optimizer, dimensions)
@@ -138,7 +138,7 @@ def check_states(optimizer: Optimizer, saved: Iterable[tuple[int, Collection[str
 
 
 def _kept_states(optimizer: Optimizer, dimensions: int) -> set[str] | None:
-    """Which tensors an optimizer keeps of a parameter, seen by letting one step; None where it needs more for that."""
+    """Keys of the tensors that an optimizer keeps for a parameter, found by a trial step; None if that step fails."""
     parameter, known = Parameter(torch.zeros([2] * dimensions)), inspect.signature(type(optimizer)).parameters
     parameter.grad = torch.zeros_like(parameter)
     settings = {name: value for name, value in optimizer.defaults.items() if name in known}
@@ -151,7 +151,7 @@ def _kept_states(optimizer: Optimizer, dimensions: int) -> set[str] | None:
 
 
 def _by_name(checkpoint: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
-    """The optimizer's states by name of the parameter: tensors, and what is counted."""
+    """The optimizer's states by name of the parameter: first the tensors, then the numbers that are counted."""
     tensors: dict[str, dict[str, Tensor]] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for optimizer, names in zip(checkpoint.get("optimizer_states", []), checkpoint[NAMES_KEY], strict=False):

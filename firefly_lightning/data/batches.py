@@ -24,10 +24,10 @@ class PaddedRows(TypedDict):
         input_ids: (rows, length) token ids, padded on the right.
         attention_mask: (rows, length) 1 for tokens, 0 for padding.
         target_positions: (targets,) positions in the flattened (rows · length) whose next token is learned.
-        target_ids: (targets,) the tokens learned there.
-        lengths: Tokens of each row.
+        target_ids: (targets,) ids of the tokens that are learned at these positions.
+        lengths: Number of tokens of each row.
         token_positions: (tokens,) positions in the flattened (rows · length) that are no padding.
-        packed_targets: (targets,) which of these are in ``target_positions``.
+        packed_targets: (targets,) where each of ``target_positions`` is in ``token_positions``.
     """
 
     input_ids: Tensor
@@ -40,14 +40,14 @@ class PaddedRows(TypedDict):
 
 
 class MicroBatch(PaddedRows):
-    """What one rank works on at a time.
+    """The rows that one rank works on at a time.
 
     Attributes:
         rows: (rows,) which rows these are; empty in a micro-batch that only fills a short last step.
-        kinds: (rows,) the kind of each.
+        kinds: (rows,) number of each row's kind.
         step: Optimizer step that the micro-batch belongs to.
-        step_target_tokens: Learned tokens of the whole step, over all its micro-batches and ranks.
-        step_micro_batches: Micro-batches of the whole step, over all ranks.
+        step_target_tokens: Number of learned tokens of the whole step, over all its micro-batches and ranks.
+        step_micro_batches: Number of micro-batches of the whole step, over all ranks.
     """
 
     rows: Tensor
@@ -58,14 +58,14 @@ class MicroBatch(PaddedRows):
 
 
 class PlannedBatches(Dataset[MicroBatch]):
-    """The micro-batches of one rank; item ``i`` is its ``i``-th since the first step of the run.
+    """The micro-batches of one rank; item ``i`` is the rank's ``i``-th since the first step of the run, from 0.
 
     Args:
-        rows: Where the tokens are.
-        plan: Which rows make a step.
+        rows: The tokenised rows.
+        plan: The plan that says which rows make a step.
         micro_batch_size: Rows that a rank works on at a time.
-        world_size: Ranks that share a step.
-        rank: This one.
+        world_size: Number of ranks that share a step.
+        rank: Number of this rank.
         pad_id: Token id of padding.
     """
 
@@ -103,7 +103,7 @@ class EpochSampler(DistributedSampler[int]):
     a sampler of its own in its place.
 
     Args:
-        batches: What is indexed.
+        batches: The micro-batches that are indexed.
         first_step: Optimizer step to begin with; the epoch that holds it is cut short at its front.
     """
 
@@ -124,16 +124,16 @@ class EpochSampler(DistributedSampler[int]):
 
 
 class PlanLoader(DataLoader[MicroBatch]):
-    """A loader that Lightning takes for resumable, as it is: the data module makes it begin at the right step.
+    """A loader that Lightning takes for resumable, as it has a state; the data module makes it begin at the right step.
 
     Attributes:
-        seconds_waited: How long those who iterate have waited for micro-batches, in all.
+        seconds_waited: Seconds that iterating over the loader has waited for micro-batches, in all.
     """
 
     seconds_waited = 0.0
 
     def __iter__(self) -> Any:
-        """Micro-batches, while the wait for each is timed; workers begin at once."""
+        """Iterates over micro-batches, timing the wait for each; workers begin at once."""
         return self._timed(super().__iter__())
 
     def _timed(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
@@ -148,25 +148,25 @@ class PlanLoader(DataLoader[MicroBatch]):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing; see :meth:`FireflyDataModule.state_dict`."""
+        """An empty state: :meth:`FireflyDataModule.state_dict` has the step to resume at."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
+        """Loads nothing, since the state is empty."""
 
 
 def data_parallel_share(strategy: Any) -> tuple[int, int]:
-    """How many ranks share the rows, and which of them this is; ranks that split a model count as one.
+    """How many ranks share the rows, and the number of this one; ranks that split a model count as one.
 
     Args:
-        strategy: Lightning's; None is one device.
+        strategy: Lightning's strategy; None means one device.
     """
     share = getattr(strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
     return share["num_replicas"], share["rank"]
 
 
 def first_turns(batch: PaddedRows) -> list[tuple[list[int], list[int]]]:
-    """Of each row, the token ids up to its first target, and those of this target; later turns are left out."""
+    """For each row, the token ids up to its first target, and the ids of that target; later turns are left out."""
     width = batch["input_ids"].shape[1]
     ids, learned = batch["input_ids"].tolist(), np.array(batch["target_positions"].cpu()) + 1
     turns = []
@@ -178,7 +178,7 @@ def first_turns(batch: PaddedRows) -> list[tuple[list[int], list[int]]]:
 
 
 def closing_targets(batch: PaddedRows, eos_token_id: int) -> Tensor:
-    """(targets,) which of them are the end of their row; a row that was cut may have none."""
+    """(targets,) which of the targets are the end token that closes their row; a row that was cut may have none."""
     rows = batch["target_positions"] // batch["input_ids"].shape[1]
     last = torch.ones_like(rows, dtype=torch.bool)
     last[:-1] = rows[1:] != rows[:-1]
@@ -223,11 +223,11 @@ def make_loader(
     """A loader of planned micro-batches.
 
     Args:
-        batches: What it loads.
-        workers: Processes that prepare micro-batches; 0 for none.
-        pin_memory: Whether they are put into page-locked memory.
-        loader: Its class.
-        first_step: The optimizer step that it begins with.
+        batches: The micro-batches to load.
+        workers: Number of processes that prepare micro-batches; 0 for none.
+        pin_memory: Whether micro-batches are put into page-locked memory.
+        loader: Class of the loader.
+        first_step: The optimizer step that the loader begins with.
     """
     return loader(
         batches,
@@ -241,7 +241,7 @@ def make_loader(
 
 
 def _begin_loading(worker: int) -> None:
-    """Seeds a worker as Lightning does those of loaders that begin nothing of their own; it ends with its run."""
+    """Begins a loader's worker: seeds it as Lightning seeds workers by default, and has it end with its run."""
     pl_worker_init_function(worker)
     leave_interrupts_to_parent()
     end_with_parent()

@@ -1,4 +1,4 @@
-"""What a set of rows is made of."""
+"""A table of what a set of rows is made of."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ HEADINGS = {
 
 
 def counts_table(names: Sequence[str], counts: Sequence[Counts]) -> str:
-    """A table of what was read, cut, left out and kept, a line a kind and one for all.
+    """A table of the rows that were read, cut, left out and kept: a line for each kind, and one for all kinds.
 
     Args:
-        names: Sources, named in the title.
-        counts: Of each source.
+        names: Names of the sources, for the title.
+        counts: The counts of each source.
     """
     kinds = sorted({kind for source in counts for kind in source})
     totals = {kind: Counter[str]() for kind in [*kinds, "all"]}

@@ -32,26 +32,27 @@ class FireflyDataModule(L.LightningDataModule):
     Args:
         tokenizer: Folder or hub name of the tokenizer; ``firefly-fit`` takes the model's.
         train_files: Files, globs or dataset names to train on, plain or as ``{path, weight, cap, epochs}``. A row that
-            an earlier one has too is taken from there only, and reported.
-        val_files: Likewise, to validate on.
-        val_fraction: Share of the training rows to validate on instead, between 0 and 1.
-        test_files: Likewise, for ``test``; the validation rows where there are none.
-        predict_files: Likewise, to answer with ``predict``; the test or else the validation rows where there are none.
-            Files are read whole for it: no row is cut or left out, whatever its length.
+            an earlier file has too is taken from that file only, and reported.
+        val_files: Files, globs or dataset names to validate on.
+        val_fraction: Fraction of the training rows to validate on instead of ``val_files``, between 0 and 1.
+        test_files: Files, globs or dataset names for ``test``; the validation rows where not given.
+        predict_files: Files, globs or dataset names whose rows ``predict`` answers; the test or else the validation
+            rows where not given. Files are read whole for it: no row is cut or left out, whatever its length.
         batch_size: Rows in one optimizer step, over all devices.
         micro_batch_size: Rows that one device works on at a time; all of its share where not given. Gradients are
-            accumulated over the rest: the step stays the same.
-        max_length: Tokens of a row, control tokens included.
+            accumulated over a device's micro-batches: the step stays the same.
+        max_length: Most tokens of a row, control tokens included.
         too_long: What to do with a longer row: ``truncate`` keeps its first tokens, ``truncate_keep_end`` its last ones
             after the start token, ``drop`` leaves it out.
         prompt: Name of a format (``firefly``, ``firefly_turns``, ``firefly_single``) or its control strings.
-        seed: Of the order of rows and of the rows chosen by ``val_fraction``.
-        num_workers: Processes that prepare batches.
+        seed: Seed of the order of rows and of the rows chosen by ``val_fraction``.
+        num_workers: Number of processes that prepare batches.
         pin_memory: Whether batches are put into page-locked memory, from which a GPU copies faster.
         cache_dir: Where token ids are kept; a folder of the user's cache by default.
-        kinds: ``{KIND: {weight, cap, epochs}}`` for kinds of training rows, over all files; weights multiply.
-        row_format: Function that reads rows in a form of your own, such as ``my_rows.messages``: gives the kind and the
-            (input, target) turns of a row's fields, or None where the row is in one of the three known forms.
+        kinds: Shares of kinds of training rows over all files, ``{KIND: {weight, cap, epochs}}``; a row's weight is its
+            file's weight times its kind's.
+        row_format: Function for rows in a form of your own, such as ``my_rows.messages``: from a row's fields it gives
+            kind and (input, target) turns, or None where the row is in one of the three known forms.
 
     Raises:
         FireflyError: If an argument is out of its range.
@@ -96,7 +97,7 @@ class FireflyDataModule(L.LightningDataModule):
         self.val: PlannedBatches | None = None
         self.test: PlannedBatches | None = None
         self._tokenizer: PreTrainedTokenizerFast | None = None
-        self._val_check_interval: Any = None  # as the user set it
+        self._val_check_interval: Any = None  # the trainer's, as the user set it
         self._fitting, self._resumed_step = False, 0
         self._check_arguments()
 
@@ -122,7 +123,7 @@ class FireflyDataModule(L.LightningDataModule):
                 rank_zero_info(counts_table(rows.names, rows.counts))
 
     def setup(self, stage: str) -> None:
-        """Maps the token ids, plans the steps and tells the trainer how many micro-batches make one."""
+        """Maps the token ids, plans the steps and tells the trainer how many micro-batches make a step."""
         self._fitting, self._resumed_step = stage == "fit", 0
         encoder = self._encoder
         self.world_size, self.rank = data_parallel_share(self.trainer.strategy if self.trainer else None)
@@ -154,7 +155,7 @@ class FireflyDataModule(L.LightningDataModule):
             self._set_accumulation()
 
     def state_dict(self) -> dict[str, Any]:
-        """The step that comes next, and the identity of the plan that says which rows it has."""
+        """The optimizer step that comes next, and the fingerprint of the plan that says which rows that step has."""
         if self.trainer is None or self.train is None:
             return {}
         return {"step": self.trainer.global_step, "plan": self.train.plan.fingerprint()}
@@ -183,21 +184,21 @@ class FireflyDataModule(L.LightningDataModule):
         return self._loader(self.train, loader=PlanLoader, first_step=first_step)
 
     def val_dataloader(self) -> DataLoader[MicroBatch] | list[Any]:
-        """All validation rows once; no loader where there are none."""
+        """All validation rows once; no loader where there are no validation rows."""
         return self._loader(self.val) if self.val else []
 
     def test_dataloader(self) -> DataLoader[MicroBatch]:
         """All test rows once.
 
         Raises:
-            FireflyError: If there are none.
+            FireflyError: If there are no test rows.
         """
         if not self.test:
             raise FireflyError("data.test_files: nothing to test on; name a file there, or validation files")
         return self._loader(self.test)
 
     def predict_dataloader(self) -> DataLoader[MicroBatch]:
-        """All rows to answer once."""
+        """All rows that ``predict`` is to answer, once."""
         return self._loader(self.answered)
 
     def describe_step(self, step: int) -> list[str]:
@@ -240,7 +241,7 @@ class FireflyDataModule(L.LightningDataModule):
         return self._planned(rows, [WeightedRows(np.arange(len(rows)))], 0, micro_batch_size)
 
     def _prompted(self, rows: TokenizedRows, taken: Rows, micro_batch_size: int) -> PlannedBatches:
-        """Rows to answer: those together whose prompts are of like length."""
+        """Plans rows to answer; rows whose prompts are of like length share a micro-batch."""
         prompts = rows.lengths - rows.target_tokens
         return self._planned(rows, [WeightedRows(taken)], 0, micro_batch_size, lengths=prompts)
 
@@ -262,7 +263,7 @@ class FireflyDataModule(L.LightningDataModule):
         return PlannedBatches(rows, plan, micro_batch_size, self.world_size, self.rank, pad_id)
 
     def _set_accumulation(self) -> None:
-        """Makes a batch of the trainer's settings what it is here: the rows of one optimizer step."""
+        """Sets the trainer's accumulation, and has its ``val_check_interval`` count optimizer steps."""
         trainer = self.trainer
         if trainer is None:
             return
@@ -281,7 +282,7 @@ class FireflyDataModule(L.LightningDataModule):
             trainer.val_check_interval = interval * per_step
 
     def _check_lasts(self) -> None:
-        """A run that must end early is told so before it begins."""
+        """Refuses, before a run begins, one whose sources do not last for all of its steps."""
         steps, epochs = (getattr(self.trainer, name, None) or -1 for name in ("max_steps", "max_epochs"))
         if steps < 0 < epochs:
             steps = epochs * self.train.plan.steps_per_epoch

@@ -19,7 +19,7 @@ class Share(TypedDict, total=False):
     Attributes:
         weight: How often an epoch takes each row: 1 once, 0.5 half of the rows (later epochs the others), 2 twice.
         cap: Rows that an epoch takes at most.
-        epochs: How often each row is taken at most in the whole run; the others then fill its place.
+        epochs: How often each row is taken at most in the whole run; other sources or kinds then fill its place.
     """
 
     weight: float
@@ -35,20 +35,25 @@ class Source(_Path, Share, total=False):
     """Rows to train on.
 
     Attributes:
-        path: A file, a glob of files (their shares are each of its own), or the name of a Hugging Face dataset.
+        path: A file, a glob of files (the share then holds for each file alone), or the name of a Hugging Face dataset.
         weight: How often an epoch takes each row: 1 once, 0.5 half of the rows (later epochs the others), 2 twice.
         cap: Rows that an epoch takes at most.
-        epochs: How often each row is taken at most in the whole run; the others then fill its place.
+        epochs: How often each row is taken at most in the whole run; other sources then fill its place.
     """
 
     # No dataclass, since jsonargparse would then take the file of rows for a configuration and read it.
 
 
 def check_share(share: Mapping[str, Any], key: str, name: str) -> None:
-    """Checks what a user wrote.
+    """Checks the share that a user wrote for a source or a kind.
+
+    Args:
+        share: The share; see :class:`Share`.
+        key: Key of the configuration that holds it.
+        name: Name of the source or the kind.
 
     Raises:
-        FireflyError: If a number is not above 0.
+        FireflyError: If a number of the share is not above 0.
     """
     for part in ("weight", "cap", "epochs"):
         if part in share and not share[part] > 0:
@@ -58,18 +63,18 @@ def check_share(share: Mapping[str, Any], key: str, name: str) -> None:
 def mix(
     rows: TokenizedRows, available: npt.NDArray[np.bool_], sources: Sequence[Share], kinds: Mapping[str, Share]
 ) -> list[WeightedRows]:
-    """The parts of a plan: what is left of each source, with kinds of their own shares apart.
+    """The parts of a plan: the available rows of each source, with a part of its own for each kind that has a share.
 
-    A row's weight is that of its source times that of its kind. A cap takes the same share of everything under it.
+    A row's weight is its source's weight times its kind's. A cap cuts all parts that it holds for by the same factor.
 
     Args:
-        rows: Of all sources.
-        available: (rows,) which of them may be taken.
+        rows: The rows of all sources.
+        available: (rows,) which of the rows may be taken.
         sources: The share of each source.
-        kinds: Shares of kinds, over all sources.
+        kinds: The shares of kinds by name, over all sources.
 
     Raises:
-        FireflyError: If no row has a kind that is named.
+        FireflyError: If no row is of a kind that ``kinds`` names.
     """
     if unknown := [kind for kind in kinds if kind not in rows.kinds]:
         raise FireflyError(
@@ -92,7 +97,7 @@ def mix(
 
 
 class _Part:
-    """Rows of one source, of one kind or of all kinds without a share of their own."""
+    """Rows of one source that are of one kind, or of all the kinds without a share of their own."""
 
     def __init__(self, rows: Rows, source: Share, kind: Share, at: int, name: str | None) -> None:
         self.rows, self.source, self.kind = rows, at, name
@@ -101,23 +106,23 @@ class _Part:
 
     @property
     def quota(self) -> int:
-        """Rows that an epoch takes."""
+        """Number of rows of this part that an epoch takes."""
         return round(self.weight * len(self.rows))
 
 
 def split(
     rows: TokenizedRows, sources: Sequence[Share], kinds: Mapping[str, Share], val_fraction: float, seed: int
 ) -> tuple[list[WeightedRows], list[WeightedRows]]:
-    """The rows to train on, by source and kind with their shares, and those held out for validation.
+    """The rows to train on, by source and kind with their shares, and the rows held out for validation.
 
-    Rows that two sources share are reported, and taken from the first alone.
+    Rows that two sources share are reported, and taken from the first source alone.
 
     Args:
-        rows: Of all sources.
-        sources: The share of each.
+        rows: The rows of all sources.
+        sources: The share of each source.
         kinds: The share of each kind that has one.
-        val_fraction: Share of the rows that is held out.
-        seed: Which are.
+        val_fraction: Fraction of the rows that is held out.
+        seed: Seed that decides which rows are held out.
 
     Raises:
         FireflyError: If nothing is left to train or to validate on.
@@ -147,7 +152,7 @@ def _cap(parts: Sequence[_Part], belongs: Callable[[_Part], bool], cap: int | No
 
 
 def repeated_rows(rows: TokenizedRows) -> npt.NDArray[np.bool_]:
-    """(rows,) which rows an earlier source has too; the same text in another form or with other blanks is the same."""
+    """(rows,) which rows an earlier source has too; texts that differ in form or in blanks only are the same."""
     repeated = np.zeros(len(rows), bool)
     for at in range(1, len(rows.names)):
         of_source = rows.of_source(at)
@@ -157,7 +162,7 @@ def repeated_rows(rows: TokenizedRows) -> npt.NDArray[np.bool_]:
 
 
 def describe_repeated(rows: TokenizedRows, repeated: npt.NDArray[np.bool_]) -> list[str]:
-    """A line for each source that has rows of earlier ones."""
+    """A line for each source that has rows of earlier sources, to tell the user."""
     lines = []
     for at, name in enumerate(rows.names):
         of_source = rows.of_source(at)

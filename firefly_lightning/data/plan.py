@@ -21,9 +21,9 @@ class WeightedRows(NamedTuple):
     """Rows of one source and how often they are taken.
 
     Attributes:
-        rows: The rows.
-        weight: How often an epoch takes each: 1 is once, 0.5 is half of them, 2 is twice.
-        epochs: How often each is taken at most, over all epochs.
+        rows: Numbers of the rows.
+        weight: How often an epoch takes each row: 1 is once, 0.5 is half of the rows, 2 is twice.
+        epochs: How often each row is taken at most, over all epochs.
     """
 
     rows: Rows
@@ -35,15 +35,15 @@ class StepPlan:
     """The rows of every optimizer step.
 
     An epoch takes each row of a source ``weight`` times; with a fraction, later epochs go on where earlier ones ended,
-    so that no row is taken again before all others. Where a source has been taken ``epochs`` times, the others fill its
-    place, in proportion. The last step of an epoch may have fewer than ``batch_size`` rows.
+    so that no row is taken again before all others. Where a source has been taken ``epochs`` times, other sources fill
+    its place, in proportion. The last step of an epoch may have fewer than ``batch_size`` rows.
 
     Args:
-        lengths: (rows,) tokens of each row.
-        target_tokens: (rows,) learned tokens of each row.
+        lengths: (rows,) number of tokens of each row.
+        target_tokens: (rows,) number of learned tokens of each row.
         sources: Which of the rows to take, and how often.
         batch_size: Rows in one optimizer step, over all devices.
-        seed: Of the order in which rows come.
+        seed: Seed of the order in which rows come.
         shuffle: If false, rows come in the order of ``sources``, in every epoch.
     """
 
@@ -69,28 +69,34 @@ class StepPlan:
             for source in self.sources
         ]
         self._quotas = [int(min(pair)) for pair in zip(quotas, self._limits, strict=True)]
-        self._taken = [[0] * len(self.sources)]  # of each source before each epoch, as far as asked for
+        self._taken = [[0] * len(self.sources)]  # rows of each source before each epoch, as far as asked for
         self.rows_per_epoch = sum(self._quotas)
         self.steps_per_epoch = -(-self.rows_per_epoch // batch_size)
         self._orders: dict[int, Rows] = {}
 
     def rows(self, step: int) -> Rows:
-        """Rows of an optimizer step, at most ``batch_size`` of them."""
+        """Numbers of the rows of an optimizer step, at most ``batch_size`` of them."""
         epoch, index = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
 
     def target_tokens(self, step: int) -> int:
-        """Learned tokens of an optimizer step, over all its rows."""
+        """Number of learned tokens of an optimizer step, over all its rows."""
         return int(self._target_tokens[self.rows(step)].sum())
 
     def micro_batches(self, step: int, world_size: int, micro_batch_size: int) -> list[list[Rows]]:
         """Splits a step over ranks and micro-batches.
 
         Rows of like length share a micro-batch, and the ranks work on like lengths at the same time. Every rank gets
-        the same number of micro-batches; in the last step of an epoch some hold fewer rows, or none.
+        the same number of micro-batches; in the last step of an epoch some micro-batches hold fewer rows, or none.
+
+        Args:
+            step: The optimizer step.
+            world_size: Ranks that share the step.
+            micro_batch_size: Rows that one rank works on at a time.
 
         Returns:
-            For each rank, its micro-batches in order, the longest rows first (memory is short at once or never).
+            For each rank, the rows of its micro-batches in order. The longest rows come first, so that memory runs out
+            at once or never.
         """
         rows = self.rows(step)
         longest_first = rows[np.lexsort((rows, -self.lengths[rows]))]
@@ -113,7 +119,7 @@ class StepPlan:
         }
 
     def _epoch(self, epoch: int) -> Rows:
-        # Steps are asked for in order, each by several callers; two epochs meet at a boundary.
+        # Steps are asked for in order, each by several callers; at a boundary both epochs are needed.
         if epoch not in self._orders:
             self._orders = {kept: order for kept, order in self._orders.items() if abs(kept - epoch) == 1}
             self._orders[epoch] = self._order(epoch)
@@ -137,15 +143,15 @@ class StepPlan:
         return np.concatenate(parts)
 
     def check_lasts(self, steps: int) -> None:
-        """Checks that there are rows for so many steps.
+        """Checks that there are rows for a number of optimizer steps.
 
         Raises:
-            FireflyError: If every source has been taken as often as it may before.
+            FireflyError: If every source has been taken as often as its ``epochs`` allow before the last step.
         """
         self._before(-(-steps // self.steps_per_epoch))
 
     def _before(self, epoch: int) -> list[int]:
-        """Rows of each source that the epochs before this one take."""
+        """For each source, how many rows the epochs before the given one take."""
         while len(self._taken) <= epoch:
             taken = self._taken[-1]
             more = self._fill([limit - count for limit, count in zip(self._limits, taken, strict=True)])
@@ -153,7 +159,7 @@ class StepPlan:
         return self._taken[epoch]
 
     def _fill(self, left: Sequence[float]) -> list[int]:
-        """Rows of each source in an epoch, where so many are left of each."""
+        """For each source, how many rows an epoch takes where only ``left`` rows may still be taken of each."""
         quotas = [int(min(pair)) for pair in zip(self._quotas, left, strict=True)]
         while missing := self.rows_per_epoch - sum(quotas):
             open_ = [index for index in range(len(quotas)) if quotas[index] < left[index]]
@@ -169,7 +175,7 @@ class StepPlan:
 
 
 def apportion(total: int, sizes: Sequence[int]) -> list[int]:
-    """Parts of a total in proportion to sizes; what rounding down leaves goes to the largest remainders."""
+    """Splits a total in proportion to sizes; what rounding down leaves goes to the parts of largest remainders."""
     whole = sum(sizes)
     parts = [total * size // whole for size in sizes]
     by_remainder = sorted(range(len(sizes)), key=lambda index: (-(total * sizes[index] % whole), index))
@@ -184,10 +190,10 @@ def check_shares(batch_size: int, world_size: int, micro_batch_size: int | None)
     Args:
         batch_size: Rows in an optimizer step.
         world_size: Ranks that share the rows.
-        micro_batch_size: Rows that one rank works on at a time; None is all of its share.
+        micro_batch_size: Rows that one rank works on at a time; None means all rows of its share.
 
     Raises:
-        FireflyError: If they do not divide.
+        FireflyError: If the ranks cannot share the rows equally, or a share is no whole number of micro-batches.
     """
     if batch_size % world_size:
         raise FireflyError(

@@ -1,4 +1,4 @@
-"""What a data module of this project offers beyond Lightning's, and how others ask whether they have one."""
+"""What a data module of this project offers beyond Lightning's, and how other code asks whether it has one."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,8 +12,8 @@ from firefly_lightning.prompt import PromptFormat
 class PlannedData(Protocol):
     """A data module whose optimizer steps are planned, and whose rows have kinds and places.
 
-    :class:`FireflyDataModule` is one. Any other data, also loaders without a data module, trains too, without what only
-    this can tell.
+    :class:`FireflyDataModule` is one. A run can use any other data, also loaders without a data module, but then lacks
+    all that only planned data can tell.
     """
 
     @property
@@ -26,7 +26,7 @@ class PlannedData(Protocol):
 
     @property
     def train(self) -> PlannedBatches | None:
-        """Micro-batches to train on, with their plan, sources, kinds and counts; None until there are some."""
+        """Micro-batches to train on, with their plan, sources, kinds and counts; None until they are set up."""
 
     @property
     def val(self) -> PlannedBatches | None:
@@ -41,12 +41,12 @@ class PlannedData(Protocol):
 
 
 def data_of(trainer: Any) -> PlannedData | None:
-    """The trainer's data module where it is of this kind; None for other data, and where there is no trainer."""
+    """The trainer's data module where it is :class:`PlannedData`; None for other data, and without a trainer."""
     data = getattr(trainer, "datamodule", None)
     return data if isinstance(data, PlannedData) else None
 
 
 def batches_of(loader: Any) -> PlannedBatches | None:
-    """The micro-batches of a loader where they are this project's, whoever made the loader; else None."""
+    """The micro-batches of a loader where they are :class:`PlannedBatches`, whoever made the loader; else None."""
     batches = getattr(loader, "dataset", None)
     return batches if isinstance(batches, PlannedBatches) else None

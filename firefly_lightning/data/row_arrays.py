@@ -10,17 +10,17 @@ import numpy.typing as npt
 from firefly_lightning.prompt import ControlIds
 
 TooLong = Literal["truncate", "truncate_keep_end", "drop"]
-"""What is done with a row of more than ``max_length`` tokens: its first tokens are kept, or its start and its last
-tokens, or it is left out."""
+"""What is done with a row of more than ``max_length`` tokens: ``truncate`` keeps its first tokens,
+``truncate_keep_end`` its start and its last tokens, ``drop`` leaves it out."""
 
 
 class RowArrays(NamedTuple):
-    """Rows, one after another.
+    """Many rows, one after another.
 
     Attributes:
-        input_ids: (tokens,) of all rows.
-        target_mask: (tokens,) which of them are learned.
-        lengths: (rows,) tokens of each row, none of which is empty.
+        input_ids: (tokens,) token ids of all rows.
+        target_mask: (tokens,) which of the tokens are learned.
+        lengths: (rows,) number of tokens of each row; no row is empty.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -29,21 +29,21 @@ class RowArrays(NamedTuple):
 
     @property
     def offsets(self) -> npt.NDArray[np.int64]:
-        """(rows + 1,) where each row begins, and where the last ends."""
+        """(rows + 1,) positions at which each row begins, and the one at which the last row ends."""
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths)])
 
     @property
     def target_tokens(self) -> npt.NDArray[np.int32]:
-        """(rows,) learned tokens of each row."""
+        """(rows,) number of learned tokens of each row."""
         learned = np.cumsum(self.target_mask, dtype=np.int32)
         return np.diff(np.concatenate([np.zeros(1, np.int32), learned])[self.offsets])
 
     def tokens_of(self, rows: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """(tokens,) which tokens belong to some of the rows; ``(rows,)``."""
+        """(tokens,) which tokens belong to the chosen rows; ``rows`` is (rows,), true for each chosen row."""
         return np.repeat(rows, self.lengths)
 
     def only(self, rows: npt.NDArray[np.bool_]) -> "RowArrays":
-        """Some of the rows; ``(rows,)``."""
+        """The chosen rows alone; ``rows`` is (rows,), true for each chosen row."""
         if rows.all():
             return self
         tokens = self.tokens_of(rows)
@@ -55,11 +55,11 @@ def join_rows(texts: Sequence[Sequence[int]], turns: Sequence[int], controls: Co
 
     Args:
         texts: Token ids of the input and the target of every turn of every row, in order.
-        turns: (rows,) how many turns each has; at least one.
-        controls: What is put around them.
+        turns: (rows,) how many turns each row has; at least one.
+        controls: Control tokens to put around the texts.
     """
     last = 2 * np.cumsum(turns)
-    first = last - 2 * np.asarray(turns)  # text of each row
+    first = last - 2 * np.asarray(turns)  # the number of each row's first text
     target = np.arange(len(texts)) % 2 == 1
     sizes = np.fromiter(map(len, texts), np.int64, len(texts))
     before = np.zeros_like(sizes)
@@ -84,13 +84,13 @@ def join_rows(texts: Sequence[Sequence[int]], turns: Sequence[int], controls: Co
 
 
 def cut_rows(rows: RowArrays, max_length: int, too_long: TooLong, start: int) -> RowArrays:
-    """The first ``max_length`` tokens of each row, or (``truncate_keep_end``) the ``start`` first and the last ones.
+    """Cuts each row to its first ``max_length`` tokens, or to its start and its last tokens (``truncate_keep_end``).
 
     Args:
-        rows: Those that are not longer stay as they are.
-        max_length: Tokens to keep.
-        too_long: The policy; ``drop`` keeps no longer row.
-        start: Tokens of the format's start, which every row keeps.
+        rows: The rows; those of at most ``max_length`` tokens stay as they are.
+        max_length: Number of tokens to keep of a row.
+        too_long: What is done with a longer row; ``drop`` leaves it out.
+        start: Number of tokens of the format's start, which ``truncate_keep_end`` keeps.
     """
     excess = np.maximum(rows.lengths - max_length, 0)
     if not excess.any():

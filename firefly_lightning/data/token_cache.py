@@ -1,7 +1,7 @@
 """Token ids of a source, made once, kept in an Arrow file and mapped into memory.
 
 One folder of the cache holds one source under one tokenizer, format, length and policy; its name is a hash of all of
-them and of the code that makes it. It appears by a rename when it is complete, so what is there can be used.
+these and of the code that makes the folder. A folder gets its name when it is complete, so one that exists can be used.
 """
 
 import functools
@@ -43,7 +43,7 @@ from firefly_lightning.prompt import PromptEncoder
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 WHOLE = sys.maxsize
-"""A length that cuts no row."""
+"""Value of ``max_length`` that cuts no row."""
 
 ROWS_PER_BATCH = 4096
 SCHEMA = pa.schema(
@@ -59,7 +59,7 @@ SCHEMA = pa.schema(
 
 
 def default_cache_dir() -> Path:
-    """``firefly_lightning`` in the user's cache folder (``$XDG_CACHE_HOME``, else ``~/.cache``)."""
+    """The folder ``firefly_lightning`` in the user's cache folder (``$XDG_CACHE_HOME``, else ``~/.cache``)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "firefly_lightning"
 
 
@@ -73,7 +73,15 @@ def tokenize(
 ) -> Path:
     """The cache folder of a source, made if it is not there.
 
-    Two processes that need the same folder wait for each other; one of them makes it.
+    Of several processes that need the same folder, one makes it, and the others wait.
+
+    Args:
+        source: A file, or the name of a Hugging Face dataset.
+        encoder: Turns the texts of rows into token ids.
+        max_length: Tokens beyond which a row is too long.
+        too_long: What is done with a row that is too long.
+        cache_dir: The folder of all cache folders.
+        row_format: A function that reads rows of a form of the user's own.
 
     Raises:
         FireflyError: If the source is malformed, or the disk does not take the result.
@@ -100,7 +108,7 @@ def _key(
 
 
 def _file_of(row_format: RowFormat) -> str:
-    """The file whose change makes token ids anew."""
+    """The source file of a row format; when it changes, token ids are made anew."""
     file = inspect.getsourcefile(row_format) if inspect.isfunction(row_format) else None
     if file is None or not Path(file).is_file():
         raise FireflyError(
@@ -116,14 +124,14 @@ _CODE = [__file__, *(str(module.__file__) for module in _READERS)]
 
 def _hash_content(source: str) -> str:
     if is_file(source):
-        # Whether it is read as JSON lines or as Parquet depends on the suffix too.
+        # The suffix is part of the hash, since it decides whether a file is read as JSON lines or as Parquet.
         return Path(source).suffix + _hash_once(source)
     cached = [entry["filename"] for entry in load_hub_dataset(source).cache_files]
     return source + _hash_files(cached)
 
 
 def _hash_once(path: str) -> str:
-    """Of a file that is asked for by ``prepare_data`` and again by ``setup``; read again only where it has changed."""
+    """Hash of a file's content; ``prepare_data`` and ``setup`` both ask, and only a file that has changed is reread."""
     status = Path(path).stat()
     return _hash_of_version(path, status.st_ino, status.st_size, status.st_mtime_ns)
 
@@ -146,9 +154,9 @@ def _hash_files(paths: Sequence[str]) -> str:
 
 
 def _make(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
-    """Fills a temporary folder beside the final one and renames it."""
+    """Makes a cache folder: fills a temporary folder beside it and renames that."""
     for left_over in folder.parent.glob(f"{folder.name}.tmp*"):
-        shutil.rmtree(left_over)  # of a process that was killed; a living one would hold the lock
+        shutil.rmtree(left_over)  # left by a process that was killed; a living one would hold the lock
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
     try:
         report = write(temporary / ROWS_FILE)
@@ -176,8 +184,8 @@ def _write(
 
 
 def _encode_ahead(chunks: Iterable[list[Row]], encoder: PromptEncoder) -> Iterator[tuple[list[Row], list[list[int]]]]:
-    """Chunks with the ids of their texts; while one is worked on, the next two are being tokenised."""
-    # Two, since the ids of one become Python's while the tokenizer is at the other.
+    """Chunks of rows with the token ids of their texts; while one is worked on, the next two are being tokenised."""
+    # Two threads, since the ids of one chunk become Python objects while the tokenizer works on the other.
     with ThreadPoolExecutor(2) as threads:
         under_way: deque[tuple[list[Row], Future[list[list[int]]]]] = deque()
         for chunk in chunks:
@@ -192,7 +200,10 @@ def _encode_ahead(chunks: Iterable[list[Row]], encoder: PromptEncoder) -> Iterat
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """A quarter less time: there are no cycles in rows, and the many lists have all that torch holds looked through."""
+    """Turns the garbage collector off, which saves a quarter of the time.
+
+    Rows have no cycles, but their many lists would have the collector look through all objects that torch holds.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -210,7 +221,7 @@ def _count_and_cut(
     too_long: TooLong,
     start: int,
 ) -> pa.RecordBatch:
-    """The rows as they will be learned, without those of which nothing can be."""
+    """The rows as they will be learned, without those of which nothing can be learned; adds them to ``counts``."""
     for row in rows:
         counts[row.kind]["rows"] += 1
         counts[row.kind]["unanswered"] += row.unanswered
@@ -249,6 +260,6 @@ def _record_batch(kept: RowArrays, kinds: npt.NDArray[np.int32], rows: Sequence[
 
 
 def _chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    stream = iter(rows)  # once: a progress bar that is iterated anew for every chunk ends with the second
+    stream = iter(rows)  # made once, since a progress bar that is iterated anew for every chunk ends with the second
     while chunk := list(itertools.islice(stream, size)):
         yield chunk

@@ -1,4 +1,4 @@
-"""Rows of token ids as they lie in the cache, mapped into memory: their ids, lengths, kinds and sources."""
+"""Tokenised rows of the cache, mapped into memory: their token ids, lengths, kinds and sources."""
 
 import json
 from collections.abc import Sequence
@@ -10,19 +10,19 @@ import numpy.typing as npt
 import pyarrow as pa
 
 REPORT_FILE = "report.json"
-"""In a folder of the cache: the source, its kinds in the order of their numbers, and what was counted of each."""
+"""File of a cache folder: the source's name, its kinds in the order of their numbers, and the counts of each kind."""
 
 ROWS_FILE = "rows.arrow"
-"""Beside it: the rows, in batches of a schema that :mod:`firefly_lightning.data.token_cache` says."""
+"""File of a cache folder: the rows, in batches whose schema :mod:`firefly_lightning.data.token_cache` defines."""
 
 Counts = dict[str, dict[str, int]]
-"""By kind, what ``COUNTED`` names: rows read, cut, left out or short of a last answer, and tokens kept."""
+"""The numbers that ``COUNTED`` names, for each kind: rows read, cut, left out or without a last answer, tokens kept."""
 
 COUNTED = ("rows", "truncated", "dropped", "no_target", "unanswered", "tokens", "target_tokens")
 
 
 class TokenizedRow(NamedTuple):
-    """One row: (length,) token ids, and (length,) whether each is learned."""
+    """One row: (length,) token ids, and (length,) whether each token is learned."""
 
     input_ids: npt.NDArray[np.int32]
     target_mask: npt.NDArray[np.bool_]
@@ -32,8 +32,8 @@ class TokenizedRows:
     """Rows of several cache folders, one after another.
 
     Args:
-        folders: From :func:`firefly_lightning.data.token_cache.tokenize`.
-        names: What each is called in messages.
+        folders: Cache folders made by :func:`firefly_lightning.data.token_cache.tokenize`.
+        names: Name of each folder's source in messages.
     """
 
     def __init__(self, folders: Sequence[Path], names: Sequence[str]) -> None:
@@ -70,7 +70,7 @@ class TokenizedRows:
         return TokenizedRow(_numbers(ids.values[first:last]), _booleans(mask.values[first:last]))
 
     def of_source(self, index: int) -> npt.NDArray[np.int64]:
-        """Rows of one source."""
+        """Numbers of the rows that come from one source."""
         return np.arange(self.ends[index - 1] if index else 0, self.ends[index])
 
     def describe(self, row: int) -> str:
@@ -99,12 +99,12 @@ def _map_batches(path: Path) -> list[pa.RecordBatch]:
 
 
 def _numbers(array: pa.Array) -> npt.NDArray[Any]:
-    """A view; pyarrow's own to_numpy imports pandas, which takes as long as all else that a start with a cache does."""
+    """A view of an array; pyarrow's to_numpy imports pandas, which takes as long as all else at a cached start."""
     return np.from_dlpack(array)
 
 
 def _booleans(array: pa.BooleanArray) -> npt.NDArray[np.bool_]:
-    """Arrow keeps eight in a byte, the first in its lowest bit."""
+    """Unpacks booleans, of which Arrow keeps eight in a byte, the first in its lowest bit."""
     first, after = array.offset, array.offset + len(array)
     packed = np.frombuffer(array.buffers()[1], np.uint8)[first // 8 : -(-after // 8)]
     return np.unpackbits(packed, bitorder="little")[first % 8 :][: len(array)].view(bool)

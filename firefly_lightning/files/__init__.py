@@ -1,1 +1,1 @@
-"""Files and folders that are written whole, in pieces that can be gone on with, or out of parts of others."""
+"""Files and folders that appear whole, are written in resumable pieces, or are put together from parts of others."""

@@ -1,8 +1,8 @@
-"""Files and folders that appear whole or not at all, are gone at once, and never replace what they are made of.
+"""Files and folders that appear whole or not at all, vanish at once, and never replace what they are made of.
 
-A command writes to where nothing of value is (``new_file``, ``new_folder``): whatever number of processes do so, each
+A command writes to a place where nothing of value is (``new_file``, ``new_folder``): however many processes do so, each
 fills a hidden sibling of its own. A checkpoint takes the place of the one before it (``whole_file``, ``whole_folder``):
-one process does so, and its hidden sibling has a name that others know, who help to fill it.
+one process puts it there, and its hidden sibling has a name known to the other processes, which help to fill it.
 """
 
 import fcntl
@@ -18,19 +18,19 @@ from firefly_lightning.errors import FireflyError, describe_os_error
 from firefly_lightning.interrupts import before_end
 
 _unfinished: set[Path] = set()
-"""What lies beside outputs of this process until they are whole."""
+"""The unfinished files and folders of this process, which lie beside its outputs until those are whole."""
 
 
 @contextmanager
 def new_folder(out: Path, inputs: Iterable[str | Path]) -> Iterator[Path]:
     """A folder to fill, which takes the name ``out`` only when the block ends well.
 
-    Until then it is a hidden sibling of ``out``; whatever ends the block early removes it, and what a killed process
-    has left there of the same output is removed too.
+    Until then the folder is a hidden sibling of ``out``; whatever ends the block early removes it. Unfinished folders
+    that killed processes have left of the same output are removed too.
 
     Args:
-        out: Must not exist, or be an empty folder. Missing parents are made.
-        inputs: What it is made of.
+        out: The folder's name; nothing or an empty folder may be there. Missing parents are made.
+        inputs: Files and folders that the new folder is made of.
 
     Raises:
         FireflyError: If ``out`` is taken or within an input, or the system refuses to read or write in the block.
@@ -42,7 +42,7 @@ def new_folder(out: Path, inputs: Iterable[str | Path]) -> Iterator[Path]:
 
 
 def check_new_folder(out: Path, inputs: Iterable[str | Path]) -> None:
-    """Checks that a folder can be made at ``out`` without touching what is there.
+    """Checks that a folder can be made at ``out`` without touching anything that is there already.
 
     Raises:
         FireflyError: If ``out`` is a file, a folder with something in it, or within an input.
@@ -59,8 +59,8 @@ def new_file(out: Path, inputs: Iterable[str | Path]) -> Iterator[BinaryIO]:
     """A file to write and read, which takes the place of ``out`` only when the block ends well.
 
     Args:
-        out: What it is called then. Missing parents are made.
-        inputs: What it is made of.
+        out: Name of the finished file. Missing parents are made.
+        inputs: Files and folders that the new file is made of.
 
     Raises:
         FireflyError: If ``out`` is a folder or an input, or the system refuses to read or write in the block.
@@ -72,7 +72,7 @@ def new_file(out: Path, inputs: Iterable[str | Path]) -> Iterator[BinaryIO]:
 
 
 def check_new_file(out: Path, inputs: Iterable[str | Path]) -> None:
-    """Checks that a file can be written at ``out`` without touching what it is made of.
+    """Checks that a file can be written at ``out`` without touching the inputs that it is made of.
 
     Raises:
         FireflyError: If ``out`` is a folder, an input, or within one.
@@ -83,17 +83,17 @@ def check_new_file(out: Path, inputs: Iterable[str | Path]) -> None:
 
 
 def check_output(out: Path, inputs: Iterable[str | Path]) -> None:
-    """Checks that an output is none of the inputs and lies in none, under whatever name: links, hard links, ``..``.
+    """Checks that an output is no input and lies in none, under whatever name: links, hard links, ``..``.
 
     Args:
-        out: What is to be written.
-        inputs: Files and folders; what is neither, such as a dataset of the hub, is passed over.
+        out: The file or folder to be written.
+        inputs: Files and folders; a name that is neither, such as a dataset of the hub, is passed over.
 
     Raises:
-        FireflyError: If it is, or does.
+        FireflyError: If the output is an input or lies in one.
     """
     try:
-        # Both ways up: a link may lead out of an input, or into it.
+        # Parents of the name and of the file that it links to: a link may lead out of an input, or into it.
         places = dict.fromkeys([out, *out.absolute().parents, out.resolve(), *out.resolve().parents])
         there = [place for place in places if place.exists()]
         for path in {str(given): Path(given).expanduser() for given in inputs}.values():
@@ -113,11 +113,11 @@ def whole_folder(
     """A folder to fill, which takes the place of ``target`` when the block ends well, and else leaves no trace.
 
     Args:
-        target: What it is called then. Missing parents are made.
-        partial: What it is called until then; :func:`partial_path` by default, where a killed process's is removed.
-        durable: Whether the new name survives a power failure; those who fill the folder see to what is in it.
-        replacing: Whether a file or a filled folder may be at ``target``; what was there, or the new folder, can be
-            found at every moment.
+        target: Name of the finished folder. Missing parents are made.
+        partial: Name of the folder until then, :func:`partial_path` by default; anything left there is removed first.
+        durable: Whether the new name survives a power failure; the code that fills the folder sees to its files.
+        replacing: Whether a file or a filled folder may be at ``target``; the old or the new one can be found at every
+            moment.
     """
     partial = _cleared(partial or partial_path(target))
     partial.mkdir()
@@ -133,10 +133,10 @@ def whole_file(
     """A file to write and read, which takes the place of ``target`` when the block ends well, or leaves no trace.
 
     Args:
-        target: What it is called then. Missing parents are made.
-        partial: What it is called until then; :func:`partial_path` by default, where a killed process's is removed.
-        durable: Whether it survives a power failure, and with it its name.
-        replacing: Whether a folder may be at ``target``; what was there, or the new file, can be found at every moment.
+        target: Name of the finished file. Missing parents are made.
+        partial: Name of the file until then, :func:`partial_path` by default; anything left there is removed first.
+        durable: Whether the file's content and its name survive a power failure.
+        replacing: Whether a folder may be at ``target``; that folder or the new file can be found at every moment.
     """
     partial = _cleared(partial or partial_path(target))
     with partial.open("x+b") as file, _held(partial):
@@ -148,7 +148,7 @@ def whole_file(
 
 
 def remove_whole(path: Path) -> None:
-    """Removes a file or a folder that may be read meanwhile: at no moment half of it has the name."""
+    """Removes a file or a folder that may be read meanwhile: at no moment is half of it found under its name."""
     hidden = partial_path(path)
     remove(hidden)
     path.replace(hidden)
@@ -164,20 +164,20 @@ def remove(path: Path) -> None:
 
 
 def partial_path(target: Path) -> Path:
-    """Where what one process alone may write lies until it is complete."""
-    # Neither a pattern for checkpoints nor one for visible files matches.
+    """Hidden place of a file or folder until it is complete, where a single process may write it."""
+    # Neither a pattern for checkpoints nor one for visible files matches this name.
     return target.with_name(f".{target.name}.partial")
 
 
 def replaced_path(target: Path) -> Path:
-    """Where what another takes the place of lies until that has its name."""
+    """Hidden place of an old file or folder until the new one has its name."""
     return target.with_name(f".{target.name}{_REPLACED}")
 
 
 def replaced_paths(folder: Path, pattern: str) -> Iterator[Path]:
-    """What is in a folder under names that match a pattern, hidden while another was to take its place.
+    """Hidden old files and folders (:func:`replaced_path`) in a folder, whose own names match a pattern.
 
-    Where that has its name already, the hidden one is left out: it may be half removed.
+    Where a new one has the name already, the hidden old one is left out: it may be half removed.
     """
     for hidden in folder.glob(f".{pattern}{_REPLACED}"):
         if not hidden.with_name(hidden.name.removeprefix(".").removesuffix(_REPLACED)).exists():
@@ -185,7 +185,7 @@ def replaced_paths(folder: Path, pattern: str) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Makes what is in a file, or which names a folder holds, survive a power failure."""
+    """Makes the content of a file, or the names in a folder, survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -197,9 +197,9 @@ _REPLACED = ".replaced"
 
 
 def _put(partial: Path, target: Path, durable: bool, replacing: bool) -> None:
-    """Gives what is complete its name.
+    """Gives a complete file or folder its name.
 
-    A folder cannot take another's place at once, nor a file's: for a moment the old one is hidden.
+    A folder cannot take the place of a file or of a filled folder in one step: for a moment the old one is hidden.
     """
     replaced = replaced_path(target)
     if replacing and (target.is_dir() or (partial.is_dir() and target.exists())):
@@ -214,11 +214,11 @@ def _put(partial: Path, target: Path, durable: bool, replacing: bool) -> None:
 
 @contextmanager
 def _one_line(out: Path, partial: Path) -> Iterator[None]:
-    """Says in one line what the system refuses while an output is made; before that, removes what killed ones left."""
+    """Turns a refusal of the system while an output is made into one line; first removes what killed processes left."""
     try:
         _remove_left_over(out)
         yield
-    except FireflyError:  # which may be an OSError too
+    except FireflyError:  # a FireflyError may be an OSError too
         raise
     except OSError as error:
         # A full disk names no file, and a file of the hidden folder would tell the user nothing.
@@ -228,7 +228,7 @@ def _one_line(out: Path, partial: Path) -> Iterator[None]:
 
 
 def _cleared(partial: Path) -> Path:
-    """A place to fill: its parents are made, and what a killed process has left there is removed."""
+    """Clears a place to fill: makes its parents, and removes what a killed process has left there."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     remove(partial)
     return partial
@@ -236,14 +236,14 @@ def _cleared(partial: Path) -> Path:
 
 @contextmanager
 def _held(partial: Path) -> Iterator[None]:
-    """Locks what is being filled, so that others can tell it from what a dead process left, and removes it at the end.
+    """Locks an unfinished file or folder, so that it is not taken for a dead process's, and removes it at the end.
 
-    The lock is one of ``flock``, which belongs to the open file: closing another of the same name does not end it.
+    The lock is ``flock``'s, which belongs to the open file: closing another descriptor of that file does not end it.
     """
     _unfinished.add(partial)
     lock = os.open(partial, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without locks, where nothing of others is removed either
+        with suppress(OSError):  # a file system without locks, where nothing of other processes is removed either
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
@@ -257,7 +257,7 @@ def _partial_of_this_process(out: Path) -> Path:
 
 
 def _remove_left_over(out: Path) -> None:
-    """Removes what killed processes have left beside an output; what a living one fills is locked."""
+    """Removes what killed processes have left beside an output, and spares what living ones fill and have locked."""
     for partial in out.parent.glob(f".{_escaped(out.name)}.{'[0-9a-f]' * 8}.partial"):
         with suppress(OSError):
             lock = os.open(partial, os.O_RDONLY)
@@ -273,7 +273,7 @@ def _escaped(name: str) -> str:
 
 
 def _remove(path: Path) -> None:
-    """Removes what may be gone, or be filled meanwhile, as well as it can."""
+    """Removes as much as it can of a file or folder that may be gone already, or may be filled meanwhile."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,9 +1,9 @@
-"""Large files put together from parts of others: sharing their blocks, or past the system's cache of pages.
+"""Large files put together from parts of others: by sharing their blocks, or past the system's cache of pages.
 
-A file system that copies on write (XFS, Btrfs) gives a new file the blocks of an old one at once, for nothing. Others
-have them read and written. What is read once and written once gains nothing from the cache of pages: filling it costs
-more than the disk, on a virtual machine several times as much, and pushes out what others have there. What is in it
-already is read from there.
+A file system that copies on write (XFS, Btrfs) gives a new file the blocks of an old one at once, for nothing. On other
+file systems they are read and written. Bytes that are read once and written once gain nothing from the cache of pages:
+filling it costs more than the disk, on a virtual machine several times as much, and pushes out the pages of other
+programs. Bytes that are in the cache already are read from there.
 """
 
 import errno
@@ -24,27 +24,27 @@ import numpy.typing as npt
 Bytes = npt.NDArray[np.uint8]
 
 PIECE = 16 << 20
-"""Most bytes that are read or written at once."""
+"""Largest number of bytes that are read or written at once."""
 
 THREADS = 4
-"""Pieces under way at once: a disk is fastest when it has several to choose from. Each has two buffers."""
+"""Pieces under way at the same time: a disk is fastest with several to choose from. Each thread has two buffers."""
 
 BLOCK = 4096
-"""What direct access asks places in files and in memory to be multiples of, as does the sharing of blocks."""
+"""Bytes of which places in files and in memory must be multiples for direct access and for the sharing of blocks."""
 
-_DIRECT: int = getattr(os, "O_DIRECT", 0)  # Linux only, as the next
+_DIRECT: int = getattr(os, "O_DIRECT", 0)  # Linux only, like RWF_NOWAIT
 _IF_CACHED: int | None = getattr(os, "RWF_NOWAIT", None)
 _CLONE_RANGE = 0x4020940D  # FICLONERANGE of ioctl_ficlonerange(2), which Python names from 3.12 on
 _buffers = threading.local()
 
 
 class FileRange(NamedTuple):
-    """Bytes of a file.
+    """A range of bytes in a file.
 
     Attributes:
         file: The file.
-        start: The first of them.
-        size: How many there are.
+        start: Position of the first byte of the range.
+        size: Number of bytes in the range.
     """
 
     file: Path
@@ -52,7 +52,7 @@ class FileRange(NamedTuple):
     size: int
 
     def pieces(self) -> Iterator[Bytes]:
-        """The bytes in order, at most ``PIECE`` of them at once; a piece lasts until the next."""
+        """The bytes in order, at most ``PIECE`` of them at once; the next piece overwrites the one before."""
         buffer = np.empty(min(PIECE, self.size), np.uint8)
         for start in range(0, self.size, PIECE):
             piece = buffer[: self.size - start]
@@ -64,17 +64,17 @@ def read_rows(matrix: FileRange, rows: npt.NDArray[np.int64], width: int) -> Byt
     """Some rows of a matrix that lies in a file row by row.
 
     Args:
-        matrix: Where it lies.
-        rows: (rows,) which to read, in any order.
+        matrix: The range of the file that holds the matrix.
+        rows: (rows,) numbers of the rows to read, in any order.
         width: Bytes in a row.
 
     Returns:
-        (rows, width) bytes, in the order asked for.
+        (rows, width) bytes of the rows, in the order asked for.
     """
     taken = np.empty((len(rows), width), np.uint8)
     order = np.argsort(rows, kind="stable")
     ordered, cuts = rows[order], [0]
-    while cuts[-1] < len(rows):  # what is near is read at once, with what lies between
+    while cuts[-1] < len(rows):  # rows that are near each other are read at once, with the rows between them
         cuts.append(int(np.searchsorted(ordered, ordered[cuts[-1]] + max(1, PIECE // width))))
 
     def take(cut: int) -> None:
@@ -91,15 +91,15 @@ def read_rows(matrix: FileRange, rows: npt.NDArray[np.int64], width: int) -> Byt
 def write_file(path: Path, parts: Sequence[Bytes | FileRange]) -> Iterator[int]:
     """Writes a file that consists of arrays of bytes and of ranges of other files, one after another.
 
-    The blocks of a range that comes to lie as it did, counted from the beginning of a block, are shared where the file
-    system can; nothing is read or written for them, and what is later written into one file does not show in the other.
+    Where the file system can share blocks, it shares those of a range that keeps its offset from the beginning of a
+    block: nothing is read or written for them, and later writes to one file do not show in the other.
 
     Args:
-        path: The file.
-        parts: What it consists of.
+        path: The file to write.
+        parts: The arrays and ranges that the file consists of, in order.
 
     Yields:
-        How many bytes have been written since the last time.
+        Number of bytes that have been written since the last time.
     """
     sizes = [part.size for part in parts]
     ends = np.cumsum(sizes, dtype=np.int64)
@@ -130,7 +130,7 @@ def write_file(path: Path, parts: Sequence[Bytes | FileRange]) -> Iterator[int]:
 
 
 def _share(file: int, start: int, part: Bytes | FileRange) -> range:
-    """Gives a file, from a place on, the blocks of a range of another; which bytes it has then, if any."""
+    """Gives a file, from ``start`` on, the blocks of a range of another; returns which bytes it shares, if any."""
     lead = -start % BLOCK
     size = (part.size - lead) // BLOCK * BLOCK
     if not isinstance(part, FileRange) or size <= 0 or (part.start - start) % BLOCK:
@@ -138,7 +138,7 @@ def _share(file: int, start: int, part: Bytes | FileRange) -> range:
     source = os.open(part.file, os.O_RDONLY)
     try:
         fcntl.ioctl(file, _CLONE_RANGE, struct.pack("qQQQ", source, part.start + lead, size, start + lead))
-    except OSError:  # it shares no blocks, has larger ones, or the files are on two of them
+    except OSError:  # the file system shares no blocks or has larger ones, or the files are on two file systems
         return range(start, start)
     finally:
         os.close(source)
@@ -146,7 +146,7 @@ def _share(file: int, start: int, part: Bytes | FileRange) -> range:
 
 
 def _between(shared: Sequence[range], size: int) -> list[range]:
-    """The pieces of a file that are not shared."""
+    """The pieces of a file of ``size`` bytes that are not shared, and so must be written."""
     pieces: list[range] = []
     start = 0
     for part in [*filter(None, shared), range(size, size)]:
@@ -161,7 +161,7 @@ def _in_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[An
 
 
 def _buffer(name: str, size: int) -> Bytes:
-    """(size,) bytes of this thread's buffer of that name, which begins where a page does."""
+    """(size,) bytes of this thread's buffer with the given name; the buffer begins where a page begins."""
     buffer: Bytes | None = getattr(_buffers, name, None)
     if buffer is None or len(buffer) < size:
         buffer = np.frombuffer(mmap.mmap(-1, max(size, PIECE + 2 * BLOCK)), np.uint8)
@@ -170,10 +170,10 @@ def _buffer(name: str, size: int) -> Bytes:
 
 
 def _read(path: Path, start: int, target: Bytes) -> None:
-    """Fills (bytes,) from a place in a file on.
+    """Fills ``target``, (bytes,), with the bytes of a file from ``start`` on.
 
     Raises:
-        EOFError: If the file ends before.
+        EOFError: If the file ends before ``target`` is full.
     """
     if not _read_cached(path, start, target):
         lead = start % BLOCK
@@ -188,13 +188,13 @@ def _read(path: Path, start: int, target: Bytes) -> None:
 
 
 def _read_cached(path: Path, start: int, target: Bytes) -> bool:
-    """Fills from the cache of pages alone; whether everything was there."""
+    """Fills ``target`` from the cache of pages alone; returns whether all of its bytes were there."""
     if _IF_CACHED is None:
         return False
     file = os.open(path, os.O_RDONLY)
     try:
         return os.preadv(file, [target.data], start, _IF_CACHED) == len(target)
-    except OSError:  # nothing of it is there, or the file system cannot tell
+    except OSError:  # none of the bytes is in the cache, or the file system cannot tell
         return False
     finally:
         os.close(file)
@@ -203,13 +203,13 @@ def _read_cached(path: Path, start: int, target: Bytes) -> bool:
 def _write(file: int, piece: Bytes, start: int) -> None:
     whole = len(piece) - len(piece) % BLOCK
     _transfer(file, os.pwritev, piece[:whole], start, whole)
-    if whole < len(piece):  # the end of a file, which no disk can write alone
+    if whole < len(piece):  # the end of a file is no whole block, which direct access cannot write
         _through_cache(file)
         _transfer(file, os.pwritev, piece[whole:], start + whole, len(piece) - whole)
 
 
 def _transfer(file: int, call: Any, buffer: Bytes, start: int, wanted: int) -> None:
-    """Reads or writes until so many bytes are through."""
+    """Reads or writes until at least ``wanted`` bytes have been transferred."""
     done = 0
     while done < wanted:
         try:
@@ -235,7 +235,7 @@ def _open(path: Path, flags: int) -> int:
 
 
 def _through_cache(file: int) -> bool:
-    """Ends direct access to an open file; whether there was any."""
+    """Ends direct access to an open file; returns whether the file had it."""
     flags = fcntl.fcntl(file, fcntl.F_GETFL)
     fcntl.fcntl(file, fcntl.F_SETFL, flags & ~_DIRECT)
     return bool(flags & _DIRECT)

@@ -1,4 +1,4 @@
-"""A file that is written in pieces, appears when it is whole, and after a kill is gone on with where it was."""
+"""A file that is written in pieces and appears when it is whole; after a kill, writing goes on where it stopped."""
 
 import fcntl
 import json
@@ -14,18 +14,19 @@ from firefly_lightning.files.atomic import partial_path
 
 
 class ResumableFile:
-    """Pieces and, with each, what its writer must know to go on; a context that ends in the file or in nothing.
+    """A file written piece by piece, each piece with the state that its writer needs to go on; used as a context.
 
-    Beside the file lie, until it is whole, what has been written (``.NAME.partial``) and a line for every piece of it
-    (``.NAME.journal``): its end, the digest of all bytes up to there, and the writer's state. Only a process that is
-    killed or interrupted leaves them. A mistake removes them, since mending it makes another file.
+    Until the file is whole, two hidden files lie beside it: the bytes written so far (``.NAME.partial``) and a journal
+    (``.NAME.journal``) with a line for every piece: where the piece ends, the digest of all bytes up to there, and the
+    writer's state. Only a process that is killed or interrupted leaves them for the next one. An error removes them and
+    no file appears, since mending the error changes the content.
 
     Args:
         target: The file.
-        identity: What the content follows from; what was left under another identity is written anew.
+        identity: Text of all that the content follows from; pieces left under another identity are discarded.
 
     Attributes:
-        state: What the writer had said with the last whole piece; None where there is nothing to go on from.
+        state: The writer's state after the last whole piece; None where there is nothing to go on from.
 
     Raises:
         FireflyError: If the file cannot be written, or another process is writing it.
@@ -55,7 +56,7 @@ class ResumableFile:
         return self
 
     def append(self, piece: bytes, state: Any) -> None:
-        """Adds a piece; after a kill from here on, the next process finds ``state``."""
+        """Adds a piece; if this process is killed later, the next one finds ``state`` and goes on after the piece."""
         self._file.write(piece)
         self._file.flush()
         self._digest.update(piece)
@@ -81,20 +82,20 @@ class ResumableFile:
 
     def _lock(self) -> None:
         try:
-            # Not flock, whose lock would live on in the workers of a process that was killed.
+            # lockf and not flock, whose lock would live on in the workers of a process that was killed.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             self._file.close()
             raise FireflyError(f"{self.target}: another process is writing it; wait, or name another file") from error
 
     def _find_last_piece(self) -> None:
-        """Goes to the end of the last piece that is whole on the disk, after a power failure too."""
+        """Moves to the end of the last piece that is whole on the disk, which holds after a power failure too."""
         self._lines.seek(0)
         header, *lines = [line for line in self._lines.read().split(b"\n") if line] or [b""]
         end = 0
         if header == self.identity.encode():
             for line in lines:
-                with suppress(ValueError):  # the last one may have been cut
+                with suppress(ValueError):  # the last line may have been cut
                     end = self._accept(json.loads(line), end)
         if self.state is None:
             self._lines.truncate(0)
@@ -104,7 +105,15 @@ class ResumableFile:
         self._file.seek(0, 2)
 
     def _accept(self, line: dict[str, Any], start: int) -> int:
-        """Takes over the state of a line if the file agrees with it up to there; returns where its piece ends."""
+        """Takes over the state of a journal line if the file agrees with the line; returns where its piece ends.
+
+        Args:
+            line: The line of the journal.
+            start: Where the piece before it ends.
+
+        Raises:
+            ValueError: If the file's bytes up to the end of the piece are not those of the journal.
+        """
         self._file.seek(start)
         self._digest.update(self._file.read(line["end"] - start))
         if self._digest.hexdigest() != line["digest"]:
@@ -114,7 +123,7 @@ class ResumableFile:
 
 
 def code_digest(*modules: str) -> str:
-    """A digest of source files: what they make may differ when they do."""
+    """A digest of source files, as part of an identity: changed code may make other content."""
     digest = xxhash.xxh3_128()
     for module in modules:
         digest.update(Path(module).read_bytes())

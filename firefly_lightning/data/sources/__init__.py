@@ -1,1 +1,1 @@
-"""Records of files and datasets, and rows in their three forms."""
+"""Reading records from files and datasets, and rows in three forms from records."""

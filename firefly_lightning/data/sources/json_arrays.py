@@ -1,4 +1,4 @@
-"""The rows of a JSON array one at a time: ``json`` itself would hold the whole file."""
+"""Reads the rows of a JSON array one at a time: ``json`` itself would hold the whole file in memory."""
 
 import codecs
 import json
@@ -9,10 +9,10 @@ from typing import Any, BinaryIO
 from firefly_lightning.errors import FireflyError
 
 BLOCK = 1 << 20
-"""Bytes read at a time."""
+"""Number of bytes that are read at a time."""
 
 _CUT = 16
-"""A mistake this near to the end of what was read may be a literal, a number or an escape that goes on after it."""
+"""Characters before the end of the text read so far in which a mistake may be a literal, number or escape cut there."""
 
 
 def not_utf8(source: str, line: int, byte: int) -> FireflyError:
@@ -29,10 +29,10 @@ def not_json(source: str, line: int, column: int, message: str) -> FireflyError:
 
 
 def read_json_array(source: str) -> Iterator[tuple[int, Any]]:
-    """Streams (number, row) of ``[row, row, …]``; in memory are a block and the longest row.
+    """Streams (number, row) of a file ``[row, row, …]``; only a block and the longest row are in memory.
 
     Raises:
-        FireflyError: If the file is not JSON in UTF-8; with the line.
+        FireflyError: If the file is not JSON in UTF-8; the message names the line.
     """
     with Path(source).open("rb") as file:
         window = _Window(file, source)
@@ -50,7 +50,7 @@ def read_json_array(source: str) -> Iterator[tuple[int, Any]]:
 
 
 class _Window:
-    """The part of a file that is being read, from a place in it on."""
+    """The text of a file from the place that reading has reached to the end of what was read in."""
 
     def __init__(self, file: BinaryIO, source: str) -> None:
         self.file, self.source = file, source
@@ -60,7 +60,7 @@ class _Window:
         self.ended = False
 
     def peek(self) -> str:
-        """The next character that is no blank; nothing at the end."""
+        """The next character that is no blank; an empty string at the end of the file."""
         while True:
             while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
                 self.at += 1
@@ -68,13 +68,13 @@ class _Window:
                 return self.text[self.at : self.at + 1]
 
     def skip(self, character: str) -> None:
-        """Passes over a character, which must be there."""
+        """Passes over a character, which must come next."""
         if self.peek() != character:
             raise self.error(f"Expecting '{character}'")
         self.at += 1
 
     def value(self) -> Any:
-        """The next value."""
+        """The next JSON value, which is passed over."""
         self.peek()
         while True:
             try:
@@ -92,11 +92,11 @@ class _Window:
             self._read_on()
 
     def error(self, message: str) -> FireflyError:
-        """A mistake at the place that was reached."""
+        """The error for a mistake at the place that was reached."""
         return not_json(self.source, *self._place(), message)
 
     def _read_on(self) -> bool:
-        """Reads a block more and forgets what was passed; false at the end of the file."""
+        """Reads one more block and forgets the text that was passed; false at the end of the file."""
         if self.ended:
             return False
         self.line, self.column = self._place()

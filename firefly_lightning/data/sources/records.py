@@ -1,4 +1,4 @@
-"""Records of files and Hugging Face datasets, whatever they hold: one at a time, with the place of every mistake."""
+"""Reads records of files and Hugging Face datasets one at a time, whatever they hold, and says where a mistake is."""
 
 import csv
 import glob
@@ -18,7 +18,7 @@ def find_sources(patterns: Iterable[str]) -> list[str]:
     """Files named by paths and globs, in order; names of Hugging Face datasets stay as they are.
 
     Raises:
-        FireflyError: If a path or a glob meets no file.
+        FireflyError: If a path or a glob matches no file.
     """
     sources: list[str] = []
     for pattern in patterns:
@@ -44,10 +44,10 @@ def is_file(source: str) -> bool:
 
 
 def read_records(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Streams (number, fields) of one file or dataset, as they stand.
+    """Streams (number, fields) of the records of one file or dataset, unchanged.
 
     Raises:
-        FireflyError: If the source cannot be read or a row is not an object; with file and line.
+        FireflyError: If the source cannot be read or a row is not an object; the message names file and line.
     """
     try:
         for number, fields in _read(source):
@@ -64,7 +64,7 @@ def load_hub_dataset(name: str) -> Any:
     """The train split of a dataset of the Hugging Face hub or of a folder.
 
     Raises:
-        FireflyError: If ``datasets`` cannot load it.
+        FireflyError: If the library ``datasets`` cannot load the dataset.
     """
     try:
         import datasets
@@ -116,10 +116,10 @@ def _load_json(text: str, source: str, number: int) -> Any:
 
 
 def _read_table(source: str, delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows of a table whose first line names its columns; a row is numbered by its place.
+    """Rows of a table whose first line names its columns; rows are numbered in their order, from 1.
 
-    In ``.csv`` files quotes hold a cell together, line ends in it too. In ``.tsv`` files they are ordinary text, as in
-    most that are published.
+    In ``.csv`` files quotes hold a cell together, also across line ends. In ``.tsv`` files quotes are ordinary text, as
+    in most such files that are published.
     """
     csv.field_size_limit(1 << 30)  # the default refuses a cell of more than 131,072 characters
     with Path(source).open("rb") as file:

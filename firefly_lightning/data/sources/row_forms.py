@@ -1,7 +1,7 @@
-"""Instruction rows of files and Hugging Face datasets: one table of the forms that rows are in, and two readers of it.
+"""Instruction rows of files and Hugging Face datasets: one table of the forms that rows are in, and two readers.
 
-:func:`read_rows` is strict: it gives what can be learned, and refuses the rest. :func:`read_leniently` says of any
-record what it holds and what is wrong with it.
+:func:`read_rows` is strict: it gives rows that can be learned, and refuses all others. :func:`read_leniently` says of
+any record what it holds and what is wrong with it.
 """
 
 import re
@@ -15,11 +15,11 @@ from firefly_lightning.errors import FireflyError
 from firefly_lightning.prompt import Turn
 
 TURN_SEPARATOR = "</s>"
-"""What parts the later turns inside the ``target`` of a published Firefly row."""
+"""Text that separates the later turns inside the ``target`` of a published Firefly row."""
 
 
 RowFormat = Callable[[Mapping[str, Any]], tuple[str, Sequence[Turn]] | None]
-"""A form of one's own: gives the kind and the turns of a row's fields, or None where the row is in another form."""
+"""A user's reader of rows: gives kind and turns from a row's fields, or None where the row is in another form."""
 
 
 class Row(NamedTuple):
@@ -28,7 +28,7 @@ class Row(NamedTuple):
     Attributes:
         kind: The task, as in the published data; ``Belle`` or ``Conversation`` where the source names none.
         turns: (input, target) pairs, at least one, no target empty.
-        number: Line in a ``.jsonl`` file, else position in the source; from 1.
+        number: The row's line in a ``.jsonl`` file, else its position in the source; from 1.
         unanswered: Whether a last turn without an answer was left out.
     """
 
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
     @property
     def identity(self) -> int:
-        """A hash of the row's text; the form it was in and its blanks make no difference."""
+        """A hash of the row's text; neither the form that the row was in nor blanks make a difference."""
         text = "\0".join("".join(part.split()) for turn in self.turns for part in turn)
         return xxhash.xxh3_64_intdigest(text.encode())
 
@@ -48,10 +48,10 @@ class Reading(NamedTuple):
     """What a record says, whatever is wrong with it.
 
     Attributes:
-        kind: The kind that it names, else what its form is called; None where neither is known.
-        turns: (input, target) pairs; none of a raw row, and of a row that has a fault.
+        kind: The kind that the record names, else the name of its form; None where neither is known.
+        turns: (input, target) pairs; empty for a raw row, and for a row that has a fault.
         others: Values of the fields that are neither a part of the turns nor the kind.
-        fault: Why no turns can be read though the row is in a form, in a word or two.
+        fault: Why no turns can be read though the row is in a known form, in a word or two; None where they can.
     """
 
     kind: str | None
@@ -67,11 +67,12 @@ def read_rows(source: str, row_format: RowFormat | None = None) -> Iterator[Row]
     ``{"instruction","input","output"}``, also without ``input``, or ``{"conversation":[{"human","assistant"},…]}``.
 
     Args:
-        source: As :func:`firefly_lightning.data.sources.records.find_sources` gives it.
-        row_format: Is asked first, for every row.
+        source: A source, as :func:`firefly_lightning.data.sources.records.find_sources` gives it.
+        row_format: Function for rows in a form of the user's own, which is asked first for every row.
 
     Raises:
-        FireflyError: If the source is empty, or a row is in none of the forms or malformed; with file and line.
+        FireflyError: If the source is empty, or a row is in none of the forms or malformed; the message names file and
+            line.
     """
     number = 0
     for number, fields in read_records(source):
@@ -85,9 +86,9 @@ def read_rows(source: str, row_format: RowFormat | None = None) -> Iterator[Row]
 
 
 def read_leniently(fields: Mapping[str, Any]) -> Reading:
-    """What a record says: of a row in some form its turns, of any other (a raw row) its values.
+    """What a record says: its turns where it is a row in a known form, the values of its fields where not (a raw row).
 
-    A Firefly row may do without its kind here: the templates that build rows are given it apart.
+    A Firefly row needs no kind here, since the templates that build rows are given the kind apart.
     """
     form = _form_of(fields)
     if form is None and {*fields, "kind"} >= _FIREFLY.required:
@@ -102,12 +103,12 @@ def read_leniently(fields: Mapping[str, Any]) -> Reading:
 
 
 class _BadRowError(Exception):
-    """A record that is no row to learn.
+    """Raised for a record that is no row to learn.
 
     Args:
-        message: For who trains, with what to do.
-        fault: For who counts, in a word or two.
-        place: Of the fault within the row.
+        message: What is wrong and what to do, for a user who trains.
+        fault: What is wrong in a word or two, for counting.
+        place: Where in the row the fault is.
     """
 
     def __init__(self, message: str, fault: str, place: str = "") -> None:
@@ -119,10 +120,10 @@ class _Form(NamedTuple):
     """One form that rows are in.
 
     Attributes:
-        shown: What a message says of it.
-        required: Fields by which it is recognised.
-        turns: Reads turns, and whether a last one without an answer was left out.
-        name: Kind of a row that names none; None where each must.
+        shown: How messages show the form.
+        required: Fields by which the form is recognised.
+        turns: Function that reads a row's turns, and whether a last turn without an answer was left out.
+        name: Kind of a row that names none; None where every row must name its kind.
         optional: Fields of the turns that may be missing or null.
     """
 
@@ -181,7 +182,7 @@ _FORMS = (
 
 
 def _form_of(fields: Mapping[str, Any]) -> _Form | None:
-    """The first form whose fields a record has, rather filled than null: columns of a table are there in every row."""
+    """The first form whose fields a record has, preferably none of them null: a table has every column in every row."""
     with_nulls = None
     for form in _FORMS:
         if form.required <= fields.keys():
@@ -247,7 +248,7 @@ def _text(fields: Mapping[str, Any], name: str, place: str = "") -> str:
 
 
 def _named_kind(fields: Mapping[str, Any]) -> str | None:
-    """The kind that a record names, if it can be written."""
+    """The kind that a record names; None where it names none, or none that is proper text."""
     try:
         return _text(fields, "kind") or None
     except _BadRowError:
