@@ -34,7 +34,7 @@ WEATHER = "今天很好，" * 20
 def places(tmp_path_factory, model_folder, rows_file) -> dict[str, Path]:
     """What the commands read: enough rows that no part of them is over at once."""
     folder = tmp_path_factory.mktemp("signals")
-    rows = [{"kind": "NLI", "input": f"第{number}天：{WEATHER}", "target": f"好{number}"} for number in range(40000)]
+    rows = [{"kind": "NLI", "input": f"第{number}天：{WEATHER}", "target": f"好{number}"} for number in range(12000)]
     raw = [{"text": f"{row['input']}", "label": "positive"} for row in rows]
     run = {
         "model": {"path": str(model_folder)},

@@ -24,7 +24,15 @@ def start(*command: object, **environment: str) -> subprocess.Popen:
 
 
 def left_over(group: int) -> list[str]:
-    """Command lines of the processes of a group that still run."""
+    """Command lines of the processes of a group that still run, a moment after the first has ended."""
+    end = time.monotonic() + 10
+    while (running := running_in(group)) and time.monotonic() < end:
+        time.sleep(0.1)  # one that ends is listed until it has ended
+    return running
+
+
+def running_in(group: int) -> list[str]:
+    """Command lines of the processes of a group."""
     listed = subprocess.run(["ps", "-e", "-o", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
     rows = (line.split(maxsplit=2) for line in listed.splitlines())
     return [row[-1] for row in rows if int(row[0]) == group and not row[1].startswith("Z")]
