@@ -64,7 +64,7 @@ class LastCheckpoint(ModelCheckpoint):
             self._signals.end()
 
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
-        """Saves where the interval, or a signal, says so."""
+        """Saves a checkpoint where the interval, or a signal, says so."""
         super().on_train_batch_end(trainer, *arguments)
         batch_idx = arguments[-1]
         if self._signals and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:

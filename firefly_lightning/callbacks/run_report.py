@@ -23,7 +23,7 @@ SPEED = ("target_tokens_per_second", "data_wait", "memory_gb", "mfu")
 
 
 class Report(Callback):
-    """Writes the report, and draws a training's figures, when a run that logs to CSV ends."""
+    """Writes the report of a training, a validation or a test that logs to CSV, and draws the figures of a training."""
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -41,7 +41,7 @@ class Throughput(Callback):
         self._flops = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock."""
+        """Finds the peak of the device, and starts the clock."""
         dtype = _compute_dtype(trainer.precision)
         self._peak = 1e12 * self.peak_tflops if self.peak_tflops else measure_peak(trainer.strategy.root_device, dtype)
         self._start(trainer)
@@ -49,7 +49,7 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs when the micro-batch was the last of its step."""
+        """Logs the metrics of a step when the micro-batch was the last of it."""
         told = batch if isinstance(batch, dict) else {}
         config = getattr(getattr(pl_module, "model", None), "config", None)
         if isinstance(config, BloomConfig) and "lengths" in told:

@@ -46,7 +46,7 @@ class AnswerScores:
 
 
 def metrics_of(kind: str) -> list[Metric]:
-    """The metrics that suit a kind; a kind that is not known has free text."""
+    """The metrics that suit a kind; a kind that is not known is scored as free text."""
     if kind in ("NLI", "SentimentAnalyze", "TextMatching"):
         return [RowMean("exact_match", _same_label)]
     if kind == "NER":
@@ -117,7 +117,7 @@ class RowMean(Metric):  # type: ignore[misc]
         self.add_state("rows", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, rows: Sequence[Prediction]) -> None:
-        """Adds rows."""
+        """Adds the scores of rows."""
         scores = [score for score in map(self.score, rows) if score is not None]
         self.total += sum(scores)
         self.rows += len(scores)
@@ -152,7 +152,7 @@ class SetScore(Metric):  # type: ignore[misc]
             self.add_state(state, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, rows: Sequence[Prediction]) -> None:
-        """Adds rows."""
+        """Adds what the targets and the answers of rows name."""
         for wanted, named in map(self.read, rows):
             self.common += len(wanted & named)
             self.wanted += len(wanted)

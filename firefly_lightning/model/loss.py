@@ -61,8 +61,8 @@ def target_scores(hidden: Tensor, head: nn.Module, target_ids: Tensor) -> Target
 def embed_tied(weight: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Embeddings of tokens, and the weight for a head that is tied to them.
 
-    When both are used, they give the weight's gradient in one tensor of its size. Otherwise embedding and head would
-    each make such a tensor, and the vocabulary is most of a small model.
+    Used together, the two give the weight's gradient in one tensor of its size. An embedding and a head by themselves
+    would each make such a tensor, and the vocabulary is most of a small model.
 
     Args:
         weight: (vocabulary, hidden_size) weight of the embedding.

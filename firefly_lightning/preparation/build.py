@@ -23,7 +23,7 @@ from firefly_lightning.preparation.templates.reader import TEMPLATE_FOLDER, load
 from firefly_lightning.processes import map_in_order
 
 ROWS_PER_CHUNK = 1000
-"""Number of raw rows that a process works on at a time; a killed build goes on after the last such chunk."""
+"""Number of raw rows that a process works on at a time; a killed build goes on after the last chunk written."""
 
 ROWS_LOOKED_AT = 100
 """Number of rows of a source whose columns are compared with what the templates read, before anything is built."""
@@ -55,7 +55,7 @@ def build(
     when the same command is given again.
 
     Args:
-        kind: Name of the task: one of those that come with the package, or the name of a file in the folder of templates.
+        kind: Name of the task: one that comes with the package, or the name of a file in the folder of templates.
         source: Files of raw rows (.jsonl, .json, .csv, .tsv, .parquet), globs, or datasets of the Hugging Face hub.
         out: The .jsonl file to write.
         templates: A folder of your own KIND.yaml files, in place of the package's.

@@ -219,7 +219,7 @@ def _sort(
 
 
 def _line(row: dict[str, Any]) -> bytes | None:
-    """The line that is written of a row; None where half a character is in the row, be it in the name of a field."""
+    """The line to write for a row; None where half a surrogate pair is in the row, be it in the name of a field."""
     try:
         return json.dumps(row, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:

@@ -89,7 +89,7 @@ def sign(text: str) -> RMinHash:
 def normalise(text: str) -> str:
     """A text without what makes no difference to a comparison: blanks, punctuation, full width, upper case."""
     bare = _NO_WORD.sub("", text)
-    if not unicodedata.is_normalized("NFKC", bare):  # asking is far cheaper, and most text is normal
+    if not unicodedata.is_normalized("NFKC", bare):  # asking costs less; most text is normalised
         bare = _NO_WORD.sub("", unicodedata.normalize("NFKC", bare))
     return bare.casefold() or text.strip()
 

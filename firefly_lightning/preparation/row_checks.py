@@ -16,7 +16,7 @@ BROKEN = re.compile(
 # Tags that rows about web pages have are not in it: a question for a <div> is answered with one.
 MARKUP = re.compile(r"</?(?:br|strong|em|font|nowiki|ref)\b[^<>]*>|&(?:nbsp|lt|gt|amp|quot|#\d+);|-\{[^{}]*\}-")
 REPEATED = 10
-"""Fewest characters of an input that a target which begins with the whole input is said to repeat."""
+"""A target that begins with the whole input repeats it if the input has at least this many characters."""
 
 
 def what_is_wrong(row: dict[str, Any], kind: str, texts: Texts, lengths: range) -> str | None:

@@ -93,7 +93,10 @@ def plan_tokenizer(
 
 
 def vocabulary_rows(large_ids: dict[str, int], small_ids: dict[str, int], pad_multiple: int) -> Tensor:
-    """Row of the large vocabulary for each row of the new one; rows without a token are as unlikely as padding."""
+    """Row of the large vocabulary for each row of the new one; ``(vocabulary,)``.
+
+    Rows without a token copy the row of padding, so that they are as unlikely as padding.
+    """
     tokens = max(small_ids.values()) + 1
     rows = torch.full((tokens + -tokens % pad_multiple,), large_ids[SPECIAL_TOKENS["pad_token"]])
     for token, number in small_ids.items():

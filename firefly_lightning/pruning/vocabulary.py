@@ -22,7 +22,7 @@ from firefly_lightning.huggingface import TOKENIZER_CONFIG, load_tokenizer
 from firefly_lightning.prompt import SPECIAL_TOKENS, PromptEncoder, check_special_tokens, prompt_format
 
 SIDE_FILES = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json")
-"""Files of a tokenizer that name tokens by their strings, so that no new numbering touches them."""
+"""Files of a tokenizer that name tokens by their strings, so that they stay as they are when tokens are renumbered."""
 
 OWN_FILES = ("tokenizer.json", "added_tokens.json", "vocab.json", "merges.txt")
 """Files of a tokenizer that number its tokens."""

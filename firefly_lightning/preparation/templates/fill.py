@@ -13,7 +13,7 @@ from firefly_lightning.preparation.templates.views import Listing, Template, Val
 
 
 class UnusableRowError(Exception):
-    """Raised for a raw row, rightly made, that gives no instruction row; the message is the reason."""
+    """Raised for a well-formed raw row that gives no instruction row; the message is the reason."""
 
 
 class TemplateGroup(NamedTuple):
