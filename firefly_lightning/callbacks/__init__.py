@@ -1,4 +1,4 @@
-"""What a run writes and shows beside training."""
+"""Callbacks: what a run saves, writes and shows while it trains, tests or predicts."""
 
 from firefly_lightning.moved import names_of
 

@@ -14,18 +14,19 @@ from firefly_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps ``last.ckpt``, from which ``--ckpt_path last`` resumes; saves and ends a run that is told to.
+    """Keeps ``last.ckpt``, from which ``--ckpt_path last`` resumes; a signal makes it save and end the run.
 
-    SIGTERM and Ctrl-C end the run once the step is done and saved, with exit code 143 and 130; a second one at once.
-    SLURM's signal before its time limit has the run saved and requeued then. Each may reach one process only.
+    SIGTERM and Ctrl-C end the run once the current step is done and saved, with exit code 143 and 130; a second signal
+    ends it at once. SLURM's signal before the time limit has the run saved after the step and requeued. It is enough if
+    one process gets the signal.
 
     Args:
-        every_n_steps: Optimizer steps between checkpoints.
-        keep: Checkpoints that are kept; those before the last are called ``step=N.ckpt``.
-        portable: Whether all checkpoints of the run go on under any strategy and number of processes, or only as the
-            strategy's own, which may be faster to save. They are its own, too, where the trainer's
-            ``AtomicCheckpointIO`` says so.
-        dirpath: Folder; ``checkpoints`` under ``trainer.default_root_dir`` by default.
+        every_n_steps: Number of optimizer steps between two checkpoints.
+        keep: How many checkpoints are kept; those before the last are called ``step=N.ckpt``.
+        portable: Whether the run's checkpoints can be resumed under any strategy and number of processes. If not, they
+            are in the strategy's own form, which may be faster to save. They are in its own form, too, where the
+            trainer's ``AtomicCheckpointIO`` says so.
+        dirpath: Folder of the checkpoints; ``checkpoints`` under ``trainer.default_root_dir`` by default.
     """
 
     def __init__(
@@ -39,31 +40,31 @@ class LastCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """The same for every interval: a resumed run may save more or less often."""
+        """A key that is the same for every interval, since a resumed run may save more or less often."""
         return type(self).__qualname__
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """In a script of one's own, sees to it that what writes checkpoints knows if they are not portable."""
+        """In a user's own script, has checkpoints that are not portable written in the strategy's own form."""
         super().setup(trainer, pl_module, stage)
         if not self.portable:
             trainer.strategy.checkpoint_io = _in_own_form(trainer.strategy)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begins to listen."""
+        """Begins to listen to signals."""
         super().on_train_start(trainer, pl_module)
         self._signals = Signals(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
-        """Ends the run where a signal that says so came during the last step.
+        """Ends the run if a signal to end it came during the last step.
 
         Raises:
-            Terminated: Then.
+            Terminated: If such a signal came.
         """
         if self._signals:
             self._signals.end()
 
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
-        """Saves where the interval, or a signal, says so."""
+        """Saves a checkpoint where the interval, or a signal, says so."""
         super().on_train_batch_end(trainer, *arguments)
         batch_idx = arguments[-1]
         if self._signals and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
@@ -74,7 +75,7 @@ class LastCheckpoint(ModelCheckpoint):
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_now(trainer)
         interrupts.listen()
-        if self._signals:  # one that came with the last step
+        if self._signals:  # a signal may have come with the last step
             self._signals.obey(lambda: None)
             self._signals.end()
 
@@ -88,9 +89,9 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 def _in_own_form(strategy: Strategy) -> CheckpointIO:
-    """What writes a strategy's checkpoints in its own form: a plugin in place of the one that the trainer was given.
+    """The plugin that writes a strategy's checkpoints in its own form, in place of the one that the trainer was given.
 
-    Without a plugin of ours, one device and DDP do so anyway.
+    One device and DDP write their own form anyway where the trainer has none of this project's plugins.
     """
     io = strategy.checkpoint_io
     if isinstance(io, AtomicCheckpointIO):
@@ -103,10 +104,10 @@ class BestCheckpoint(ModelCheckpoint):
     """Keeps the checkpoint with the lowest validation loss.
 
     Args:
-        monitor: What is compared.
-        mode: Whether the lowest (``min``) or the highest (``max``) is best.
-        save_top_k: How many are kept.
-        dirpath: Folder; ``checkpoints`` under ``trainer.default_root_dir`` by default.
+        monitor: Name of the logged value that is compared.
+        mode: Whether the lowest (``min``) or the highest (``max``) value is best.
+        save_top_k: How many of the best checkpoints are kept.
+        dirpath: Folder of the checkpoints; ``checkpoints`` under ``trainer.default_root_dir`` by default.
     """
 
     def __init__(

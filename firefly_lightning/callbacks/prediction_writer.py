@@ -1,4 +1,4 @@
-"""The file of what a run predicts."""
+"""The file of the answers that a run generates."""
 
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,20 @@ from firefly_lightning.evaluation.predictions import Prediction, PredictionFile
 class PredictionWriter(Callback):
     """Writes what ``predict`` and ``test`` generate into ``predictions.jsonl``, in the order of the rows' files.
 
-    It is beside the other files of the run, or under ``trainer.default_root_dir`` where there is no logger, and appears
-    when it is complete. A dry run writes nothing.
+    The file is beside the other files of the run, or under ``trainer.default_root_dir`` where there is no logger, and
+    appears when it is complete. A dry run writes nothing.
     """
 
-    # Lightning's BasePredictionWriter wants the sampler to be its own.
+    # This is no BasePredictionWriter, since that one of Lightning's requires Lightning's own sampler.
     def __init__(self) -> None:
         self._file: PredictionFile | None = None
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begins this rank's part."""
+        """Begins this rank's part of the file."""
         self._begin(trainer, trainer.predict_dataloaders)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begins this rank's part."""
+        """Begins this rank's part of the file."""
         self._begin(trainer, trainer.test_dataloaders)
 
     def on_predict_batch_end(
@@ -65,7 +65,7 @@ class PredictionWriter(Callback):
         self._end(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leaves nothing of a run that ends early."""
+        """Removes this rank's part when a run ends early."""
         if self._file:
             self._file.discard()
 
@@ -85,6 +85,6 @@ class PredictionWriter(Callback):
 
 
 def sources_of(loader: Any) -> list[str]:
-    """Names of the files and datasets of its rows, where these are our own."""
+    """Names of the files and datasets of a loader's rows; none where the rows are not this project's."""
     batches = batches_of(loader)
     return [] if batches is None else list(batches.rows.names)

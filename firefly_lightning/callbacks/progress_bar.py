@@ -1,4 +1,4 @@
-"""Lightning's rich progress bar over a whole run, with what tells whether it goes well."""
+"""Lightning's rich progress bar over a whole run, with the metrics that tell whether the run goes well."""
 
 import math
 import time
@@ -25,7 +25,7 @@ SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
     "memory_gb": ("memory", "{:.1f} GB".format),
     "mfu": ("MFU", "{:.0%}".format),
 }
-"""Metrics by the name they are logged by: what the bar calls them, and how it writes them."""
+"""What the bar calls each metric and how it writes its value, by the name that the metric is logged by."""
 
 
 class RunProgressBar(RichProgressBar):
@@ -61,7 +61,10 @@ class RunProgressBar(RichProgressBar):
         return shown if left is None else {**shown, "left": str(timedelta(seconds=round(left)))}
 
     def seconds_left(self, trainer: L.Trainer) -> float | None:
-        """By the mean of the steps so far, validations and all; None before the first, or where there is no last."""
+        """Seconds until the run ends, by the mean of the steps so far, validations included.
+
+        None before the first step is done, or where the run has no last step.
+        """
         done, left = trainer.global_step - self._first_step, self._total_steps - trainer.global_step
         known = done > 0 and left < float("inf")
         return (time.monotonic() - self._started) / done * left if known else None

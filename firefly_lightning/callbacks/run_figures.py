@@ -1,4 +1,4 @@
-"""What a run has logged, and its two figures: losses, and the perplexity of each kind."""
+"""The metrics that a run has logged, and its two figures: losses, and the perplexity of each kind."""
 
 import csv
 from collections.abc import Mapping
@@ -16,17 +16,17 @@ from firefly_lightning.preparation.figures import BLUE, RED, find_font
 GREY = "#8C8C8C"
 KIND_PERPLEXITY = "val_perplexity/"
 LINES = ("-", "--", ":")
-"""Ten colours and three kinds of line tell thirty kinds apart."""
+"""Styles of lines: with ten colours, these three tell thirty kinds apart."""
 
 Metrics = dict[str, dict[int, float]]
-"""By name of a column of ``metrics.csv``: value by step."""
+"""By the name of a column of ``metrics.csv``: its values by step."""
 
 
 def read_metrics(log_dir: Path) -> Metrics:
     """Metrics of a run from its ``metrics.csv``, and of the runs that it resumed, up to where it took over.
 
     Args:
-        log_dir: A ``version_N``; what it resumed is looked for in the versions before it.
+        log_dir: Folder ``version_N`` of the run; the runs that it resumed are looked for in the versions before it.
     """
     metrics: Metrics = {"train_loss": {}}
     version = int(log_dir.name.removeprefix("version_"))
@@ -41,7 +41,7 @@ def read_metrics(log_dir: Path) -> Metrics:
 
 
 def draw_losses(metrics: Metrics, path: Path) -> None:
-    """Training and validation loss and the learning rate by step, as a PNG.
+    """Draws training and validation loss and the learning rate by step, as a PNG.
 
     The training loss is drawn as a running mean too, since steps of few rows vary much.
     """
@@ -72,12 +72,12 @@ def draw_losses(metrics: Metrics, path: Path) -> None:
 
 
 def kind_perplexities(metrics: Metrics) -> Metrics:
-    """Perplexity in validation, by kind and step."""
+    """Perplexities in validation, by kind and step."""
     return {name.removeprefix(KIND_PERPLEXITY): of for name, of in metrics.items() if name.startswith(KIND_PERPLEXITY)}
 
 
 def draw_kinds(perplexities: Mapping[str, Mapping[int, float]], path: Path) -> None:
-    """The perplexity of each kind by step, on a logarithmic scale, the highest at the end first, as a PNG."""
+    """Draws the perplexity of each kind by step, on a logarithmic scale, the highest at the end first, as a PNG."""
     last = {kind: values[max(values)] for kind, values in perplexities.items() if values}
     figure = Figure(figsize=(10, max(5, 1 + 0.24 * len(last))), layout="constrained")
     axes = figure.add_subplot()
@@ -100,7 +100,7 @@ def _finish(axes: Axes) -> None:
 
 
 def _font(text: str) -> FontProperties | None:
-    """One that has the characters; a run that is done does not fail for want of it."""
+    """A font that has the characters of a text, or None: a run that is done does not fail for want of a font."""
     try:
         return find_font(text)
     except FireflyError as error:

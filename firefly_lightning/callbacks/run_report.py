@@ -19,11 +19,11 @@ from firefly_lightning.files.atomic import new_file
 
 PACKAGES = ("firefly-lightning", "torch", "lightning", "transformers", "torchmetrics", "deepspeed", "colossalai")
 SPEED = ("target_tokens_per_second", "data_wait", "memory_gb", "mfu")
-"""What is logged of every step, and reported by its median."""
+"""Metrics that are logged of every step; the report gives the median of each."""
 
 
 class Report(Callback):
-    """Draws and writes when a training, a validation or a test ends, if the run logs to CSV."""
+    """Writes the report of a training, a validation or a test that logs to CSV, and draws the figures of a training."""
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -52,7 +52,7 @@ class Report(Callback):
 
 
 def training_results(metrics: Metrics) -> Iterator[str]:
-    """Of a training: its losses and its speed, as a table in Markdown; nothing where no step was logged."""
+    """The losses and the speed of a training, as a table in Markdown; nothing where no step was logged."""
     losses, validated = metrics["train_loss"], metrics.get("val_loss", {})
     if not losses:
         return
@@ -67,7 +67,7 @@ def training_results(metrics: Metrics) -> Iterator[str]:
 
 
 def _last_values(metrics: Metrics, stage: str) -> Iterator[str]:
-    """The last value of everything that is logged of a stage: overall, and a table with a row for each kind."""
+    """The last value of every metric of a stage: a table of overall values, and a table with a row for each kind."""
     last = {name: values[max(values)] for name, values in metrics.items() if name.startswith(f"{stage}_") and values}
     parted = {name: name.removeprefix(f"{stage}_").partition("/") for name in last}
     overall = [(parts[0], _shown(last[name])) for name, parts in parted.items() if not parts[1]]
@@ -102,7 +102,10 @@ def _write(folder: Path, trainer: L.Trainer, results: Iterable[str]) -> None:
 
 
 def _counts(trainer: L.Trainer) -> Iterator[str]:
-    """Tables of the rows that the stage had, where the data is this project's; rows held out are among the first."""
+    """Tables that count the rows of each part of the data, where the data is this project's.
+
+    Rows held out for validation are counted in the table of the training rows.
+    """
     data = data_of(trainer)
     parts = (data.train, data.val, data.test) if data else ()
     for rows in {id(part.rows): part.rows for part in parts if part is not None}.values():
@@ -133,7 +136,7 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """What a user calls a kind, where a bar would end the cell."""
+    """The name of a kind as a cell of a table, in which a bar would end the cell."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

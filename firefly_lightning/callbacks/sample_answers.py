@@ -25,17 +25,17 @@ PROMPTS = (
 class Samples(Callback):
     """Shows answers to fixed prompts at every validation of a training, on the console and in TensorBoard.
 
-    They are decoded as ``predict`` does; sampled ones draw the same random numbers every time.
+    Answers are generated as ``predict`` generates them; sampling draws the same random numbers every time.
 
     Args:
-        prompts: What is answered; none switches it off.
+        prompts: The prompts to answer; an empty list switches the answers off.
     """
 
     def __init__(self, prompts: Sequence[str] = PROMPTS) -> None:
         self.prompts = list(prompts)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Answers on every rank, since a model that is split or sharded needs them all; the first one shows it."""
+        """Answers on every rank, since a split or sharded model needs all ranks; the first one shows the answers."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or not self.prompts:
             return
         if isinstance(pl_module, FireflyModule):

@@ -1,4 +1,4 @@
-"""Signals that end a run: a training between two optimizer steps, all of its processes together; all else at once."""
+"""Signals that end a run: a training ends between two optimizer steps, in all processes together; all else at once."""
 
 import os
 import signal
@@ -20,11 +20,11 @@ _ENDS = (signal.SIGTERM, signal.SIGINT)
 class Signals:
     """Notes SIGTERM and SIGINT, and under SLURM its signal to requeue, in place of Lightning's handlers.
 
-    Those act in the middle of whatever runs, where a checkpoint would be that of half a step, and a collective
+    Lightning's handlers act in the middle of whatever runs: a checkpoint would hold half a step, and a collective
     operation would meet one of another kind on the next process.
 
     Args:
-        trainer: That has set up its own handlers; it restores those before them when it ends.
+        trainer: A trainer that has set up its own handlers; when it ends, it restores the handlers from before.
     """
 
     def __init__(self, trainer: L.Trainer) -> None:
@@ -40,7 +40,7 @@ class Signals:
                 signal.signal(number, self._note)
 
     def obey(self, save: Callable[[], None]) -> None:
-        """Saves, or has SLURM requeue, if any process was told to; called by all after the same step."""
+        """Saves the run, or has SLURM requeue it, if any process got a signal; all call this after the same step."""
         told = self._trainer.strategy.reduce_boolean_decision
         if self._requeue and told(self._requeue in self._noted, all=False):
             self._noted.discard(self._requeue)
@@ -52,10 +52,10 @@ class Signals:
                 self._ending = number
 
     def end(self) -> None:
-        """Ends a run that was told to; called before the next step, when the figures of the last are logged.
+        """Ends a run that got a signal to end; called before the next step, when the last step's metrics are logged.
 
         Raises:
-            Terminated: With exit code 143 or 130.
+            Terminated: If the run ends; with exit code 143 or 130.
         """
         if self._ending is not None:
             name = signal.Signals(self._ending).name
@@ -72,11 +72,11 @@ class Signals:
 
 
 class EndOnSignals(Callback):
-    """Ends what is no training within seconds of SIGTERM or Ctrl-C, in place of Lightning's handlers.
+    """Ends a validation, a test or a prediction within seconds of SIGTERM or Ctrl-C, in place of Lightning's handlers.
 
-    Those go on to the end of a validation, a test or a prediction.
+    Lightning's handlers would let it run to its end.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Takes the signals back, until training has its own way to end."""
+        """Takes the signals back from Lightning, until training has its own way to end."""
         listen()

@@ -14,23 +14,23 @@ from transformers import BloomConfig
 from firefly_lightning.data.batches import data_parallel_share
 
 PRODUCT_SECONDS = 0.01
-"""A matrix product that takes as long is large enough to show what a device can do."""
+"""A matrix product that takes this many seconds is large enough to show what a device can do."""
 
 
 class Throughput(Callback):
-    """Logs what every optimizer step took, over the time since the last one ended; validation is not in it.
+    """Logs the speed of every optimizer step, over the time since the last step ended; validation is not in it.
 
-    ``target_tokens_per_second`` counts the learned tokens of the step, over all ranks. The others are those of the
-    first rank: ``data_wait`` is the share of the time that it waited for its next micro-batches, between 0 and 1;
-    ``memory_gb`` the most memory that it has had on its GPU, or on a CPU in all, in 10⁹ bytes; ``mfu`` its model FLOPs
-    utilisation, what :func:`training_flops` counts against the peak of the device, between 0 and 1.
+    ``target_tokens_per_second`` counts the learned tokens of the step, over all ranks. The other metrics are those of
+    the first rank: ``data_wait`` is the share of the time that it waited for its next micro-batches, between 0 and 1;
+    ``memory_gb`` is the most memory that it has had on its GPU, or on a CPU in all, in 10⁹ bytes; ``mfu`` is its model
+    FLOPs utilisation, what :func:`training_flops` counts against the peak of the device, between 0 and 1.
 
-    What a batch or a loader does not tell is left out: ``step_target_tokens``, ``lengths`` and ``seconds_waited`` are
-    those of ``FireflyDataModule``.
+    A metric is left out where the batch or the loader does not give what it needs: ``FireflyDataModule`` gives
+    ``step_target_tokens``, ``lengths`` and ``seconds_waited``.
 
     Args:
-        peak_tflops: What a device can do at most, in 10¹² floating-point operations a second, as its maker states it
-            for the precision of the run; measured by matrix products when training starts, where not given.
+        peak_tflops: Peak of a device, in 10¹² floating-point operations a second, as its maker states it for the
+            precision of the run; by default, matrix products measure it when training starts.
     """
 
     def __init__(self, peak_tflops: float | None = None) -> None:
@@ -41,7 +41,7 @@ class Throughput(Callback):
         self._flops = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock."""
+        """Finds the peak of the device, and starts the clock."""
         dtype = _compute_dtype(trainer.precision)
         self._peak = 1e12 * self.peak_tflops if self.peak_tflops else measure_peak(trainer.strategy.root_device, dtype)
         self._start(trainer)
@@ -49,7 +49,7 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs when the micro-batch was the last of its step."""
+        """Logs the metrics of a step when the micro-batch was the last of it."""
         told = batch if isinstance(batch, dict) else {}
         config = getattr(getattr(pl_module, "model", None), "config", None)
         if isinstance(config, BloomConfig) and "lengths" in told:
@@ -78,14 +78,14 @@ class Throughput(Callback):
 def training_flops(config: BloomConfig, lengths: Sequence[int], targets: int) -> float:
     """Floating-point operations that training on rows needs, forward and backward.
 
-    The formula is that of Chowdhery and others, "PaLM" (2022), appendix B: 6 for each weight of a matrix and token, and
-    12 · layers · hidden_size · length for the attention of a token. The head counts where there is a target, since
-    nowhere else it is needed. Padding and what checkpointing computes again are no work of the model.
+    The formula is that of Chowdhery and others, "PaLM" (2022), appendix B: 6 operations for each token and weight of a
+    matrix, and 12 · layers · hidden_size · length for the attention of a token. The head counts only where there is a
+    target, since it is needed nowhere else. Padding and what checkpointing computes again do not count.
 
     Args:
-        config: Of the model.
-        lengths: Tokens of each row.
-        targets: Learned tokens of all rows.
+        config: Configuration of the model.
+        lengths: Number of tokens of each row.
+        targets: Number of learned tokens of all rows together.
     """
     hidden, layers = config.hidden_size, config.n_layer
     blocks = 6 * 12 * layers * hidden**2 * sum(lengths)  # 12 · hidden² weights: 4 in attention, 8 in the wide layers
@@ -94,11 +94,11 @@ def training_flops(config: BloomConfig, lengths: Sequence[int], targets: int) ->
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second in the largest of a few matrix products; takes some hundredths of a second."""
+    """Floating-point operations a second in the fastest of a few matrix products; takes some hundredths of a second."""
     size, best, took = 128, 0.0, 0.0
     while took < PRODUCT_SECONDS and size <= 8192:
         size *= 2
-        matrix = torch.ones(size, size, device=device, dtype=dtype)  # random ones would move the run's random state
+        matrix = torch.ones(size, size, device=device, dtype=dtype)  # random values would move the run's random state
         took = min(_time_product(matrix) for _ in range(3))
         best = max(best, 2 * size**3 / took)
     return best

@@ -1,4 +1,4 @@
-"""A model that answers: loaded once, streamed piece by piece."""
+"""A model that answers: it is loaded once, and each answer is streamed piece by piece."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,17 +13,17 @@ from firefly_lightning.prompt import PRESETS, PromptEncoder, Turn
 
 
 class Answering:
-    """Calling it streams the answer to a question after some turns.
+    """A loaded model; calling this object streams the answer to a question after some turns.
 
     Args:
         path: Folder or hub name of the model.
-        device: Such as cpu or cuda:0; auto takes a GPU if there is one.
+        device: Device of the model, such as cpu or cuda:0; auto takes a GPU if there is one.
         dtype: Type of the weights; auto is bfloat16 on a GPU and float32 elsewhere.
         seed: Makes the answers repeatable.
-        max_new_tokens: Of the longest answer; the model's own setting by default.
+        max_new_tokens: Most tokens of an answer; the model's own setting by default.
 
     Attributes:
-        config: How it decodes where it is not told otherwise.
+        config: Settings of generation that are used where a call gives none.
 
     Raises:
         FireflyError: If the model cannot be loaded, or the device is not there.
@@ -36,7 +36,7 @@ class Answering:
         self.config.max_new_tokens = max_new_tokens or self.config.max_new_tokens
 
     def __call__(self, turns: Sequence[Turn], question: str, config: GenerationConfig | None = None) -> Iterator[str]:
-        """Pieces of the answer, as they come."""
+        """Streams the pieces of the answer as they are generated."""
         return generate_stream(self._bloom, self._encoder, turns, question, config or self.config, self._seed)
 
 

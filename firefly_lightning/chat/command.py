@@ -28,15 +28,15 @@ def chat(
     """Talks with a model.
 
     Args:
-        model: Folder or hub name.
-        prompt: Answers this once, on stdout; without it, a conversation of several turns.
-        device: Such as cpu or cuda:0; auto takes a GPU if there is one.
+        model: Folder or hub name of the model.
+        prompt: Question to answer once, on stdout; without it, a conversation of several turns begins.
+        device: Device of the model, such as cpu or cuda:0; auto takes a GPU if there is one.
         dtype: Type of the weights; auto is bfloat16 on a GPU and float32 elsewhere.
         seed: Makes the answers repeatable.
-        max_new_tokens: Longest answer; the model's own setting by default.
+        max_new_tokens: Most tokens of an answer; the model's own setting by default.
         web: Serves a page to talk on; it needs the extra ``web``.
-        host: Where the page is served; by default nobody outside this machine reaches it.
-        port: Likewise; 0 is any that is free.
+        host: Address at which the page is served; by default nobody outside this machine reaches it.
+        port: Port at which the page is served; 0 takes any that is free.
 
     Raises:
         FireflyError: If the model cannot be loaded, the device is not there, or the page cannot be served.
@@ -56,12 +56,12 @@ def chat(
         with interruptible():
             _converse(answer)
     else:
-        # What the locale could not decode from the command line is UTF-8 after all.
+        # Where the locale could not decode the prompt on the command line, it is read as UTF-8.
         _show(answer([], os.fsencode(prompt).decode("utf-8", "replace")), [])
 
 
 def _require_web(prompt: str | None) -> None:
-    """Refuses, before a model is loaded, what cannot be served."""
+    """Checks, before a model is loaded, that the page can be served."""
     if prompt is not None:
         raise FireflyError("--web and --prompt are both given; leave one of them out")
     for package in ("starlette", "uvicorn"):
@@ -96,7 +96,7 @@ def _ask() -> str | None:
 
 
 def _show(answer: Iterator[str], pieces: list[str]) -> None:
-    """Prints an answer while it comes, and collects it."""
+    """Prints the pieces of an answer as they come, and collects them."""
     try:
         for piece in answer:
             print(piece, end="", flush=True)
@@ -106,7 +106,11 @@ def _show(answer: Iterator[str], pieces: list[str]) -> None:
 
 
 def _take_any_character(stream: Any) -> None:
-    """A terminal's encoding may lack a character, or all Chinese ones: then it is most likely set wrongly."""
+    """Makes a stream take any character.
+
+    A character that the terminal's encoding lacks is replaced. An encoding that lacks Chinese characters is most likely
+    set wrongly, and UTF-8 takes its place.
+    """
     if not isinstance(stream, io.TextIOWrapper):
         return
     try:

@@ -1,4 +1,4 @@
-"""The page of ``firefly chat --web``: it needs the extra ``web``, and nothing from any network.
+"""The page of ``firefly chat --web``, which needs the extra ``web``, and nothing from any network.
 
 The browser keeps the conversation and sends all of it with every question; the server keeps none.
 """
@@ -40,7 +40,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 class Slider(NamedTuple):
-    """A setting of decoding that the page offers: its range, the step between two values, where it stands at first."""
+    """A setting of generation that the page offers: its range, the step between two values, and its first value."""
 
     least: float
     most: float
@@ -57,7 +57,7 @@ _RANGES: dict[str, tuple[float, float, float]] = {
 
 
 def sliders(config: GenerationConfig) -> dict[str, Slider]:
-    """The sliders where a model's own settings put them; a range that is too narrow for these is widened."""
+    """The page's sliders, set to a model's own settings; a range that is too narrow for its setting is widened."""
     starts = {name: 1.0 if (own := getattr(config, name)) is None else own for name in _RANGES}
     if not config.do_sample:
         starts["temperature"] = 0
@@ -68,7 +68,7 @@ def sliders(config: GenerationConfig) -> dict[str, Slider]:
 
 
 def examples() -> list[dict[str, str]]:
-    """A question ``{"kind", "description", "input"}`` of every kind that has templates here."""
+    """An example question ``{"kind", "description", "input"}`` of every kind that has templates in this package."""
     contents = (yaml.safe_load(path.read_text("utf-8")) for path in sorted(TEMPLATE_FOLDER.glob("*.yaml")))
     return [
         {"kind": content["kind"], "description": content["description"], "input": content["example"]["input"]}
@@ -77,18 +77,18 @@ def examples() -> list[dict[str, str]]:
 
 
 def make_app(answer: Answer, config: GenerationConfig, name: str, hosts: Sequence[str] = LOOPBACK) -> Starlette:
-    """The page and what it asks.
+    """The web application that serves the page and answers its requests.
 
     ``POST /answer`` takes ``{"turns": [[question, answer], …], "question", "decoding"}`` and streams JSON lines:
     ``{"piece"}`` for the next characters, then ``{"done"}``, or ``{"error"}`` where generation failed. One answer is
-    generated at a time, the others wait. It ends when the browser no longer listens.
+    generated at a time, the others wait. Generation ends when the browser no longer listens.
 
     Args:
-        answer: Is called with the settings of the sliders.
-        config: Where the sliders begin; what has no slider stays as it is here.
-        name: Of the model, shown at the top.
-        hosts: Names that the page may be asked for by. Others are refused: a foreign page whose name is made to lead
-            to this machine would speak to the model otherwise.
+        answer: Streams the answer to a question; it is called with the settings of the sliders.
+        config: Settings of generation: the sliders begin with these, and settings without a slider keep them.
+        name: Name of the model, shown at the top of the page.
+        hosts: Host names by which the page may be asked for. Others are refused: otherwise a foreign page whose host
+            name is made to lead to this machine could speak to the model.
     """
     offered, generating = sliders(config), asyncio.Lock()
 
@@ -115,14 +115,14 @@ def serve(answer: Answer, config: GenerationConfig, name: str, host: str = "127.
     """Serves the page until Ctrl-C.
 
     Args:
-        answer: As for :func:`make_app`.
-        config: Likewise.
-        name: Likewise.
-        host: Address to listen on. Where it is not of the loopback, whoever reaches this machine may use the model.
-        port: 0 for any that is free.
+        answer: Streams the answer to a question; it is called with the settings of the sliders.
+        config: Settings of generation: the sliders begin with these, and settings without a slider keep them.
+        name: Name of the model, shown at the top of the page.
+        host: Address to listen on. Where it is not a loopback address, whoever reaches this machine may use the model.
+        port: Port to listen on; 0 takes any that is free.
 
     Raises:
-        FireflyError: If nothing can listen there.
+        FireflyError: If nothing can listen at this address and port.
     """
     with _listen(host, port) as listening:
         address, port = listening.getsockname()[:2]
@@ -132,14 +132,14 @@ def serve(answer: Answer, config: GenerationConfig, name: str, host: str = "127.
         if not local:
             print(f"note: whoever reaches this machine on port {port} may use the model", file=sys.stderr)
         print(f"http://{shown}:{port} is the chat page; Ctrl-C ends it", file=sys.stderr, flush=True)
-        # An answer that is under way when it ends is cut off after a second.
+        # An answer that is under way when the server ends is cut off after a second.
         settings = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", timeout_graceful_shutdown=1)
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(settings).run([listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    if not 0 <= port < 1 << 16:  # getaddrinfo would take what is left after dividing
+    if not 0 <= port < 1 << 16:  # getaddrinfo would take the number modulo 65536
         raise FireflyError(f"--port {port}: no port has that number; choose one up to 65535")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -151,7 +151,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 async def _read(request: Request, offered: Mapping[str, Slider]) -> tuple[list[Turn], str, Decoding]:
-    # A form of a foreign page cannot send this type without asking first, and is not answered then.
+    # A foreign page must ask before it sends this content type, and its request to do so is not answered.
     if request.headers.get("content-type") != "application/json":
         raise HTTPException(415, "the body must be application/json")
     try:
@@ -162,7 +162,7 @@ async def _read(request: Request, offered: Mapping[str, Slider]) -> tuple[list[T
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise HTTPException(400, f"not a question: {reason(error)}") from error
     values["do_sample"] = values["temperature"] > 0
-    if not values["do_sample"]:  # settings of sampling say nothing then
+    if not values["do_sample"]:  # without sampling its settings mean nothing
         del values["temperature"], values["top_p"]
     return turns, question, values
 
@@ -193,7 +193,7 @@ async def _lines(request: Request, pieces: Iterator[str], generating: asyncio.Lo
             traceback.print_exc()
             yield _line(error=reason(error))
         finally:
-            await run_in_threadpool(pieces.close)  # type: ignore[attr-defined]  # a generator's: generation ends
+            await run_in_threadpool(pieces.close)  # type: ignore[attr-defined]  # closing the generator ends generation
 
 
 def _line(**content: object) -> str:
@@ -201,9 +201,10 @@ def _line(**content: object) -> str:
 
 
 class _Stream(StreamingResponse):
-    """Leaves it to its lines to see that nobody listens: whether Starlette does depends on the release of uvicorn.
+    """A response whose lines see for themselves that nobody listens any more, and are closed when the server ends.
 
-    Nor does Starlette close them when the server ends, and an answer would be generated on.
+    Whether Starlette sees it depends on the release of uvicorn. Starlette does not close the lines either, so that an
+    answer would be generated on.
     """
 
     body_iterator: Any

@@ -1,4 +1,4 @@
-"""Scores of generated answers, each kind by what fits its targets, synchronised over ranks by torchmetrics."""
+"""Scores of generated answers, for each kind those that suit its targets, synchronised over ranks by torchmetrics."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
@@ -13,16 +13,16 @@ from firefly_lightning.evaluation.answer_parsing import corrections, entities, f
 from firefly_lightning.evaluation.predictions import Prediction
 
 Scores = dict[str, Tensor]
-"""By name of the score."""
+"""Scores by name."""
 
 
 class AnswerScores:
     """Scores of answers by kind.
 
-    Counted on the host; :meth:`compute` moves the counts to where ranks talk to each other.
+    Counts are kept on the host; :meth:`compute` moves them to the device on which ranks communicate.
 
     Args:
-        kinds: The same on every rank, in the same order.
+        kinds: Names of the kinds, the same on every rank, in the same order.
     """
 
     def __init__(self, kinds: Sequence[str]) -> None:
@@ -37,7 +37,7 @@ class AnswerScores:
                 metric.update(rows)
 
     def compute(self, device: torch.device) -> Scores:
-        """``bleu/Couplet`` and so on, of all ranks together, for the kinds that any of them had rows of."""
+        """Scores such as ``bleu/Couplet``, of all ranks together, for the kinds that any rank had rows of."""
         found: Scores = {}
         for kind, metrics in self.metrics.items():
             for metric in metrics:
@@ -46,7 +46,7 @@ class AnswerScores:
 
 
 def metrics_of(kind: str) -> list[Metric]:
-    """Those that fit a kind: a kind that is not known has free text."""
+    """The metrics that suit a kind; a kind that is not known is scored as free text."""
     if kind in ("NLI", "SentimentAnalyze", "TextMatching"):
         return [RowMean("exact_match", _same_label)]
     if kind == "NER":
@@ -64,8 +64,8 @@ class CorpusScore(Metric):  # type: ignore[misc]
     (torchmetrics' chrF leaves out the targets of rows without any n-gram in common: seen in 1.9.0.)
 
     Args:
-        name: Of the score.
-        score: sacrebleu's; what it counts in a row adds up over rows and ranks.
+        name: Name of the score.
+        score: Metric of sacrebleu; what it counts in a row adds up over rows and ranks.
     """
 
     full_state_update = False
@@ -80,29 +80,29 @@ class CorpusScore(Metric):  # type: ignore[misc]
         self.add_state("rows", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, rows: Sequence[Prediction]) -> None:
-        """Adds answers and targets."""
+        """Adds the answers and targets of rows."""
         for row in rows:
             self.counts += torch.tensor(self._count(row["generated"], row["target"]))
         self.rows += len(rows)
 
     def compute(self) -> Scores:
-        """The score, if there are rows."""
+        """The score by its name; nothing where there are no rows."""
         if not self.rows:
             return {}
         return {self.name: torch.tensor(self.score._compute_score_from_stats(self.counts.tolist()).score)}
 
     def _count(self, generated: str, target: str) -> list[int]:
-        """What sacrebleu asks of every one of its metrics: numbers of which the corpus score is made."""
+        """The numbers of a row from which the corpus score is made; every metric of sacrebleu can give them."""
         counts: list[int] = self.score._extract_corpus_statistics([generated], [[target]])[0]
         return counts
 
 
 class RowMean(Metric):  # type: ignore[misc]
-    """The mean of a score of rows, over those that have one.
+    """The mean of the scores of rows, over the rows that have one.
 
     Args:
-        name: Of the score.
-        score: Of a row; None where it has none.
+        name: Name of the score.
+        score: Gives the score of a row, or None where the row has none.
     """
 
     full_state_update = False
@@ -117,26 +117,26 @@ class RowMean(Metric):  # type: ignore[misc]
         self.add_state("rows", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, rows: Sequence[Prediction]) -> None:
-        """Adds rows."""
+        """Adds the scores of rows."""
         scores = [score for score in map(self.score, rows) if score is not None]
         self.total += sum(scores)
         self.rows += len(scores)
 
     def compute(self) -> Scores:
-        """The mean, if there is one."""
+        """The mean by its name; nothing where no row has a score."""
         return {self.name: self.total / self.rows} if self.rows else {}
 
 
 class SetScore(Metric):  # type: ignore[misc]
     """Precision, recall and F of what answers name against what targets name, counted over all rows.
 
-    F is ``(1 + β²) · P · R / (β² · P + R)``; below 1, β weighs precision more. Where nothing is named, precision is 1;
-    where nothing is wanted, recall is.
+    F is ``(1 + β²) · P · R / (β² · P + R)``; below 1, β weighs precision more. Where answers name nothing, precision is
+    1; where targets name nothing, recall is 1.
 
     Args:
-        name: Of what is named.
-        read: What the target and what the answer of a row names.
-        beta: β.
+        name: What answers name, such as ``entity``; the names of the scores begin with it.
+        read: Gives the set that a row's target names, and the set that the row's answer names.
+        beta: β in the formula of F.
     """
 
     full_state_update = False
@@ -152,7 +152,7 @@ class SetScore(Metric):  # type: ignore[misc]
             self.add_state(state, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, rows: Sequence[Prediction]) -> None:
-        """Adds rows."""
+        """Adds what the targets and the answers of rows name."""
         for wanted, named in map(self.read, rows):
             self.common += len(wanted & named)
             self.wanted += len(wanted)
@@ -160,7 +160,7 @@ class SetScore(Metric):  # type: ignore[misc]
         self.rows += len(rows)
 
     def compute(self) -> Scores:
-        """The three, if there are rows."""
+        """The three scores by name; nothing where there are no rows."""
         if not self.rows:
             return {}
         one, common = torch.ones((), dtype=torch.float64, device=self.common.device), self.common.double()
@@ -176,13 +176,13 @@ def _same_label(row: Prediction) -> float:
 
 
 def _same_answer(row: Prediction) -> float | None:
-    """Where the target marks its final answer; an answer without the mark is taken whole."""
+    """Whether the final answers agree; None if the target marks none. An answer without the mark is taken whole."""
     wanted = final_answer(row["target"])
     return None if wanted is None else float((final_answer(row["generated"]) or label(row["generated"])) == wanted)
 
 
 def _rouge_l(row: Prediction) -> float:
-    """F of the longest common subsequence of characters, between 0 and 100; space does not count, as in the others."""
+    """F of the longest common subsequence of characters, 0 to 100; space does not count, as in the other scores."""
     answer, target = ("".join(text.split()) for text in (row["generated"], row["target"]))
     scores = rouge_score(answer, target, rouge_keys="rougeL", normalizer=str, tokenizer=list)
     return 100 * float(scores["rougeL_fmeasure"])

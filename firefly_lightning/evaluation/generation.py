@@ -28,11 +28,11 @@ def generate_stream(
     """Streams an answer in pieces of whole characters, up to ``</s>``. Generation ends when nobody reads on.
 
     Args:
-        model: Generates, on its device.
-        encoder: Of the format the model was trained with.
-        turns: What was said before.
-        question: What to answer.
-        generation_config: ``default_decoding`` of the model by default.
+        model: The model that answers, on its own device.
+        encoder: Encodes questions in the format that the model was trained with.
+        turns: The turns of the conversation so far.
+        question: The question to answer.
+        generation_config: Settings of generation; ``default_decoding`` of the model by default.
         seed: Makes the answer repeatable, and leaves PyTorch's random state as it was.
     """
     prompt_ids = torch.tensor([encoder.encode_question(turns, question)], device=model.device)
@@ -70,23 +70,23 @@ def answer_prompts(
     in_step: bool = False,
     device: torch.device | None = None,
 ) -> list[str]:
-    """Answers of prompts, all generated together; greedy ones are those each would get alone.
+    """Answers to prompts, all generated together; a greedy answer is the one that its prompt would get alone.
 
     Args:
-        model: Generates.
-        encoder: Of the format the model was trained with.
-        prompts: Token ids of each, up to where its answer begins.
-        generation_config: ``default_decoding`` of the model by default.
+        model: The model that answers.
+        encoder: Decodes answers; it has the format that the model was trained with.
+        prompts: Token ids of each prompt, up to where its answer begins.
+        generation_config: Settings of generation; ``default_decoding`` of the model by default.
         seed: Makes the answers repeatable, and leaves PyTorch's random state as it was.
-        in_step: All ranks call this together and run the model equally often, until the last of them is done; one
-            without prompts runs it on a token of padding.
-        device: Where the model runs, which is not always where it lies; ``model.device`` by default.
+        in_step: Whether all ranks call this together and run the model equally often, until the last rank is done; a
+            rank without prompts runs the model on a token of padding.
+        device: Where the model runs, which is not always where its weights lie; ``model.device`` by default.
     """
     if not prompts and not in_step:
         return []
     stopped = Event()
     if not prompts:
-        stopped.set()  # at once; transformers goes on running the model while another rank needs it
+        stopped.set()  # this rank is done at once, but transformers runs the model while another rank needs it
     input_ids, attention_mask = _pad_left(prompts or [[encoder.pad_token_id]], encoder.pad_token_id)
     device = device or model.device
     with _seeded(seed, device):
@@ -101,13 +101,13 @@ def answer_prompts(
 
 
 def default_decoding(model: BloomForCausalLM) -> GenerationConfig:
-    """The model's own generation config, or the published one where it does not say how long an answer may be."""
+    """The model's own generation config, or the published one where that does not say how long an answer may be."""
     config = model.generation_config
     return copy.deepcopy(config) if config.max_new_tokens else GenerationConfig(**PUBLISHED_DECODING)
 
 
 class Decoding(TypedDict, total=False):
-    """Settings of generation, as in Hugging Face's ``GenerationConfig``; what is not set is the model's own."""
+    """Settings of generation, as in Hugging Face's ``GenerationConfig``; a setting left out is the model's own."""
 
     max_new_tokens: int
     min_new_tokens: int
@@ -122,14 +122,14 @@ class Decoding(TypedDict, total=False):
 
 
 def change_decoding(config: GenerationConfig, changes: Decoding) -> GenerationConfig:
-    """Another config with some settings changed.
+    """A copy of a generation config with some settings changed.
 
     Raises:
-        FireflyError: If there is no such setting, or it cannot have that value.
+        FireflyError: If a setting does not exist, or cannot have its new value.
     """
     changed = copy.deepcopy(config)
     if changes.get("do_sample") is False:
-        for name in ("temperature", "top_k", "top_p"):  # of sampling; 4.51 warns where they stay
+        for name in ("temperature", "top_k", "top_p"):  # transformers 4.51 warns of sampling's settings where they stay
             setattr(changed, name, getattr(GenerationConfig(), name))
     try:
         unknown = changed.update(**changes)
@@ -147,9 +147,9 @@ def _decoding(config: GenerationConfig | None, model: BloomForCausalLM, encoder:
 
 
 def _pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, (prompts, longest).
+    """Token ids and attention mask of prompts, (prompts, longest), padded on the left.
 
-    On the left: an answer goes on from the last column, and ALiBi measures from the first column attended to.
+    An answer goes on from the last column, and ALiBi measures distances from the first column that is attended to.
     """
     width = max(map(len, prompts))
     input_ids = [[pad_token_id] * (width - len(ids)) + list(ids) for ids in prompts]
@@ -166,7 +166,7 @@ def _decode_stream(encoder: PromptEncoder, ids: Iterable[int]) -> Iterator[str]:
     stream, seen, length = DecodeStream(skip_special_tokens=True), [], 0
     for token in ids:
         seen.append(token)
-        # None inside a character: its bytes may be spread over several tokens.
+        # The piece is None inside a character, whose bytes may be spread over several tokens.
         if piece := stream.step(encoder.backend, token):
             length += len(piece)
             yield piece
@@ -175,7 +175,7 @@ def _decode_stream(encoder: PromptEncoder, ids: Iterable[int]) -> Iterator[str]:
 
 
 class _IdStreamer(BaseStreamer):  # type: ignore[misc]  # untyped base
-    """Hands ids from the thread that generates to the one that reads."""
+    """Hands token ids from the thread that generates to the one that reads."""
 
     def __init__(self) -> None:
         self.results: SimpleQueue[list[int] | BaseException | None] = SimpleQueue()
@@ -187,7 +187,7 @@ class _IdStreamer(BaseStreamer):  # type: ignore[misc]  # untyped base
         self._prompt_is_next = False
 
     def end(self) -> None:
-        """Nothing: the thread itself says when it is done, also when it failed."""
+        """Does nothing: the thread itself says when it is done, also when it failed."""
 
     def ids(self) -> Iterator[int]:
         while (result := self.results.get()) is not None:

@@ -22,11 +22,11 @@ class Prediction(TypedDict):
     """A row and the answer to its first input.
 
     Attributes:
-        row: Which row of the files this is, counted from 0 through all of them.
-        kind: Of the row.
+        row: Number of the row, counted from 0 through all files.
+        kind: Kind of the row.
         input: The text that was answered.
         target: The first target of the row.
-        generated: What the model answers.
+        generated: The model's answer.
     """
 
     row: int
@@ -45,16 +45,16 @@ def predict(
     seed: int | None = None,
     in_step: bool = False,
 ) -> list[Prediction]:
-    """Answers the rows of a micro-batch, all together; the other arguments are those of ``answer_prompts``.
+    """Answers the rows of a micro-batch, all together, by ``answer_prompts``.
 
-    Texts are what the tokens of the row read: whole where the row was not cut.
+    Inputs and targets are decoded from the tokens of the rows, so they are whole where the row was not cut.
 
     Args:
-        model: Generates.
-        encoder: Of the format of the rows.
-        batch: One without rows gives no answers, but takes part in the step of the others.
-        kinds: Name of each kind in ``batch["kinds"]``.
-        generation_config: ``default_decoding`` of the model by default.
+        model: The model that answers.
+        encoder: Decodes the rows; it has the format that they were encoded in.
+        batch: The rows; a micro-batch without any gives no answers, but takes part in the step of the other ranks.
+        kinds: Names of the kinds, by the numbers in ``batch["kinds"]``.
+        generation_config: Settings of generation; ``default_decoding`` of the model by default.
         seed: Makes the answers repeatable.
         in_step: Whether all ranks must run the model equally often.
     """
@@ -70,17 +70,18 @@ def predict(
 
 
 class PredictionFile:
-    """``predictions.jsonl`` of a run: every rank writes its part as it goes, one of them joins the parts.
+    """``predictions.jsonl`` of a run: every rank writes its part as it goes, one rank joins the parts.
 
-    Parts are hidden files beside it; they are removed when it is complete. Only a killed run leaves them.
+    Parts are hidden files in the same folder, which are removed when ``predictions.jsonl`` is complete. Only a killed
+    run leaves them.
 
     Args:
-        folder: Of the run, the same for all ranks.
-        rank: This one.
+        folder: Folder of the run, the same for all ranks.
+        rank: Rank of this process.
         inputs: Files of the rows that are answered.
 
     Raises:
-        FireflyError: If the file is one of them.
+        FireflyError: If ``predictions.jsonl`` is one of the inputs.
     """
 
     def __init__(self, folder: Path, rank: int, inputs: Sequence[str]) -> None:
@@ -91,7 +92,7 @@ class PredictionFile:
         before_end(self.discard)
 
     def write(self, predictions: Iterable[Prediction]) -> None:
-        """Adds rows to this rank's part, in any order."""
+        """Adds answers to this rank's part, in any order."""
         for prediction in predictions:
             self._part.write(json.dumps(prediction, ensure_ascii=False).encode() + b"\n")
         self._part.flush()
@@ -103,14 +104,14 @@ class PredictionFile:
         self._part.close()
 
     def discard(self) -> None:
-        """Removes this rank's part, of a run that ends early."""
+        """Removes this rank's part when the run ends early."""
         self._part.close()
         Path(self._part.name).unlink(missing_ok=True)
 
     def join(self, world_size: int) -> None:
-        """Writes all rows in their order, each once, when every rank has closed its part.
+        """Writes the answers of all ranks in the order of their rows, once every rank has closed its part.
 
-        Ranks that split a model have answered the same rows.
+        Each row is written once, although ranks that split a model have answered the same rows.
 
         Raises:
             FireflyError: If a part is missing.
@@ -136,7 +137,7 @@ class PredictionFile:
 
 
 def _in_order(paths: Sequence[Path]) -> list[tuple[Path, int]]:
-    """Where each row begins: the texts themselves need not fit into memory."""
+    """The part and the byte at which each row begins, in the order of rows; their texts need not fit into memory."""
     found: dict[int, tuple[Path, int]] = {}
     for path in paths:
         start = 0

@@ -1,4 +1,4 @@
-"""What one pass over rows adds up: metrics of their target tokens, and scores of answers to them."""
+"""The totals of one pass over rows: metrics of their target tokens, and scores of the answers to them."""
 
 from typing import Any
 
@@ -13,15 +13,17 @@ from firefly_lightning.model.loss import TargetScores
 from firefly_lightning.model.target_metrics import TargetMetrics
 
 ALL = "all"
-"""What rows are called whose kinds are not known."""
+"""Name of the one kind that all rows have whose kinds are not known."""
 
 
 class EvaluationTotals:
-    """Adds up over micro-batches, by kind where the rows are this project's; of others, all are one kind.
+    """Adds up metrics and scores over micro-batches, by kind.
+
+    Kinds are known only of rows that this project's data module loads; all other rows count as one kind.
 
     Args:
-        loader: Of the rows.
-        device: Where the model is.
+        loader: The loader of the rows.
+        device: The device of the model.
     """
 
     def __init__(self, loader: Any, device: torch.device) -> None:
@@ -51,6 +53,6 @@ class EvaluationTotals:
 
 
 def kinds_of(loader: Any) -> list[str] | None:
-    """Names of the kinds of a loader's rows, where these are this project's."""
+    """Names of the kinds of a loader's rows; None where the rows are not this project's."""
     batches = batches_of(loader)
     return None if batches is None else batches.rows.kinds

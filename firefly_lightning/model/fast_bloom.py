@@ -1,8 +1,9 @@
 """A fast, exact forward pass for Hugging Face's Bloom: only what the loss needs is computed.
 
-Rows lie one after another without padding; attention is PyTorch's fused one, with ALiBi as one bias for all rows; of
-the last block, only positions that are followed by a target go on. Weights, names and hooks are those of the stock
-model, whose own path stays what it is for everything else.
+The rows of a micro-batch are computed one after another, without padding between them. Attention is PyTorch's fused
+kernel, with ALiBi as one bias that all rows share. The last block computes only the positions that are followed by a
+target, once attention is done. Weights, names and hooks are those of the stock model, whose own forward pass still
+serves all other calls.
 
 Longer than 300 lines, since a block's forward pass and what its backward pass computes again are read together.
 """
@@ -33,12 +34,12 @@ from firefly_lightning.model.loss import (
 
 
 class PackedRows(NamedTuple):
-    """Where the rows of a micro-batch are when they lie one after another without padding.
+    """The places of a micro-batch's rows when they lie one after another without padding.
 
     Attributes:
-        lengths: Tokens of each row.
-        positions: (tokens,) where they are in the padded, flattened (rows · length).
-        targets: (targets,) which of the tokens are followed by one that is learned.
+        lengths: Number of tokens of each row.
+        positions: (tokens,) place of each token in the padded, flattened (rows · length).
+        targets: (targets,) which of the tokens are followed by a learned token.
     """
 
     lengths: list[int]
@@ -47,13 +48,16 @@ class PackedRows(NamedTuple):
 
 
 class Keeping(NamedTuple):
-    """What the forward pass of a block leaves out of what autograd would keep, because it is computed again quickly.
+    """Which tensors of a block autograd does not keep, since the backward pass can quickly compute them again.
 
-    Nothing is left out of a block that is recomputed as a whole: what stands in for it would be kept beside its input.
+    A block that is recomputed as a whole keeps all of them: what is needed to compute a tensor again would otherwise be
+    kept in addition to the block's input.
 
     Attributes:
-        spares: GELU's output, joined contexts, and what 16-bit attention has widened.
-        spares_norms: The output of layer norms, whose weights the backward pass must then find as they were.
+        spares: Whether GELU's output and the joined contexts of attention are not kept, and the float32 copies that
+            16-bit attention makes on a CPU are kept in 16 bits.
+        spares_norms: Whether the outputs of layer norms are not kept; the backward pass must then find the weights of
+            the norms unchanged.
     """
 
     spares: bool = False
@@ -64,11 +68,11 @@ KEEPING_ALL = Keeping()
 
 
 class FastBloom:
-    """The loss of a Bloom on the targets of a micro-batch.
+    """Computes the loss of a Bloom on the targets of a micro-batch.
 
     Args:
-        model: Stock; its blocks learn to take packed rows, beside what they take.
-        heads: Which of the heads this process computes; all by default.
+        model: The stock model; its blocks are changed so that they take packed rows as well.
+        heads: The attention heads that this process computes; all by default.
         whole_weights: Whether this process holds every weight as a whole, all the time; then embedding and head need
             not be called as modules, and the loss takes less memory and time.
     """
@@ -89,14 +93,14 @@ class FastBloom:
         return fused_target_cross_entropy(hidden, weight, batch["target_ids"])
 
     def target_scores(self, batch: MicroBatch) -> TargetScores:
-        """How each target was predicted, without gradients."""
+        """How each target of a micro-batch was predicted, without gradients."""
         hidden, weight = self._hidden_and_head(batch)
         if weight is None:
             return target_scores(hidden, self._model.lm_head, batch["target_ids"])
         return chunked_target_scores(hidden, weight, batch["target_ids"])
 
     def _hidden_and_head(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
-        """Last hidden states, (targets, hidden_size), and the weight of the head if it may be used by itself."""
+        """Last hidden states, (targets, hidden_size), and the head's weight; None if the head must be called."""
         positions = batch["token_positions"]
         input_ids = batch["input_ids"].flatten().index_select(0, positions)
         rows = PackedRows(batch["lengths"], positions, batch["packed_targets"])
@@ -110,7 +114,7 @@ class FastBloom:
         return self._hidden(embedded, rows), weight
 
     def _hidden(self, embedded: Tensor, rows: PackedRows) -> Tensor:
-        """Last hidden states, (targets, hidden_size), of (tokens, hidden_size) word embeddings."""
+        """Last hidden states, (targets, hidden_size), computed from word embeddings, (tokens, hidden_size)."""
         transformer = self._model.transformer
         hidden = transformer.word_embeddings_layernorm(embedded)
         recomputed = bool(getattr(transformer, "gradient_checkpointing", False)) and transformer.training
@@ -127,20 +131,21 @@ class FastBloom:
 def _recomputes(block: nn.Module) -> bool:
     """Whether calling a block recomputes its activations, as in some releases of transformers 5.
 
-    Others do so around the block, or in the forward pass of its class, which that of :class:`FastBloom` replaces.
+    Other releases recompute around the block, or in the forward method of its class, which :class:`FastBloom` replaces.
     """
     return type(block).__call__ is not nn.Module.__call__
 
 
 class AlibiBias:
-    """What ALiBi and causality add to attention scores; that of the longest row so far holds those of all shorter ones.
+    """The bias that ALiBi and causality add to attention scores.
 
-    Relative to a query's own position, which softmax does not see: near positions, the ones that matter, are then exact
-    in bfloat16 too.
+    The bias for the longest row so far is kept, since it contains the bias for every shorter row. Distances are counted
+    from a query's own position, which makes no difference to softmax: the values for near positions, which matter most,
+    are then exact in bfloat16 too.
 
     Args:
-        heads: Of the whole model.
-        own: Those of this process.
+        heads: Number of attention heads of the whole model.
+        own: The heads that this process computes; all by default.
     """
 
     def __init__(self, heads: int, own: slice = slice(None)) -> None:
@@ -148,7 +153,7 @@ class AlibiBias:
         self._kept: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def __call__(self, length: int, like: Tensor) -> Tensor:
-        """(1, heads, length, length), of the type and on the device of ``like``."""
+        """The bias, (1, heads, length, length), of the type and on the device of ``like``."""
         key = like.device, like.dtype
         kept = self._kept.get(key)
         if kept is None or kept.shape[-1] < length:
@@ -163,10 +168,11 @@ class AlibiBias:
 
 
 def alibi_slopes(heads: int) -> Tensor:
-    """The slope of each head, (heads,): Press, Smith and Lewis, "Train Short, Test Long" (2022).
+    """ALiBi's slope of each head, (heads,), after Press, Smith and Lewis, "Train Short, Test Long" (2022).
 
-    A power of two gives a geometric sequence from 2^(-8/heads); other numbers take every second slope of twice the next
-    lower power for the heads that are left.
+    Where the number of heads is a power of two, the slopes are a geometric sequence that begins with 2^(-8/heads).
+    Otherwise the first heads have the slopes of the next lower power of two, and the heads that are left have every
+    second slope of twice that power.
     """
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
@@ -185,18 +191,19 @@ def _block_forward(
     recompute: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """A block's forward pass: over packed rows if it is told how they attend, else as Hugging Face has it.
+    """The forward pass of a block: over packed rows where ``attend`` is given, else Hugging Face's own.
 
     Args:
-        block: Stock.
-        stock: Its own forward pass.
-        hidden: (tokens, hidden_size) of packed rows.
-        args: Of the stock pass.
-        attend: Contexts of the attention module and its fused queries, keys and values, and what joins them.
-        only: (targets,) tokens that go on after attention; all by default.
-        keeping: What is left out of what the backward pass needs.
-        recompute: Whether the backward pass makes activations anew; hooks of the block stay outside and run once.
-        kwargs: Of the stock pass.
+        block: The stock block.
+        stock: The block's own forward pass.
+        hidden: (tokens, hidden_size) hidden states of packed rows.
+        args: Further arguments of the block's own forward pass.
+        attend: Takes the attention module and its fused queries, keys and values; gives the contexts and a function
+            that joins them.
+        only: (targets,) which tokens are computed after attention; all by default.
+        keeping: Which tensors are not kept for the backward pass.
+        recompute: Whether the backward pass computes activations again; hooks of the block run once nevertheless.
+        kwargs: Further keyword arguments of the block's own forward pass.
     """
     if attend is None:
         return stock(hidden, *args, **kwargs)
@@ -210,7 +217,7 @@ def _packed_forward(block: Any, hidden: Tensor, attend: Any, only: Tensor | None
 
     def normed_into(layer: nn.Module, norm: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
         normed = norm(hidden)
-        given = normed.to(computing_dtype(normed))  # as autocast would, but known here
+        given = normed.to(computing_dtype(normed))  # autocast would cast it too, but out of sight of _fed
         again = partial(_norm_again, norm, hidden, given.dtype) if keeping.spares_norms else None
         return _fed(layer, given, again), normed if block.apply_residual_connection_post_layernorm else hidden
 
@@ -229,7 +236,7 @@ def _packed_forward(block: Any, hidden: Tensor, attend: Any, only: Tensor | None
 
 
 def _fed(layer: nn.Module, given: Tensor, again: Callable[[], Tensor] | None) -> Tensor:
-    """A layer's output; its input is not kept for the backward pass if that is told how to make it again."""
+    """The output of a layer; where ``again`` can make its input again, the input is not kept for the backward pass."""
     if again is None:
         output: Tensor = layer(given)
         return output
@@ -253,16 +260,16 @@ def _gelu(inputs: Tensor) -> Tensor:
 def _attention_forward(
     attention: Any, stock: Any, hidden: Tensor, residual: Tensor, alibi: Tensor, attention_mask: Any, **kwargs: Any
 ) -> Any:
-    """Attention as generation calls it, with a cache of keys and values, in one kernel; the stock pass otherwise.
+    """Attention in one kernel where generation calls it with a cache of keys and values; the stock pass otherwise.
 
     Args:
-        attention: Of a block.
-        stock: Its own forward pass.
-        hidden: (rows, length, hidden_size).
-        residual: Likewise, to add the result to.
+        attention: The attention module of a block.
+        stock: The module's own forward pass.
+        hidden: (rows, length, hidden_size) the input of attention.
+        residual: (rows, length, hidden_size) what the result is added to.
         alibi: (rows · heads, 1, positions) what ALiBi adds to the scores.
-        attention_mask: (rows, 1, length, positions) what causality and padding add.
-        kwargs: Of the stock pass.
+        attention_mask: (rows, 1, length, positions) what causality and padding add to the scores.
+        kwargs: Further keyword arguments of the module's own forward pass.
     """
     cache = kwargs.get("layer_past")
     if cache is None or attention.training or kwargs.get("output_attentions") or kwargs.get("head_mask") is not None:
@@ -284,9 +291,10 @@ def _dropout(block: Any, hidden: Tensor) -> Tensor:
 def _attend(
     attention: Any, fused: Tensor, rows: PackedRows, bias: AlibiBias, spares: bool
 ) -> tuple[Sequence[Tensor], Callable[[Sequence[Tensor]], Tensor]]:
-    """Contexts, as the kernel keeps them, of queries, keys and values, (tokens, heads · 3 · head_dim).
+    """Attention within packed rows: the contexts as the kernel gives them, and a function that joins them.
 
-    What joins them to (tokens, heads · head_dim) comes with them.
+    ``fused`` holds queries, keys and values, (tokens, heads · 3 · head_dim); the joined contexts are
+    (tokens, heads · head_dim).
     """
     split = fused.view(len(fused), -1, 3, attention.head_dim)
     dropout = attention.attention_dropout.p if attention.training else 0.0
@@ -302,7 +310,10 @@ def _attend(
 def _attend_row_by_row(
     split: Tensor, lengths: list[int], bias: AlibiBias, scores: Any, kept: torch.dtype | None
 ) -> list[Tensor]:
-    """On a processor a call costs little, and padding much; `split` and `unbind` have one copy as their gradient."""
+    """The context of each row, by a call for each: on a CPU a call costs little, and padding much.
+
+    ``split`` and ``unbind`` are used because the gradient of either is a single copy.
+    """
     contexts = []
     for row, length in zip(torch.split(split, lengths), lengths, strict=True):
         query, key, value = row.permute(2, 1, 0, 3).unsqueeze(1).unbind()  # each (1, heads, length, head_dim)
@@ -312,7 +323,7 @@ def _attend_row_by_row(
 
 
 def _kept_as(dtype: torch.dtype | None, *tensors: Tensor) -> AbstractContextManager[Any]:
-    """Has float32 tensors whose values come from a narrower type kept in that."""
+    """Lets autograd keep float32 tensors in the narrower type that their values come from."""
     if dtype in (None, torch.float32):
         return nullcontext()
     numbers = {id(tensor) for tensor in tensors}
@@ -324,7 +335,10 @@ def _join_rows(contexts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _attend_padded(split: Tensor, rows: PackedRows, bias: AlibiBias, scores: Any) -> list[Tensor]:
-    """On a GPU one call for all rows. Padding follows a row's last token, so that none of its queries sees it."""
+    """The contexts of all rows by one call, as is fastest on a GPU.
+
+    Padding follows the last token of a row, so that no query of the row sees it.
+    """
     count, longest = len(rows.lengths), max(rows.lengths)
     padded = split.new_zeros(count * longest, *split.shape[1:]).index_copy(0, rows.positions, split)
     query, key, value = padded.view(count, longest, *split.shape[1:]).permute(3, 0, 2, 1, 4).unbind()

@@ -8,26 +8,28 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 LOGIT_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
-"""A chunk's logits take so much in float32, and the fused loss a few times that.
+"""Bytes of a chunk's logits in float32, by type of device; the fused loss takes a few times that.
 
-Few are faster on a processor, in whose cache they stay; on a GPU adding up the head's gradient would take longer than
-the products.
+Small chunks are faster on a CPU, in whose cache they stay; on a GPU with small chunks, adding up the head's gradient
+would take longer than the matrix products.
 """
 
 FEWEST_TARGETS = 64
-"""Of a chunk, however large the vocabulary."""
+"""Fewest targets of a chunk, however large the vocabulary is."""
 
 SUMMED_ROWS = 4096
-"""Of the head's gradient, to which a product in half precision is added at a time; on a processor that much of it stays
-in the cache, and the sum takes a third of the time."""
+"""Rows of the head's gradient to which a product in half precision is added at a time.
+
+On a CPU, this many rows stay in the cache, and the sum takes a third of the time.
+"""
 
 
 class TargetScores(NamedTuple):
     """How each target was predicted.
 
     Attributes:
-        nlls: (targets,) negative log-likelihood, in nats, in float32.
-        hits: (targets,) whether no token is likelier.
+        nlls: (targets,) negative log-likelihood of each target, in nats, in float32.
+        hits: (targets,) whether no token is likelier than the target.
     """
 
     nlls: Tensor
@@ -35,12 +37,14 @@ class TargetScores(NamedTuple):
 
 
 def target_cross_entropy(hidden: Tensor, head: nn.Module, target_ids: Tensor) -> Tensor:
-    """Summed negative log-likelihood of the targets, by calling the head as a module; what defines the fused one.
+    """Summed negative log-likelihood of the targets, by calling the head as a module.
+
+    This plain function defines what :func:`fused_target_cross_entropy` computes.
 
     Args:
-        hidden: (targets, hidden_size), the last hidden states where a target comes next.
-        head: Maps hidden_size to vocabulary.
-        target_ids: (targets,) the targets.
+        hidden: (targets, hidden_size) last hidden states where a target comes next.
+        head: Module that maps hidden_size to the vocabulary.
+        target_ids: (targets,) token ids of the targets.
 
     Returns:
         A scalar in float32, 0 with zero gradients where there is no target.
@@ -49,7 +53,7 @@ def target_cross_entropy(hidden: Tensor, head: nn.Module, target_ids: Tensor) ->
 
 
 def target_scores(hidden: Tensor, head: nn.Module, target_ids: Tensor) -> TargetScores:
-    """The targets one by one, by calling the head as a module; arguments as above."""
+    """How each target was predicted, by calling the head as a module; arguments as for :func:`target_cross_entropy`."""
     logits = head(hidden).float()
     return TargetScores(F.cross_entropy(logits, target_ids, reduction="none"), logits.argmax(-1) == target_ids)
 
@@ -57,27 +61,27 @@ def target_scores(hidden: Tensor, head: nn.Module, target_ids: Tensor) -> Target
 def embed_tied(weight: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Embeddings of tokens, and the weight for a head that is tied to them.
 
-    Used together, the two give the weight's gradient in one tensor of its size; apart, each would make its own, and a
-    vocabulary is most of a small model.
+    Used together, the two give the weight's gradient in one tensor of its size. An embedding and a head by themselves
+    would each make such a tensor, and the vocabulary is most of a small model.
 
     Args:
-        weight: (vocabulary, hidden_size).
-        input_ids: (tokens,).
+        weight: (vocabulary, hidden_size) weight of the embedding.
+        input_ids: (tokens,) token ids.
     """
     embedded, tied = _EmbedTied.apply(weight, input_ids)  # type: ignore[no-untyped-call]
     return embedded, tied
 
 
 def fused_target_cross_entropy(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
-    """:func:`target_cross_entropy` with a head that is a weight alone, in little memory.
+    """:func:`target_cross_entropy` in little memory, for a head that is a weight alone.
 
-    Logits exist for a chunk of targets at a time. Their gradient is known as soon as they are, so that they are never
+    Logits exist for one chunk of targets at a time. Their gradient is computed right after them, so that no logits are
     computed twice.
 
     Args:
-        hidden: (targets, hidden_size).
-        weight: (vocabulary, hidden_size), on this process as a whole.
-        target_ids: (targets,).
+        hidden: (targets, hidden_size) last hidden states where a target comes next.
+        weight: (vocabulary, hidden_size) weight of the head, which this process holds as a whole.
+        target_ids: (targets,) token ids of the targets.
     """
     dtype = computing_dtype(hidden)
     loss: Tensor = _FusedTargetCrossEntropy.apply(hidden, weight, target_ids, dtype)  # type: ignore[no-untyped-call]
@@ -85,7 +89,7 @@ def fused_target_cross_entropy(hidden: Tensor, weight: Tensor, target_ids: Tenso
 
 
 def chunked_target_scores(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> TargetScores:
-    """:func:`target_scores` with a head that is a weight alone, without gradients and in as little memory."""
+    """:func:`target_scores` in little memory and without gradients, for a head that is a weight alone."""
     dtype = computing_dtype(hidden)
     head, chunk = weight.to(dtype), chunk_size(len(weight), weight.device.type)
     nlls, hits = [], []
@@ -93,19 +97,19 @@ def chunked_target_scores(hidden: Tensor, weight: Tensor, target_ids: Tensor) ->
         scores = _scores(part, head)
         nlls.append(-scores.gather(1, ids[:, None])[:, 0])
         hits.append(scores.argmax(-1) == ids)
-        del scores  # or it would be there beside those of the next chunk
+        del scores  # or they would be in memory together with the scores of the next chunk
     return TargetScores(torch.cat(nlls), torch.cat(hits))
 
 
 def computing_dtype(hidden: Tensor) -> torch.dtype:
-    """In which products with a tensor are computed: autocast's type, or its own."""
+    """The type in which products with a tensor are computed: autocast's where it is enabled, else the tensor's own."""
     device = hidden.device.type
     casts = torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if casts else hidden.dtype
 
 
 def chunk_size(vocabulary: int, device: str) -> int:
-    """Targets whose logits exist at a time on a type of device."""
+    """Number of targets whose logits exist at a time on a type of device."""
     return max(FEWEST_TARGETS, LOGIT_BYTES["cpu" if device == "cpu" else "cuda"] // (4 * vocabulary))
 
 
@@ -129,7 +133,7 @@ class _EmbedTied(torch.autograd.Function):
             return tied, None
         if tied is None:
             tied = embedded.new_zeros(ctx.shape)
-        # The head made it, and nobody else has seen it.
+        # The head's gradient may be changed in place: nothing else refers to it.
         return tied.index_add_(0, input_ids, embedded.to(tied.dtype)), None
 
 
@@ -140,7 +144,7 @@ class _FusedTargetCrossEntropy(torch.autograd.Function):
         inputs, head = hidden.to(dtype), weight.to(dtype)
         loss = hidden.new_zeros((), dtype=torch.float32)
         d_hidden = torch.empty_like(inputs) if learns else None
-        # Of many products in half precision, a sum in half precision would lose the small ones.
+        # The sum is at least in float32: in half precision it would lose small products.
         d_weight = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32)) if learns else None
         chunk = chunk_size(len(weight), weight.device.type)
         for start in range(0, len(inputs), chunk):
@@ -149,7 +153,7 @@ class _FusedTargetCrossEntropy(torch.autograd.Function):
             loss -= scores.gather(1, ids).sum()
             if d_hidden is not None and d_weight is not None:
                 d_logits = scores.exp_().scatter_add_(1, ids, scores.new_full((1, 1), -1.0).expand_as(ids)).to(dtype)
-                del scores  # or they would be there beside the product, and those of the next chunk
+                del scores  # or they would be in memory together with the product and the next scores
                 torch.mm(d_logits, head, out=d_hidden[start : start + chunk])
                 _add_product(d_weight, d_logits.t(), part)
                 del d_logits
@@ -167,7 +171,7 @@ class _FusedTargetCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds a product of two matrices to a matrix, in its type; the product itself is never there as a whole."""
+    """Adds the product of two matrices to ``total``, in the type of ``total``; the product never exists as a whole."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
         return

@@ -12,8 +12,8 @@ from firefly_lightning.model.loss import TargetScores
 class TargetMetrics(Metric):  # type: ignore[misc]
     """How target tokens were predicted, over all of them and by kind.
 
-    Tokens count alike, in float64; a value that is not finite shows in the result. (torchmetrics' MeanMetric either
-    drops such values or, with ``nan_strategy="disable"``, ignores the weights: seen in 1.9.0.)
+    Every token counts the same, and sums are in float64; a value that is not finite shows in the result. (torchmetrics'
+    MeanMetric either drops such values or, with ``nan_strategy="disable"``, ignores the weights: seen in 1.9.0.)
 
     Args:
         kinds: Names of the kinds, in the order of their numbers, the same on every rank.
@@ -38,9 +38,9 @@ class TargetMetrics(Metric):  # type: ignore[misc]
         """Adds target tokens.
 
         Args:
-            scores: How each was predicted.
-            kinds: (targets,) the number of the kind that each is of.
-            closing: (targets,) whether it is the ``</s>`` that ends its row.
+            scores: How each target token was predicted.
+            kinds: (targets,) number of the kind of each target token.
+            closing: (targets,) whether the target token is the ``</s>`` that ends its row.
         """
         self.nll.index_add_(0, kinds, scores.nlls.detach().to(torch.float64))
         self.targets.index_add_(0, kinds, torch.ones_like(kinds))
@@ -52,11 +52,11 @@ class TargetMetrics(Metric):  # type: ignore[misc]
             state.index_add_(0, kinds, counted.long())
 
     def compute(self) -> dict[str, Tensor]:
-        """Over all targets, such as ``accuracy``, and by kind, such as ``accuracy/Couplet``, of those that there are.
+        """Metrics over all targets, such as ``accuracy``, and of each kind with targets, such as ``accuracy/Couplet``.
 
-        ``loss`` is the mean negative log-likelihood in nats, over all only; ``perplexity`` its exponential;
-        ``accuracy`` the share of targets than which no token is likelier; ``eos_accuracy`` that of those targets which
-        are the ``</s>`` that ends a row.
+        ``loss`` is the mean negative log-likelihood in nats, over all targets only; ``perplexity`` is its exponential;
+        ``accuracy`` is the share of targets than which no token is likelier; ``eos_accuracy`` is that share among the
+        targets that are the ``</s>`` which ends a row.
         """
         found = {"loss": self.nll.sum() / self.targets.sum()}
         for name, sums, counts in (

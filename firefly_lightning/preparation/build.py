@@ -1,4 +1,4 @@
-"""Raw task rows into a file of instruction rows: what is behind ``firefly build``."""
+"""``firefly build``: turns raw task rows into a file of instruction rows."""
 
 import json
 from collections import Counter
@@ -23,16 +23,16 @@ from firefly_lightning.preparation.templates.reader import TEMPLATE_FOLDER, load
 from firefly_lightning.processes import map_in_order
 
 ROWS_PER_CHUNK = 1000
-"""Raw rows that a process works on at a time, and after which a killed build goes on."""
+"""Number of raw rows that a process works on at a time; a killed build goes on after the last chunk written."""
 
 ROWS_LOOKED_AT = 100
-"""Rows of a source whose columns are compared with what the templates read, before anything is built."""
+"""Number of rows of a source whose columns are compared with what the templates read, before anything is built."""
 
 REASONS, OTHERS = 50, "other reasons"
-"""How many reasons are counted apart: with bad rows left out, every row may have its own."""
+"""How many reasons are counted apart, and the name of all others: every bad row may have a reason of its own."""
 
 BadRows = Literal["stop", "skip"]
-"""What a row that cannot be used does: end the command with its line, or be left out and counted."""
+"""What becomes of a row that cannot be used: it ends the command with its line, or is left out and counted."""
 
 
 def build(
@@ -50,24 +50,24 @@ def build(
 ) -> None:
     """Turns raw task rows into instruction rows through the hand-written templates of their kind.
 
-    Which templates a row gets follows from the seed and the position of the row alone. An existing file is replaced
-    once everything has gone well, and stays as it is otherwise. A build that was killed goes on where it was when the
-    same command is given again.
+    Which templates a row gets follows from the seed and the position of the row alone. An existing output file is
+    replaced once everything has gone well, and stays as it is otherwise. A build that was killed goes on where it was
+    when the same command is given again.
 
     Args:
-        kind: The task: one of those that come with the package, or the name of a file in the folder of templates.
+        kind: Name of the task: one that comes with the package, or the name of a file in the folder of templates.
         source: Files of raw rows (.jsonl, .json, .csv, .tsv, .parquet), globs, or datasets of the Hugging Face hub.
         out: The .jsonl file to write.
         templates: A folder of your own KIND.yaml files, in place of the package's.
-        seed: Another seed draws other templates.
+        seed: Seed by which templates are drawn; another seed draws other templates.
         per_row: Instruction rows to make of each raw row, each through another template; ``all`` takes every template
             that serves the row.
         rename: COLUMN=FIELD for columns that the templates know by another name.
-        constant: FIELD=TEXT for fields that all rows have alike.
-        only: COLUMN=TEXT to take only rows whose column holds the text; the others are counted.
-        bad_rows: What a row does that lacks a field, or holds what no template knows: ``stop`` the build with its
-            line, or ``skip`` it and count it.
-        workers: Processes to work with; one for each core by default.
+        constant: FIELD=TEXT for fields that hold the same text in all rows.
+        only: COLUMN=TEXT to take only rows whose column holds the text; the other rows are counted.
+        bad_rows: What to do about a row that lacks a field, or holds what no template knows: ``stop`` the build and
+            name the row's line, or ``skip`` the row and count it.
+        workers: Number of processes to work with; one for each core by default.
 
     Raises:
         FireflyError: If templates, rows or the output file are not as they must be; with file and line.
@@ -100,14 +100,14 @@ def build(
 
 
 class Totals(NamedTuple):
-    """What became of raw rows: how many were read, instruction rows written, and raw rows lost by reason."""
+    """What became of raw rows: how many were read, instruction rows written, and raw rows lost, by reason."""
 
     read: int = 0
     written: int = 0
     lost: dict[str, int] = {}  # noqa: RUF012 (never changed)
 
     def plus(self, other: "Totals") -> "Totals":
-        """Both together, with the rarest of many reasons under one name."""
+        """The sum of both totals, with the rarest of many reasons under one name."""
         lost = Counter(self.lost) + Counter(other.lost)
         rare = [] if len(lost) <= REASONS else lost.most_common()[REASONS - 1 :]
         for reason, count in rare:
@@ -116,7 +116,7 @@ class Totals(NamedTuple):
         return Totals(self.read + other.read, self.written + other.written, lost)
 
     def describe(self) -> str:
-        """In words; beyond the commonest reasons, only how many rows there are."""
+        """The totals in words; beyond the commonest reasons, only how many rows were lost."""
         common = Counter(self.lost).most_common(10)
         reasons = [f"{count} ({reason})" for reason, count in common]
         if others := sum(self.lost.values()) - sum(count for _, count in common):
@@ -125,7 +125,7 @@ class Totals(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Consecutive raw rows: the position of the first, from 1, and of each where it lies and what it holds."""
+    """Consecutive raw rows: the position of the first, counted from 1, and the place and the content of each."""
 
     first: int
     rows: list[tuple[str, dict[str, Any]]]
@@ -133,7 +133,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class ChunkBuilder:
-    """Makes the instruction rows of a chunk; a process can be given it."""
+    """Makes the instruction rows of a chunk; this object can be sent to another process."""
 
     templates: Templates
     columns: Columns
@@ -142,7 +142,7 @@ class ChunkBuilder:
     bad_rows: BadRows
 
     def __call__(self, chunk: Chunk) -> tuple[bytes, Totals]:
-        """Instruction rows, a JSON object a line, and what became of the raw rows."""
+        """The instruction rows of a chunk, a JSON object a line, and what became of its raw rows."""
         lost: Counter[str] = Counter()
         lines: list[str] = []
         for number, (where, row) in enumerate(chunk.rows, chunk.first):
@@ -199,7 +199,7 @@ def _check_columns(work: ChunkBuilder, source: str) -> None:
 
 
 def _identify(source: str) -> list[Any]:
-    """What changes when a source does, without reading it."""
+    """A value that changes when a source changes, found without reading the source."""
     if is_file(source):
         status = Path(source).stat()
         return [str(Path(source).resolve()), status.st_size, status.st_mtime_ns]

@@ -1,4 +1,4 @@
-"""Rows worth training on, out of many: what is behind ``firefly clean``."""
+"""``firefly clean``: picks the rows that are worth training on."""
 
 import json
 from array import array
@@ -20,10 +20,10 @@ from firefly_lightning.preparation.duplicates import Duplicate, DuplicateIndex, 
 from firefly_lightning.preparation.row_checks import kind_of, texts_of, turns_of, what_is_wrong
 
 EXAMPLES = 5
-"""Rows that the report shows of each kind and reason."""
+"""Number of rows that the report shows of each kind and reason."""
 
 SHOWN = 200
-"""Characters of a text that the report shows."""
+"""Number of characters of a text that the report shows."""
 
 
 def clean(
@@ -37,19 +37,19 @@ def clean(
 ) -> None:
     """Leaves out rows that would spoil a training: broken, empty, repeated, or in the validation rows.
 
-    Takes instruction rows in any accepted form, also several in one file, and raw task rows; what is kept is written as
-    it was. Of duplicates the first is kept. What is left out is counted by kind and reason, with examples in the
-    report.
+    Takes instruction rows in any accepted form, also several forms in one file, and raw task rows; rows that are kept
+    are written as they were. Of duplicates the first is kept. Rows that are left out are counted by kind and reason,
+    with examples in the report.
 
     Args:
         files: Files to clean (.jsonl, .json, .csv, .tsv, .parquet), globs, or datasets of the Hugging Face hub.
         out: The .jsonl file to write.
-        val_files: Rows that must not be trained on: what equals or nearly equals one of them, or asks the same, is
-            left out.
+        val_files: Rows that must not be trained on: a row that equals or nearly equals one of them, or asks the same
+            question, is left out.
         near_duplicates: Jaccard similarity of character 5-grams from which on two rows are near duplicates; 1 leaves
-            out exact ones only.
-        min_characters: Of a row's whole text; shorter rows are left out.
-        max_characters: Likewise; longer rows are left out.
+            out exact duplicates only.
+        min_characters: Fewest characters of a row's whole text; shorter rows are left out.
+        max_characters: Most characters of a row's whole text; longer rows are left out.
         report: The .json file with counts and examples; OUT.report.json by default.
 
     Raises:
@@ -81,18 +81,18 @@ def clean(
 
 
 class Findings:
-    """What became of rows, by kind and reason."""
+    """Counts and examples of what became of rows, by kind and reason."""
 
     def __init__(self) -> None:
         self.counts: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
         self.examples: defaultdict[str, defaultdict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
 
     def count(self, kind: str, reason: str) -> None:
-        """A row more that was ``read``, ``kept``, or left out for a reason."""
+        """Counts one row more that was ``read``, ``kept``, or left out for a reason."""
         self.counts[kind][reason] += 1
 
     def leave_out(self, kind: str, reason: str, where: str, texts: Texts, like: str | None = None) -> None:
-        """A row more that was left out; the first ones become examples."""
+        """Counts one row more that was left out; the first such rows become examples."""
         self.count(kind, reason)
         if len(self.examples[kind][reason]) < EXAMPLES:
             # A broken character would break the report.
@@ -101,16 +101,16 @@ class Findings:
 
     @property
     def read(self) -> int:
-        """Rows read."""
+        """Number of rows read."""
         return sum(counts["read"] for counts in self.counts.values())
 
     @property
     def kept(self) -> int:
-        """Rows kept."""
+        """Number of rows kept."""
         return sum(counts["kept"] for counts in self.counts.values())
 
     def totals(self) -> dict[str, int]:
-        """Over all kinds, by reason, the commonest first."""
+        """Counts over all kinds: rows read and kept, then rows left out by reason, the commonest first."""
         totals: defaultdict[str, int] = defaultdict(int)
         for counts in self.counts.values():
             for reason, count in counts.items():
@@ -122,11 +122,11 @@ class Findings:
         return ", ".join(f"{count} ({name})" for name, count in self.totals().items() if name not in ("read", "kept"))
 
     def as_json(self) -> dict[str, Any]:
-        """The report."""
+        """The content of the report."""
         return {"counts": {"all": self.totals(), **self.counts}, "examples": self.examples}
 
     def table(self, title: str) -> str:
-        """A line a kind and one for all, a column a reason."""
+        """The counts as a table with a line for each kind and one for all, and a column for each reason."""
         reasons = list(self.totals())
         table = Table(title=title, box=SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
         table.add_column("kind", min_width=max(map(cell_len, self.counts)))
@@ -138,11 +138,11 @@ class Findings:
 
 
 class KeptRows:
-    """Rows written so far, of which places and hashes are in memory.
+    """The rows written so far, of which only places and hashes are in memory.
 
     Args:
-        file: Where they are written, and read again to be compared with.
-        threshold: Of near duplicates.
+        file: File into which rows are written, and from which they are read again to be compared with.
+        threshold: Jaccard similarity from which on two rows are near duplicates.
     """
 
     def __init__(self, file: BinaryIO, threshold: float) -> None:
@@ -152,7 +152,7 @@ class KeptRows:
         self._sources: list[str] = []
 
     def add(self, line: bytes, where: str, signature: Any) -> None:
-        """Writes the line of a row."""
+        """Writes the line of a row, and remembers the row's place and signature."""
         source, _, number = where.rpartition(":")
         if not self._sources or self._sources[-1] != source:
             self._sources.append(source)
@@ -162,7 +162,7 @@ class KeptRows:
         self.index.add(len(self._starts) - 1, signature)
 
     def where(self, key: int) -> str:
-        """Where the row of a key was read."""
+        """The file and line from which the row of a key was read."""
         place = self._wheres[key]
         return f"{self._sources[place >> 40]}:{place & (1 << 40) - 1}"
 
@@ -172,7 +172,7 @@ class KeptRows:
 
 
 class ValidationRows:
-    """Rows that must not be trained on; they are few, and in memory."""
+    """Rows that must not be trained on; they are few, so all of them are in memory."""
 
     def __init__(self, sources: Sequence[str], threshold: float) -> None:
         self.index = DuplicateIndex(threshold, lambda key: self._texts[key])
@@ -188,7 +188,7 @@ class ValidationRows:
             self._wheres.append(where)
 
     def find(self, row: dict[str, Any], texts: Texts, signature: Any) -> str | None:
-        """Where the validation row is that a row repeats, or None."""
+        """The file and line of the validation row that a row repeats, or None."""
         if not self.index.size:
             return None
         for question, _ in turns_of(row)[:1]:
@@ -219,7 +219,7 @@ def _sort(
 
 
 def _line(row: dict[str, Any]) -> bytes | None:
-    """What is written of a row; None where half a character is in it, be it in the name of a field."""
+    """The line to write for a row; None where half a surrogate pair is in the row, be it in the name of a field."""
     try:
         return json.dumps(row, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Raw rows as templates want them: names of columns, values that all rows share, rows to take, tidy text."""
+"""Brings raw rows into the form that templates want: names of columns, shared values, rows to take, tidy text."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ class Columns(NamedTuple):
     """What is done to the columns of every raw row.
 
     Attributes:
-        rename: New names by old ones.
+        rename: New names of columns by old ones.
         constant: Texts by the name of the field that holds them in every row.
         only: Texts by the name of the column that must hold them.
     """
@@ -21,20 +21,20 @@ class Columns(NamedTuple):
     only: Mapping[str, str]
 
     def apply(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The row under its new names, with constants, its texts tidied."""
+        """A row with its columns renamed, the constants added and its texts tidied."""
         renamed = {self.rename.get(name, name): tidy(value) for name, value in row.items()}
         return {**renamed, **self.constant}
 
     def why_not(self, row: Mapping[str, Any]) -> str | None:
-        """Why a row is not to be taken, or None."""
+        """Why a row is not to be taken, or None if it is."""
         unlike = [f"{name} is not {text}" for name, text in self.only.items() if str(row.get(name)) != text]
         return unlike[0] if unlike else None
 
     def check(self, columns: Sequence[str], where: str) -> None:
-        """Checks that what is renamed or chosen by is there.
+        """Checks that the columns are there that are renamed, or that rows are chosen by.
 
         Raises:
-            FireflyError: If a column is not there, or a new name is taken.
+            FireflyError: If such a column is not there, or a new name is taken.
         """
         for flag, names in (("--rename", self.rename), ("--only", self.only)):
             if missing := [name for name in names if name not in columns]:
@@ -46,10 +46,10 @@ class Columns(NamedTuple):
 
 
 def read_assignments(texts: Sequence[str] | None, flag: str) -> dict[str, str]:
-    """``NAME=TEXT`` by name.
+    """Reads texts of the form ``NAME=TEXT``; gives each TEXT by its NAME.
 
     Raises:
-        FireflyError: If one has no name or no ``=``, or a name is there twice.
+        FireflyError: If a text is not of this form, or a name is there twice.
     """
     pairs: dict[str, str] = {}
     for text in texts or []:
@@ -63,7 +63,7 @@ def read_assignments(texts: Sequence[str] | None, flag: str) -> dict[str, str]:
 
 
 def tidy(value: Any) -> Any:
-    """Texts with the line ends of Unix and no blanks at the ends of lines and of the whole, in lists too."""
+    """A value with its texts, in lists too, tidied: Unix line ends, no blanks at ends of lines or around the text."""
     if isinstance(value, str):
         text = value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value
         return re.sub(r"[^\S\n]+\n", "\n", text).strip()

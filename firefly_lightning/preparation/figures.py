@@ -18,7 +18,7 @@ BLUE, RED = "#4C78A8", "#E45756"
 
 
 def draw_tasks(path: Path, rows: Mapping[str, int], font: FontProperties) -> None:
-    """Bars of the rows of each kind, the most at the top, as a PNG."""
+    """Draws a bar for the number of rows of each kind, the most at the top, as a PNG."""
     ordered = sorted(rows.items(), key=lambda item: (item[1], item[0]))
     names, counts = [name for name, _ in ordered], [count for _, count in ordered]
     figure = Figure(figsize=(9, 1.4 + 0.28 * len(names)), layout="constrained")
@@ -36,7 +36,7 @@ def draw_tasks(path: Path, rows: Mapping[str, int], font: FontProperties) -> Non
 
 
 def draw_lengths(path: Path, lengths: npt.NDArray[np.int32], max_length: int) -> None:
-    """A histogram of tokens a row, with a line at ``max_length`` and the share beyond it, as a PNG."""
+    """Draws a histogram of tokens a row, with a line at ``max_length`` and the share of longer rows, as a PNG."""
     beyond = np.count_nonzero(lengths > max_length) / len(lengths)
     # A few very long rows would press all others into one bar: the last bar holds everything from its start on.
     top = max(float(np.quantile(lengths, 0.995)), 1.25 * max_length)
@@ -72,7 +72,7 @@ def find_font(text: str, font: str | None = None) -> FontProperties:
     """A font that has every character of a text: the named file, Matplotlib's own, or an installed one.
 
     Raises:
-        FireflyError: If there is none, or the named file is no font or lacks characters.
+        FireflyError: If there is no such font, or the named file is no font or lacks characters.
     """
     needed = {ord(character) for character in text if character.isprintable() and not character.isspace()}
     if font:

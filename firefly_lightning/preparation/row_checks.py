@@ -1,4 +1,4 @@
-"""What a row says, in whatever form it is, and what may be wrong with it alone."""
+"""The kind and the texts of a row in any form, and checks of a row by itself."""
 
 import re
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ BROKEN = re.compile(
     "[\0-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\ud800-\udfff\ue000-\uf8ff\ufffd\ufeff\u200b\U000f0000-\U0010ffff]"
     "|锟斤拷|烫烫烫|屯屯屯"
 )
-# Not tags that rows about web pages have: a question for a <div> is answered with one.
+# Tags that rows about web pages have are not in it: a question for a <div> is answered with one.
 MARKUP = re.compile(r"</?(?:br|strong|em|font|nowiki|ref)\b[^<>]*>|&(?:nbsp|lt|gt|amp|quot|#\d+);|-\{[^{}]*\}-")
 REPEATED = 10
-"""Characters from which on a target that begins with the whole input repeats it."""
+"""A target that begins with the whole input repeats it if the input has at least this many characters."""
 
 
 def what_is_wrong(row: dict[str, Any], kind: str, texts: Texts, lengths: range) -> str | None:
-    """The first thing that is wrong with a row itself."""
+    """The first thing that is wrong with a row by itself, or None."""
     said = read_leniently(row)
     if said.fault:
         return said.fault
@@ -44,17 +44,17 @@ def _repeats(question: str, target: str) -> bool:
 
 
 def kind_of(row: dict[str, Any], where: str) -> str:
-    """The kind that a row names, else what its form is called, else the name of its file."""
+    """The kind that a row names, else the name of the row's form, else the name of its file."""
     return read_leniently(row).kind or Path(where.rpartition(":")[0]).stem
 
 
 def turns_of(row: dict[str, Any]) -> list[tuple[str, str]]:
-    """Questions and answers of an instruction row in any form; none of a raw row, nor of one that cannot be read."""
+    """Questions and answers of an instruction row in any form; none for a raw row or one that cannot be read."""
     return list(read_leniently(row).turns)
 
 
 def texts_of(row: dict[str, Any]) -> Texts:
-    """All text of a row but its kind, the same whatever form its turns are in, and the targets in it."""
+    """All text of a row but its kind, the same whatever form its turns are in, and the text of its targets."""
     said = read_leniently(row)
     turns = [text for turn in said.turns for text in turn]
     return Texts("\n".join([*turns, *_flat(said.others)]), "\n".join(turns[1::2]))

@@ -1,4 +1,4 @@
-"""``firefly stats``: what a set of rows is made of, in figures."""
+"""``firefly stats``: what a set of rows is made of, in numbers and figures."""
 
 import json
 from pathlib import Path
@@ -51,12 +51,12 @@ def stats(
         files: Instruction rows: files, globs or names of datasets, as for training.
         tokenizer: Folder or hub name of the tokenizer or the model.
         out: The folder to write, new or empty.
-        max_length: As ``data.max_length``; the line in the histogram.
-        too_long: As ``data.too_long``.
-        prompt: As ``data.prompt``.
-        batch_size: As ``data.batch_size``.
-        micro_batch_size: As ``data.micro_batch_size``.
-        seed: As ``data.seed``.
+        max_length: Most tokens of a row, as in ``data.max_length``; the histogram has a line there.
+        too_long: What to do with a longer row, as in ``data.too_long``.
+        prompt: Name of a prompt format or its control strings, as in ``data.prompt``.
+        batch_size: Rows in one optimizer step, as in ``data.batch_size``.
+        micro_batch_size: Rows that the device works on at a time, as in ``data.micro_batch_size``.
+        seed: Seed of the order of rows, as in ``data.seed``.
         font: A font file for the names of kinds; by default an installed one that has their characters.
 
     Raises:
@@ -98,7 +98,7 @@ def stats(
 
 
 def table(counted: dict[str, dict[str, Any]], max_length: int) -> str:
-    """A line a kind and one for all."""
+    """The counts as a table with a line for each kind and one for all."""
     made = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     made.add_column("kind", min_width=max(map(cell_len, counted)))
     for heading in COLUMNS.values():

@@ -1,4 +1,4 @@
-"""Rows and tokens by kind: how long rows are, and what a training cuts and pads."""
+"""Counts of rows and tokens by kind: how long rows are, and what a training cuts and pads."""
 
 from typing import Any
 
@@ -16,7 +16,14 @@ QUANTILES = (0.5, 0.9, 0.99)
 def describe(
     whole: TokenizedRows, cut: TokenizedRows, padding: npt.NDArray[np.int64], max_length: int
 ) -> dict[str, dict[str, Any]]:
-    """Figures of every kind, the most frequent first, after those of all rows."""
+    """Counts and lengths of all rows, and then of every kind, the most frequent kind first.
+
+    Args:
+        whole: The rows at their full lengths.
+        cut: The same rows as a training takes them, cut or left out where they are too long.
+        padding: (rows,) padding tokens beside each row of ``cut``.
+        max_length: Most tokens of a row in training.
+    """
     order = np.argsort(-np.bincount(whole.kind_ids, minlength=len(whole.kinds)), kind="stable")
     named = [(ALL, None), *((whole.kinds[at], whole.kinds[at]) for at in order)]
     return {name: _describe(kind, whole, cut, padding, max_length) for name, kind in named}
@@ -45,7 +52,7 @@ def _describe(
 
 
 def padding_of(rows: TokenizedRows, batch_size: int, micro_batch_size: int, seed: int) -> npt.NDArray[np.int64]:
-    """(rows,) the padding beside each row in the micro-batches of the first epoch on one device."""
+    """(rows,) padding tokens beside each row in the micro-batches of the first epoch on one device."""
     if not len(rows):
         return np.zeros(0, np.int64)
     plan = StepPlan(rows.lengths, rows.target_tokens, [WeightedRows(np.arange(len(rows)))], batch_size, seed)
@@ -64,6 +71,6 @@ def _of_kind(rows: TokenizedRows, kind: str | None) -> Any:
 
 
 def histogram(lengths: npt.NDArray[np.int32], width: int = 16) -> dict[str, Any]:
-    """How many rows have a length from ``width`` times n to below n + 1, by n."""
+    """How many rows have from ``width`` · n tokens to fewer than ``width`` · (n + 1), by n."""
     counts = np.bincount(lengths // width)
     return {"tokens_a_bar": width, "rows": counts.tolist()}

@@ -19,24 +19,24 @@ def prune(
     verify: str | None = None,
     link: bool = False,
 ) -> None:
-    """Prunes the vocabulary of a Bloom: embedding rows of tokens that are not kept go, nothing else changes.
+    """Prunes the vocabulary of a Bloom: embedding rows of tokens that are not kept go, and nothing else changes.
 
-    Kept are the tokens that occur in a corpus, all tokens that they are merged from, single bytes and special tokens;
-    or the tokens of a ready-made smaller tokenizer. Text of kept tokens is tokenised as before and gets the same
-    logits. The weights are streamed, so a model larger than the memory can be pruned. The folder loads with
+    The tokens kept are those that occur in a corpus, all tokens that these are merged from, single bytes and special
+    tokens; or the tokens of a ready-made smaller tokenizer. Text of kept tokens is tokenised as before and gets the
+    same logits. The weights are streamed, so a model larger than the memory can be pruned. The folder loads with
     transformers alone, and pruning.json in it says what was saved.
 
     Args:
-        model: Hugging Face folder with a Bloom: config.json, tokenizer.json, and weights in either format.
-        out: Folder to make; it must not exist, or be empty.
+        model: Hugging Face folder with a Bloom: config.json, tokenizer.json, and weights (.safetensors or .bin).
+        out: Folder to make; if it exists, it must be empty.
         corpus: Instruction rows (.jsonl, .json, .parquet, globs, hub names) or .txt files with a text a line, whose
             tokens are kept. Give either this or --tokenizer.
         tokenizer: Folder with a smaller tokenizer, every token of which is in the large one; its order is kept.
         min_count: How often a token must occur in the corpus to be kept.
         pad_multiple: Pads the vocabulary to a multiple of this with copies of the <pad> row.
-        keep: A file like those, whose tokens are kept whatever their count.
-        verify: A file like those, on which to prove that token strings and logits are unchanged. Loads the large and
-            the pruned model in float32, one after the other, which needs memory for each.
+        keep: A file like those of --corpus, whose tokens are kept whatever their count.
+        verify: A file like those of --corpus, on which to prove that token strings and logits are unchanged. Loads the
+            large and the pruned model in float32, one after the other, which needs memory for each.
         link: Gives files of weights in which nothing changes a second name in the new folder (hard links) instead of
             copying them, which takes no time and no disk. What is later written into such a file changes both models.
             A file system that shares blocks (XFS, Btrfs) does without copying anyway, and without that danger.
@@ -53,7 +53,7 @@ def prune(
     from firefly_lightning.pruning.vocabulary import load_bpe_tokenizer, read_texts, token_ids
     from firefly_lightning.pruning.weights_writer import CheckpointWriter
 
-    # Before the minutes that a large model takes.
+    # This is checked before the minutes that a large model takes.
     if verify and next(read_texts(verify), None) is None:
         raise FireflyError(f"{verify}: has no text to verify with; give a file with a text a line")
     config, tensors = steps.open_large(Path(model))

@@ -27,7 +27,7 @@ from firefly_lightning.pruning.vocabulary import (
 
 
 class Large(NamedTuple):
-    """A large Bloom: its folder, configuration, tokenizer, ids by token, and where its tensors lie."""
+    """A large Bloom: its folder, configuration, tokenizer, ids by token, and the places of its tensors in files."""
 
     folder: Path
     config: dict[str, Any]
@@ -37,10 +37,10 @@ class Large(NamedTuple):
 
 
 def open_large(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
-    """Configuration of a large Bloom, and where its tensors lie.
+    """The configuration of a large Bloom, and the places of its tensors in files.
 
     Raises:
-        FireflyError: If it is no Bloom, or both do not belong together.
+        FireflyError: If the folder holds no Bloom, or its configuration and weights do not belong together.
     """
     config = _read_json(folder / "config.json")
     if config.get("model_type") != "bloom":
@@ -59,7 +59,7 @@ def load_large(folder: Path, config: dict[str, Any], tensors: Checkpoint) -> Lar
     """Adds the tokenizer to what :func:`open_large` gives.
 
     Raises:
-        FireflyError: If it cannot be read, or has tokens without a row in the embedding.
+        FireflyError: If the tokenizer cannot be read, or has tokens without a row in the embedding.
     """
     tokenizer = load_bpe_tokenizer(folder)
     ids = token_ids(tokenizer)
@@ -75,7 +75,11 @@ def load_large(folder: Path, config: dict[str, Any], tensors: Checkpoint) -> Lar
 def plan_tokenizer(
     large: Large, corpus: list[str] | None, tokenizer: str | None, min_count: int, keep: str | None
 ) -> Callable[[Path], None]:
-    """Does all that can fail on the user's side, and leaves the writing."""
+    """Chooses the tokens of the new tokenizer, and so finds every mistake of the user before anything is written.
+
+    Returns:
+        A function that writes the new tokenizer into a folder.
+    """
     if tokenizer:
         small = load_bpe_tokenizer(Path(tokenizer))
         check_ready_made(small, large.ids, large.folder)
@@ -89,7 +93,10 @@ def plan_tokenizer(
 
 
 def vocabulary_rows(large_ids: dict[str, int], small_ids: dict[str, int], pad_multiple: int) -> Tensor:
-    """Row of the large vocabulary for each row of the new; rows without a token are as unlikely as padding."""
+    """Row of the large vocabulary for each row of the new one; ``(vocabulary,)``.
+
+    Rows without a token copy the row of padding, so that they are as unlikely as padding.
+    """
     tokens = max(small_ids.values()) + 1
     rows = torch.full((tokens + -tokens % pad_multiple,), large_ids[SPECIAL_TOKENS["pad_token"]])
     for token, number in small_ids.items():
@@ -100,7 +107,7 @@ def vocabulary_rows(large_ids: dict[str, int], small_ids: dict[str, int], pad_mu
 def write_configs(large: Large, small: PreTrainedTokenizerFast, vocabulary: int, out: Path) -> None:
     """Writes config.json and, where the large model has one, generation_config.json with the new ids and sizes."""
     special = {f"{name}_id": getattr(small, f"{name}_id") for name in SPECIAL_TOKENS}
-    # A head saved twice over was dropped, whatever the configuration said of it.
+    # A head that only repeats the embedding was dropped, whatever the configuration said of it.
     new = {
         "vocab_size": vocabulary,
         "architectures": ["BloomForCausalLM"],
@@ -114,7 +121,7 @@ def write_configs(large: Large, small: PreTrainedTokenizerFast, vocabulary: int,
 
 
 def report(large: Large, tokens: int, vocabulary: int) -> dict[str, Any]:
-    """Tokens, rows of the vocabulary and parameters before and after, and their ratio."""
+    """Numbers of tokens, rows of the vocabulary and parameters, before and after pruning, and their ratio."""
     before = large.tensors[EMBEDDING].shape[0]
     return {
         "tokens": _change(len(large.ids), tokens),
@@ -142,5 +149,5 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(content: dict[str, Any], file: Path) -> None:
-    """Writes a JSON object, indented, Chinese text as it is."""
+    """Writes a JSON object into a file, indented, with Chinese text as it is."""
     file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

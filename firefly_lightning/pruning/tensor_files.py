@@ -1,6 +1,6 @@
-"""Bloom's weights where they lie: which files hold which tensors, and where in them.
+"""The places of Bloom's weights: which files hold which tensors, and where in the files.
 
-Files are not mapped to be read: their pages would count as memory of the process.
+Files are not read by mapping them into memory, since their pages would count as memory of the process.
 """
 
 import json
@@ -39,11 +39,11 @@ class StoredTensor(NamedTuple):
     """A tensor in a file.
 
     Attributes:
-        key: What the file calls it, with or without ``transformer.`` before it.
-        file: The file.
-        start: Where in the file its bytes begin; they lie there row by row.
-        dtype: As `safetensors` calls it.
-        shape: Its shape.
+        key: The tensor's name in the file, with or without ``transformer.`` before it.
+        file: The file that holds the tensor.
+        start: Where in the file the tensor's bytes begin; they lie there row by row.
+        dtype: The tensor's type, as `safetensors` calls it.
+        shape: The tensor's shape.
     """
 
     key: str
@@ -54,28 +54,28 @@ class StoredTensor(NamedTuple):
 
     @property
     def itemsize(self) -> int:
-        """Bytes an element."""
+        """Bytes of an element."""
         return _DTYPES[self.dtype].itemsize
 
     def numel(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def range(self) -> FileRange:
-        """Its bytes."""
+        """The range of the file that holds the tensor's bytes."""
         return FileRange(self.file, self.start, self.numel() * self.itemsize)
 
 
 Checkpoint = dict[str, StoredTensor]
-"""Tensors by the names of ``BloomForCausalLM``; ``lm_head.weight`` only where it is not the embedding again."""
+"""Tensors by the names of ``BloomForCausalLM``; ``lm_head.weight`` only where it differs from the embedding."""
 
 
 def open_checkpoint(folder: Path, tied: bool) -> Checkpoint:
     """Finds the tensors of a Bloom, saved with or without ``transformer.`` before their names.
 
     Args:
-        folder: Has ``model.safetensors`` or ``pytorch_model.bin``, in one piece or several with an index.
+        folder: Folder with ``model.safetensors`` or ``pytorch_model.bin``, in one piece or several with an index.
         tied: Whether the configuration ties the head to the embedding.
 
     Raises:
@@ -98,12 +98,12 @@ def open_checkpoint(folder: Path, tied: bool) -> Checkpoint:
 
 
 def count_parameters(tensors: Checkpoint, vocabulary: int) -> int:
-    """Unique parameters of the model when its vocabulary has that many rows."""
+    """Number of unique parameters of the model when its vocabulary has ``vocabulary`` rows."""
     return sum(math.prod(pruned_shape(name, stored, vocabulary)) for name, stored in tensors.items())
 
 
 def pruned_shape(name: str, stored: StoredTensor, vocabulary: int) -> tuple[int, ...]:
-    """Shape of a tensor when the model's vocabulary has that many rows."""
+    """Shape of a tensor when the model's vocabulary has ``vocabulary`` rows."""
     return (vocabulary, *stored.shape[1:]) if name in (EMBEDDING, HEAD) else stored.shape
 
 
@@ -161,12 +161,15 @@ def _list_bin(file: Path) -> Iterator[StoredTensor]:
 
 
 def _mapped_at(file: Path, tensors: Mapping[str, Tensor]) -> int:
-    """Address in memory of a mapped file's first byte: its tensors are parts of an archive that is not compressed."""
+    """Address in memory of the first byte of a mapped file, found from the addresses of its tensors.
+
+    The file is an archive that is not compressed, of which the tensors are parts.
+    """
     starts = []
     with zipfile.ZipFile(file) as archive, file.open("rb") as opened:
         for entry in archive.infolist():
             if "/data/" in entry.filename:
-                opened.seek(entry.header_offset + 26)  # of the two lengths that end an entry's own header of 30 bytes
+                opened.seek(entry.header_offset + 26)  # two lengths end an entry's own header of 30 bytes
                 starts.append(entry.header_offset + 30 + sum(struct.unpack("<HH", opened.read(4))))
     addresses = sorted({tensor.untyped_storage().data_ptr() for tensor in tensors.values()})
     base: int = addresses[0] - min(starts)

@@ -14,19 +14,19 @@ from firefly_lightning.prompt import PromptEncoder, prompt_format
 from firefly_lightning.pruning.vocabulary import encode_stream, load_bpe_tokenizer, read_texts
 
 TOLERANCE = 1e-5
-"""Largest difference of logits, relative to the largest logit; rounding of float32 stays a factor of ten below."""
+"""Largest difference of logits allowed, relative to the largest logit; rounding in float32 stays ten times below it."""
 
 _SAMPLES, _SAMPLE_TOKENS = 8, 64
 
 
 class Verification(NamedTuple):
-    """What was compared.
+    """What was compared between the large and the pruned model, and what came of it.
 
     Attributes:
-        same_tokens: Texts of kept tokens, each with the same token strings as before.
-        dropped_tokens: Texts with a token that is gone; written in other tokens, they still read the same.
-        logits_texts: Texts on which logits were compared.
-        logits_difference: The largest, relative to the largest logit.
+        same_tokens: Number of texts of kept tokens only, each with the same token strings as before.
+        dropped_tokens: Number of texts with a dropped token; written in other tokens, they still read the same.
+        logits_texts: Number of texts on which logits were compared.
+        logits_difference: The largest difference of logits, relative to the largest logit.
     """
 
     same_tokens: int
@@ -35,7 +35,7 @@ class Verification(NamedTuple):
     logits_difference: float
 
     def summary(self) -> str:
-        """One line for people."""
+        """The result in one line for people."""
         return (
             f"Verified: {self.same_tokens:,} texts in the same tokens as before; {self.dropped_tokens:,} with dropped "
             f"tokens, which still read the same; logits of {self.logits_texts} texts the same within "
@@ -49,12 +49,12 @@ class _Sample(NamedTuple):
 
 
 def verify_pruning(large: PreTrainedTokenizerFast, pruned: Path, rows: Tensor, texts: str) -> Verification:
-    """Compares token strings on every text, and logits in float32 on the first few. Loads both models, in turn.
+    """Compares token strings on every text, and logits in float32 on the first few texts. Loads both models, in turn.
 
     Args:
         large: Tokenizer of the large model's folder.
         pruned: Folder of the pruned model.
-        rows: Row of the large vocabulary for each row of the new; ``(vocabulary,)``.
+        rows: Row of the large vocabulary for each row of the new one; ``(vocabulary,)``.
         texts: Instruction rows, or a UTF-8 file with one text a line.
 
     Raises:

@@ -22,10 +22,10 @@ from firefly_lightning.huggingface import TOKENIZER_CONFIG, load_tokenizer
 from firefly_lightning.prompt import SPECIAL_TOKENS, PromptEncoder, check_special_tokens, prompt_format
 
 SIDE_FILES = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json")
-"""Files of a tokenizer that name tokens by their strings, so that no new numbering touches them."""
+"""Files of a tokenizer that name tokens by their strings, so that they stay as they are when tokens are renumbered."""
 
 OWN_FILES = ("tokenizer.json", "added_tokens.json", "vocab.json", "merges.txt")
-"""Files that hold the numbering."""
+"""Files of a tokenizer that number its tokens."""
 
 _BATCH = 1024
 
@@ -34,7 +34,7 @@ def load_bpe_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a Hugging Face folder, if it is one that can be pruned.
 
     Raises:
-        FireflyError: If there is none, it cannot be read, is no byte-level BPE, or lacks Bloom's special tokens.
+        FireflyError: If there is no tokenizer, or it is unreadable, no byte-level BPE, or lacks Bloom's special tokens.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -49,8 +49,8 @@ def load_bpe_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def tokenizer_spec(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """What ``tokenizer.json`` says, with merges as pairs, and with the added tokens that only other files name."""
-    # The file, not the loaded backend: transformers 5 gives that a post-processor of its own.
+    """The content of ``tokenizer.json``, with merges as pairs, and with added tokens that only other files name."""
+    # The file is read, not the loaded backend, to which transformers 5 gives a post-processor of its own.
     file = Path(tokenizer.name_or_path) / "tokenizer.json"
     spec: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     merges = spec["model"].get("merges", [])
@@ -61,7 +61,7 @@ def tokenizer_spec(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """Id of every token, added ones included."""
+    """Id of every token of a tokenizer, added tokens included."""
     ids: dict[str, int] = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
     return ids
 
@@ -98,7 +98,7 @@ def read_lines(path: str | Path) -> Iterator[str]:
 def encode_stream(
     tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]
 ) -> Iterator[tuple[list[str], list[list[int]]]]:
-    """Streams batches of (texts, their ids), as training tokenises them."""
+    """Streams batches of (texts, their token ids), as training tokenises texts."""
     encoder = PromptEncoder(tokenizer, prompt_format("firefly"))
     stream = iter(texts)
     while batch := list(islice(stream, _BATCH)):
@@ -109,7 +109,7 @@ def count_tokens(tokenizer: PreTrainedTokenizerFast, corpus: Sequence[str]) -> N
     """Occurrences of each token id in instruction rows and ``.txt`` lines; ``(highest id + 1,)``.
 
     Raises:
-        FireflyError: If a source cannot be read, or there is no text in them at all.
+        FireflyError: If a source cannot be read, or no source holds any text.
     """
     counts = np.zeros(max(token_ids(tokenizer).values()) + 1, np.int64)
     with tqdm(desc="counting tokens", unit=" texts", delay=2) as progress:
@@ -122,15 +122,15 @@ def count_tokens(tokenizer: PreTrainedTokenizerFast, corpus: Sequence[str]) -> N
 
 
 def select_tokens(tokenizer: PreTrainedTokenizerFast, used: Iterable[int]) -> list[str]:
-    """Tokens to keep, in their new order.
+    """The tokens to keep, in their new order.
 
-    These are the used tokens, every merge ancestor of them, the byte alphabet and all added tokens. With the ancestors
-    there, the merges that made a text's tokens all stay and stay in order, so the text is merged as before. With the
-    alphabet there, any other text is still written exactly, in smaller pieces.
+    They are the used tokens, every merge ancestor of them, the byte alphabet and all added tokens. Because
+    of the ancestors, the merges that made a text's tokens all stay and stay in order, so the text is merged as before.
+    Because of the alphabet, any other text is still written exactly, in smaller pieces.
 
     Args:
-        tokenizer: The large one.
-        used: Ids of the tokens wanted.
+        tokenizer: The large tokenizer.
+        used: Ids of the tokens that are used.
     """
     spec, ids = tokenizer_spec(tokenizer), token_ids(tokenizer)
     strings = {number: token for token, number in ids.items()}
@@ -145,12 +145,12 @@ def check_ready_made(small: PreTrainedTokenizerFast, known: Mapping[str, int], f
     """Checks that the large tokenizer has every token of the small one.
 
     Args:
-        small: The small one.
-        known: Tokens of the large one.
-        folder: Where it came from, for the message.
+        small: The small tokenizer.
+        known: Tokens of the large tokenizer.
+        folder: Folder of the large tokenizer, for the message.
 
     Raises:
-        FireflyError: If it has not, so that there are no weights for some tokens; with the first ten.
+        FireflyError: If the large tokenizer lacks tokens, for which there are then no weights; with the first ten.
     """
     ids = token_ids(small)
     missing = sorted(ids.keys() - known.keys(), key=ids.__getitem__)
@@ -193,7 +193,7 @@ def _with_ancestors(tokens: set[str], merges: Iterable[Sequence[str]]) -> set[st
 
 def _pruned_spec(spec: dict[str, Any], ids: dict[str, int]) -> dict[str, Any]:
     model = spec["model"]
-    # Added tokens too: `tokenizers` numbers those that are not in the vocabulary after it, whatever their "id" says.
+    # Added tokens are in it too: else `tokenizers` numbers them after the vocabulary, whatever their "id" says.
     model["vocab"] = ids
     model["merges"] = [pair for pair in model["merges"] if pair[0] in ids and pair[1] in ids and "".join(pair) in ids]
     for token in spec["added_tokens"]:

@@ -1,8 +1,9 @@
-"""Bloom's weights copied from file to file, with rows of the vocabulary gathered on the way.
+"""Copies Bloom's weights from file to file, and gathers the kept rows of the vocabulary on the way.
 
-What is in memory of the model, whatever its size, are the rows that stay of its embedding, those of a head that is not
-tied to it, and 300 MB of buffers. A model of many files keeps their division, so that what does not change can share
-the disk with the old: as one and the same file where the user links, as blocks where the file system shares them.
+Whatever the size of the model, no more of it is in memory than the kept rows of its embedding, the kept rows of a head
+that is not tied to the embedding, and 300 MB of buffers. A model of many files keeps its division into files, so that
+what does not change can share the disk with the large model: as one and the same file where the user asks for links, as
+blocks where the file system shares them.
 """
 
 import json
@@ -23,26 +24,27 @@ from firefly_lightning.files.direct_io import BLOCK, Bytes, FileRange, read_rows
 from firefly_lightning.pruning.tensor_files import EMBEDDING, HEAD, Checkpoint, StoredTensor, pruned_shape
 
 ONE_FILE_BYTES = 5_000_000_000
-"""Most bytes of tensors of a model that is written as one file, as `transformers` 4 does."""
+"""A model whose tensors have at most this many bytes is written as one file, as `transformers` 4 does."""
 
 
 class CheckpointWriter:
-    """A context that writes weights as `safetensors`, in several files and an index if they are many.
+    """A context manager that writes weights as `safetensors`; large models get several files and an index.
 
-    Of many, one holds what depends on the vocabulary, and each other what else a file of the large model held. Those
-    are copied from the beginning of the context on, while it is being found out which tokens stay; a context that ends
-    early stops that. Tensors keep the names that the large model's files give them.
+    Of several files, the last holds the tensors that depend on the vocabulary; each of the others holds the other
+    tensors of one file of the large model. The others are copied from the beginning of the context on, while it is
+    being found out which tokens stay; a context that ends early stops copying. Tensors keep the names that they have
+    in the large model's files.
 
     Args:
-        tensors: The large model's.
+        tensors: Tensors of the large model.
         out: Folder to write into.
-        link: Gives a file in which nothing changes a second name, instead of copying it.
+        link: Whether a file in which nothing changes is given a second name instead of being copied.
 
     Attributes:
-        linked: Files that got a second name, by this name.
+        linked: Files of the large model that got a second name, by this name.
 
     Raises:
-        FireflyError: If files are to be linked and there is none in which nothing changes, or one cannot be.
+        FireflyError: If files are to be linked, but something changes in all of them, or one cannot be linked.
     """
 
     def __init__(self, tensors: Checkpoint, out: Path, link: bool = False) -> None:
@@ -67,7 +69,7 @@ class CheckpointWriter:
     def __enter__(self) -> "CheckpointWriter":
         for name, file in self.linked.items():
             try:
-                os.link(file.resolve(), self._out / name)  # not the link that a hub cache has in its place
+                os.link(file.resolve(), self._out / name)  # the file itself: a hub cache has a link in its place
             except OSError as error:
                 raise FireflyError(
                     f"--link: {file} cannot be linked into the new folder ({error.strerror}); leave --link out"
@@ -82,10 +84,10 @@ class CheckpointWriter:
         self._thread.shutdown()
 
     def finish(self, rows: Tensor) -> None:
-        """Writes what depends on the vocabulary, and waits for the rest.
+        """Writes the tensors that depend on the vocabulary, and waits until the others are written.
 
         Args:
-            rows: Row of the large vocabulary for each row of the new; ``(vocabulary,)``.
+            rows: Row of the large vocabulary for each row of the new one; ``(vocabulary,)``.
         """
         self._write(len(self._copied), self._last, rows)
         self._copying.result()
@@ -124,12 +126,15 @@ def _by_file(tensors: Checkpoint) -> list[Checkpoint]:
 
 
 def _widest_first(tensors: Checkpoint) -> Checkpoint:
-    """Every tensor then begins at a multiple of its element size, which readers that map need; else as they lie."""
+    """Sorts tensors by the size of their elements, the widest first, and then as they lie.
+
+    Every tensor then begins at a multiple of its element size, as readers need that map the file into memory.
+    """
     return dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[1].file, item[1].start)))
 
 
 def _whole_file(shard: Checkpoint) -> Path | None:
-    """The `safetensors` file that holds these tensors of it and nothing else."""
+    """The `safetensors` file that holds the tensors of a shard and nothing else, or None if there is none."""
     file = next(iter(shard.values())).file
     if file.suffix != ".safetensors":
         return None
@@ -139,7 +144,7 @@ def _whole_file(shard: Checkpoint) -> Path | None:
 
 
 def _parts(shard: Checkpoint, rows: Tensor) -> list[Bytes | FileRange]:
-    """What the file of a shard consists of; tensors that lie one after another are one range."""
+    """The parts of a shard's new file in order; tensors that lie one after another in the old file are one range."""
     parts: list[Bytes | FileRange] = [np.frombuffer(_header(shard, len(rows)), np.uint8)]
     for name, stored in shard.items():
         before = parts[-1]
@@ -154,10 +159,10 @@ def _parts(shard: Checkpoint, rows: Tensor) -> list[Bytes | FileRange]:
 
 
 def _header(shard: Checkpoint, vocabulary: int) -> bytes:
-    """Opens a file: 8 bytes of length, then JSON (https://huggingface.co/docs/safetensors/index#format).
+    """A file's header: 8 bytes of length, then JSON (https://huggingface.co/docs/safetensors/index#format).
 
-    Its end is padded so that the first tensor lies as it did, counted from the beginning of a block: blocks can then be
-    shared.
+    The end of the header is padded so that the first tensor is as far from the beginning of a block as in the old file:
+    the file system can then share blocks.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begin = 0

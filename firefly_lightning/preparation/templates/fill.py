@@ -1,4 +1,4 @@
-"""Templates of one kind: raw task rows into instruction rows."""
+"""The templates of one kind, which turn raw task rows into instruction rows."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,18 +13,18 @@ from firefly_lightning.preparation.templates.views import Listing, Template, Val
 
 
 class UnusableRowError(Exception):
-    """A raw row, rightly made, that has no instruction row; the message is the reason."""
+    """Raised for a well-formed raw row that gives no instruction row; the message is the reason."""
 
 
 class TemplateGroup(NamedTuple):
-    """Inputs, and the targets any of which answers any of them.
+    """Templates of inputs, and templates of targets, any of which answers any of the inputs.
 
     Attributes:
-        inputs: Texts of the questions.
-        targets: Texts of the answers.
-        without: What must be empty in a row.
-        equal: What must hold the same text, or nothing.
-        unequal: What must not hold the same text, or nothing.
+        inputs: Templates of the questions.
+        targets: Templates of the answers.
+        without: Fields and views that must be empty in a row; none by default.
+        equal: Fields and views that must all hold the same text; none by default.
+        unequal: Fields and views that must not all hold the same text; none by default.
     """
 
     inputs: tuple[Template, ...]
@@ -35,20 +35,20 @@ class TemplateGroup(NamedTuple):
 
     @property
     def names(self) -> set[str]:
-        """What the templates of the group name."""
+        """The fields and views that the templates of the group name."""
         return {name for template in self.inputs + self.targets for name in template.names}
 
     @property
     def used(self) -> set[str]:
-        """What must be known of a row to say whether the group serves it."""
+        """The fields and views of a row that decide whether the group serves it."""
         return self.names | self.without | self.equal | self.unequal
 
     def serves(self, texts: Mapping[str, str]) -> bool:
-        """Whether nothing the group names is empty, everything under ``without`` is, and fields agree as they must."""
+        """Whether the group serves a row with these texts: it has the texts that the group needs, and fields agree."""
         return self.has_texts(texts) and self.agrees(texts)
 
     def has_texts(self, texts: Mapping[str, str]) -> bool:
-        """Whether nothing the group names is empty, and everything under ``without`` is."""
+        """Whether nothing that the group names is empty, and everything under ``without`` is."""
         return all(texts[name] for name in self.names) and not any(texts[name] for name in self.without)
 
     def agrees(self, texts: Mapping[str, str]) -> bool:
@@ -70,10 +70,10 @@ class Templates:
     unusable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def check_columns(self, columns: Iterable[str], where: str) -> None:
-        """Checks that a source has what the templates read.
+        """Checks that a source has the fields that the templates read.
 
         Raises:
-            FireflyError: If it lacks a field that is not optional; with both lists.
+            FireflyError: If it lacks a field that is not optional; with the fields needed and the columns there.
         """
         columns = list(columns)
         missing = [name for name in self.fields if name not in columns and name not in self.optional]
@@ -89,20 +89,21 @@ class Templates:
     ) -> list[dict[str, str]]:
         """Instruction rows ``{"kind", "input", "target"}`` of one raw row.
 
-        Which templates it gets follows from ``seed`` and ``number`` alone, on every machine and in every release of
-        Python; a template added at the end leaves most rows as they were.
+        Which templates the row gets follows from ``seed`` and ``number`` alone, on every machine and in every release
+        of Python; a template added at the end leaves most rows as they were.
 
         Args:
-            row: The raw row; fields that the file does not name are left alone.
-            where: File and line, for messages.
-            seed: Another seed draws other templates.
-            number: Position of the row.
-            per_row: How many input templates, all different; fewer where fewer serve the row, all of them where None.
+            row: The raw row; fields that the template file does not name are left alone.
+            where: File and line of the row, for messages.
+            seed: Seed by which templates are drawn; another seed draws other templates.
+            number: Position of the row among all rows, counted from 1.
+            per_row: How many input templates to draw, all different; fewer if fewer serve the row, all of them if None.
 
         Raises:
             FireflyError: If a field is missing, of the wrong type, unknown to a view, or too empty for every template.
             UnusableRowError: If a value brings ``</s>`` into the target, where it would part two turns, a field
-                holds what the file calls unusable, or no template serves fields that agree as these do.
+                holds what the template file calls unusable, or no template serves a row whose fields are the same or
+                different as they are here.
         """
         texts = self.texts(row, where)
         self._check_usable(row)
@@ -119,7 +120,7 @@ class Templates:
         return [self._row(source, targets[draw % len(targets)], texts) for source, targets, draw in drawn]
 
     def texts(self, row: Mapping[str, Any], where: str) -> dict[str, str]:
-        """What every field and view that a template names is in a row.
+        """The text that every field and view named by a template has in a row.
 
         Raises:
             FireflyError: If a field is missing, of the wrong type or unknown to a view.

@@ -45,7 +45,7 @@ from firefly_lightning.preparation.templates.fill import TemplateGroup, Template
 from firefly_lightning.preparation.templates.views import Listing, Template, ValueMap, plain_text
 
 TEMPLATE_FOLDER = Path(__file__).parent
-"""The templates that come with the package."""
+"""Folder of the templates that come with the package."""
 
 _OPTIONAL_SECTIONS = ("optional", "unusable", "views")
 _CONDITIONS = ("without", "equal", "unequal")

@@ -12,14 +12,14 @@ class Template(NamedTuple):
     """A text with places for values.
 
     Attributes:
-        pieces: (text, name of the value after it, or None) in order.
+        pieces: Pairs (text, name of the value after the text, or None), in order.
     """
 
     pieces: tuple[tuple[str, str | None], ...]
 
     @property
     def names(self) -> set[str]:
-        """What the template names."""
+        """The names of the values that the template has places for."""
         return {name for _, name in self.pieces if name is not None}
 
     def fill(self, values: Mapping[str, str]) -> str:
@@ -35,7 +35,7 @@ class ValueMap:
     values: Mapping[str, str]
 
     def write(self, value: Any, where: str) -> str:
-        """The text for a value."""
+        """The text that this view writes for the value of a field."""
         return _mapped(plain_text(value, self.of, where), self.values, self.of, where)
 
 
@@ -55,7 +55,7 @@ class Listing:
     repeats: bool = False
 
     def write(self, value: Any, where: str) -> str:
-        """The text for a list, or for a text that ``split`` cuts."""
+        """The text that this view writes for a list, or for a text that ``split`` cuts into one."""
         if isinstance(value, str) and self.split:
             value = value.split(self.split[0]) if value.strip() else []
         if not isinstance(value, list):
