@@ -141,7 +141,7 @@ def load_scaler_state(optimizer: Any, state: dict[str, Any]) -> None:
 def gemini_masters(wrapper: Any) -> Iterator[None]:
     """Has Gemini save and load float32 masters as they are.
 
-    By itself Gemini rounds masters to the 16-bit type and, where gradients accumulate, takes the 16-bit weights instead.
+    By itself it rounds masters to the 16-bit type and, where gradients accumulate, takes the 16-bit weights instead.
     """
     manager = wrapper.chunk_manager
     reused, dtype = manager.reuse_fp16_chunk, wrapper.mixed_precision

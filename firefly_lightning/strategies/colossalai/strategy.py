@@ -332,8 +332,8 @@ class TensorParallelStrategy(BoosterStrategy):
 def _give_mask(transformer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Gives rows without padding an attention mask of ones.
 
-    transformers 5 generates without a mask for such rows. It then does not call ``build_alibi_tensor``, which ColossalAI
-    has replaced, and takes ALiBi's slopes for a model that has only the heads of this process.
+    transformers 5 generates without a mask for such rows. It then does not call ``build_alibi_tensor``, which
+    ColossalAI has replaced, and takes ALiBi's slopes for a model that has only the heads of this process.
     """
     if kwargs.get("attention_mask") is None:
         ids, past = args[0] if args else kwargs["input_ids"], kwargs.get("past_key_values")
