@@ -92,7 +92,7 @@ def forked(function: Callable[..., None], *args: object) -> BaseProcess:
 
 
 def wait_for_ends(processes: Iterable[int], seconds: float = 60) -> None:
-    """Waits until processes that this one did not start have ended."""
+    """Waits until processes, given by their ids, have ended, whoever started them."""
     end = time.monotonic() + seconds
     while any(map(alive, processes)):
         assert time.monotonic() < end
@@ -134,7 +134,7 @@ def run_here(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.Complet
 
 
 def run_benchmark(name: str, *args: object) -> str:
-    """Runs a benchmark in this process and returns what it prints; processes that it measures are forked, as ranks are."""
+    """Runs a benchmark in this process, but forks the processes that it measures; returns what it prints."""
     module = importlib.import_module(f"benchmarks.{name}")
     out = io.StringIO()
     with (
@@ -315,7 +315,7 @@ class RenamedData(FireflyDataModule):
 
 @contextlib.contextmanager
 def memory_taken(seconds: float, trims: bool = False) -> Iterator[list[int]]:
-    """Measures memory in the background; the list holds the bytes at the peak beyond those at the start.
+    """Measures memory in the background; its list has one number, the bytes at the peak beyond those at the start.
 
     Args:
         seconds: Time between two measurements.

@@ -51,8 +51,8 @@ def large_bloom(base: Path) -> Path:
 def small_bloom(base: Path) -> Path:
     """A small Bloom whose tokenizer has the oddities of real folders.
 
-    Its special tokens come after the vocabulary in an odd order, merges are strings, it has a template that adds special
-    tokens, and its class no longer exists.
+    Its special tokens come after the vocabulary in an odd order, its merges are strings, it has a template that adds
+    special tokens, and its class no longer exists.
     """
     folder = base / "small_bloom"
     folder.mkdir()

@@ -1,6 +1,7 @@
 """A queue of test files that several processes of pytest take from, so that no core waits, and the time of each file.
 
-`bin/test` gives `--queue=FOLDER` to all processes of a stack. The process that makes a file's folder there runs the file.
+`bin/test` gives `--queue=FOLDER` to all processes of a stack. The process that makes a file's folder in it runs the
+file.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ LONGEST = (
 
 LARGEST_SHARE = 0.12
 """Share of the time of all files of `bin/test --divided`, both stacks together, that one file may take. Two cores share
-that time, so the share is a quarter of the time that one waits, and of what one core may be late by. A longer file has to
+that time, so this is a quarter of the time that one waits for them, and how late one core may be. A longer file has to
 be divided or made shorter."""
 
 LEAST_SECONDS = 180
@@ -35,8 +36,7 @@ def pytest_configure(config):
 
 
 class Files:
-    """The test files that this process runs, with the time of each; with a queue, all processes that take from it report
-    times there."""
+    """A plugin of pytest that takes files from the queue, if there is one, and notes the time of each file it runs."""
 
     def __init__(self, queue: Path | None):
         self.queue, self.seconds = queue, {}

@@ -44,7 +44,7 @@ def run_rank(
         output: File for what the rank prints.
         errors: File for what the rank prints to standard error.
         folder: Working folder of the commands.
-        whole: Whether to run commands as a user does, and not lean, without what takes long.
+        whole: Whether to run commands as a user does, with the parts that :func:`lean` leaves out.
     """
     os.environ.update(environment)
     os.chdir(folder)
@@ -55,7 +55,7 @@ def run_rank(
         with path.open("a") as file:
             os.dup2(file.fileno(), number)
     torch.set_num_threads(1)
-    gc.freeze()  # objects from before the fork are never garbage; going through them takes longer than some steps
+    gc.freeze()  # what was forked with it is never garbage; going through it takes longer than some steps
     for name, *args in commands:
         (script,) = entry_points(group="console_scripts", name=name.removeprefix("-"))
         args = args if whole else bare(args)
@@ -73,7 +73,7 @@ def run_rank(
 
 
 def bare(args: Sequence[str]) -> Sequence[str]:
-    """Arguments without sample answers, which take longer than the steps, unless the arguments name prompts for them."""
+    """Arguments of a run without sample answers, which take longer than the steps, unless they name prompts."""
     trains = args and args[0] == "fit" and "--samples.prompts" not in args
     return [*args, "--samples.prompts", "[]"] if trains else args
 
@@ -89,7 +89,7 @@ def lean(args: Sequence[str]) -> Iterator[None]:
         mock.patch.object(throughput, "measure_peak", return_value=1e11),
         mock.patch.multiple(report, draw_losses=mock.DEFAULT, draw_kinds=mock.DEFAULT),
         mock.patch.object(cli.FireflyCLI, "subcommands", return_value=own),
-        mock.patch.object(cli.FireflyCLI, "_setup_parser_kwargs", return_value=({}, {})),  # help texts of other subcommands
+        mock.patch.object(cli.FireflyCLI, "_setup_parser_kwargs", return_value=({}, {})),  # texts of others
         mock.patch.object(cli.FireflyCLI, "_prepare_subcommand_parser", _parser_of),
     ):
         yield

@@ -12,7 +12,7 @@ from firefly_lightning.huggingface import load_tokenizer
 
 
 def labelled(folder: Path, rows_file: Path) -> list[tuple[list[int], list[int]]]:
-    """Token ids and labels of every row of a file, put together without this project's code."""
+    """Token ids and labels of every row of a file, put together here and not by the code under test."""
     tokenizer = load_tokenizer(str(folder))
 
     def encode(text: str) -> list[int]:
@@ -29,7 +29,11 @@ def labelled(folder: Path, rows_file: Path) -> list[tuple[list[int], list[int]]]
 
 
 def backward(model: BloomForCausalLM, rows: Sequence[tuple[list[int], list[int]]]) -> float:
-    """Computes the loss of a step from stock logits and a masked cross-entropy, row by row, and the model's gradients."""
+    """Computes loss and gradients of a step from stock logits and a masked cross-entropy, row by row.
+
+    Returns:
+        The loss; the gradients are left in the model.
+    """
     count = sum(label != -100 for _, labels in rows for label in labels)
     total = 0.0
     for ids, labels in rows:
