@@ -1,4 +1,4 @@
-"""How time and memory grow with a row's length, the vocabulary and the blocks: python -m benchmarks.growth --help.
+"""Measures how time and memory grow with length, vocabulary and blocks: python -m benchmarks.growth --help.
 
 Each point is a run of :mod:`benchmarks.throughput` in a process of its own, of this project and of the original recipe.
 Rows are real texts, joined until they are as long as the length asks for. A step has the same number of tokens at every

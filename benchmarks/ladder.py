@@ -1,4 +1,4 @@
-"""What each lever of the fast Bloom brings, one after another: python -m benchmarks.ladder --help.
+"""Measures what each lever of the fast Bloom brings, one after another: python -m benchmarks.ladder --help.
 
 The first line is the original recipe as a plain loop: Hugging Face's Bloom, rows padded to the longest of the batch,
 logits at every position. Every further line adds a lever to those before, on the same rows, in a process of its own.

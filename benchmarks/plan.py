@@ -1,4 +1,4 @@
-"""Memory that ``firefly plan`` predicts beside the memory of real steps: python -m benchmarks.plan --help.
+"""Compares the memory that ``firefly plan`` predicts with that of real steps: python -m benchmarks.plan --help.
 
 The script trains random Blooms of three sizes on a CPU, in one process for ``auto`` and two for other strategies. It
 compares the growth of a process's resident memory from before its model is built to the highest point of three steps;

@@ -1,4 +1,4 @@
-"""Pruning a large Bloom beside what a user would run instead: python -m benchmarks.prune --help.
+"""Compares pruning of a large Bloom with what a user would run instead: python -m benchmarks.prune --help.
 
 The script makes a checkpoint in the shape of bloom-7b1 (with fewer layers where disk or memory require it), in shards,
 with a real vocabulary, and takes a tokenizer with a part of that vocabulary. Each system in turn prunes the checkpoint

@@ -1,4 +1,4 @@
-"""How long commands take until they show something: python -m benchmarks.start --help.
+"""Measures how long commands take until they show something: python -m benchmarks.start --help.
 
 Every command is started anew, as a user does, and timed until it shows what it is for: its help, the first character of
 an answer, or the first step of a training whose token ids are cached. The times are medians of several starts, after

@@ -1,4 +1,4 @@
-"""Memory per process under every strategy, from the tensors that are held: python -m benchmarks.strategy_memory --help.
+"""Measures the bytes of tensors that a process holds under each strategy: python -m benchmarks.strategy_memory --help.
 
 The script trains a random Bloom of about 100 million parameters on two processes for five steps with each strategy.
 Bytes held before the first step count as weights; bytes held beyond these between two later steps count as optimizer

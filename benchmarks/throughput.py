@@ -1,4 +1,4 @@
-"""Tokens a second beside what a user would run instead: python -m benchmarks.throughput --help.
+"""Compares tokens a second of training with what a user would run instead: python -m benchmarks.throughput --help.
 
 Every system trains the same random Bloom on the same rows, in a process of its own, and prints a JSON line: real tokens
 (no padding) a second, learned tokens a second, peak memory, the loss of the last step, and the share of its time that

@@ -1,4 +1,4 @@
-"""Tokenising a large file beside what a user would run instead: python -m benchmarks.tokenise --help.
+"""Compares tokenising of a large file with what a user would run instead: python -m benchmarks.tokenise --help.
 
 The script makes many rows out of real ones, no two the same: clauses change places and every input gets a number of its
 own. Each system works in a process of its own and prints a JSON line; the last line compares them.

@@ -58,7 +58,10 @@ def activations(run: Run) -> float:
 
 
 def autocast_copies(run: Run) -> float:
-    """Bytes of 16-bit copies of the blocks' matrices: autocast keeps them through forward, also with checkpointing."""
+    """Bytes of the 16-bit copies of the blocks' matrices that autocast keeps until the forward pass ends.
+
+    It keeps them whether activations are recomputed or not.
+    """
     if not run.mixed or run.entry.engine.keeps_masters:
         return 0.0
     shared = run.layer_shares
@@ -83,7 +86,7 @@ def fused_logits(run: Run) -> float:
 
 
 def plain_logits(run: Run) -> float:
-    """Bytes of a loss over all logits at once, in float32: their logarithms, and two gradients as backward begins."""
+    """Bytes of a loss over all logits in float32: their logarithms, and two gradients as the backward pass begins."""
     return 12.0 * run.model.vocab_size * run.load.targets
 
 

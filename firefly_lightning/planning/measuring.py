@@ -19,13 +19,13 @@ from firefly_lightning.cli import main as firefly_fit
 from firefly_lightning.errors import FireflyError
 
 STEPS = 3
-"""Number of optimizer steps that are measured: a first, in which optimizer and DDP make what they keep, and two like
-all later ones."""
+"""Optimizer steps to measure: a first, in which optimizer and DDP make what they keep, and two like all later ones."""
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-"""Variables that make glibc give memory back as it is freed. By default it keeps freed pieces of up to 32 MB, depending
-on an order of allocations that has nothing to do with the model; they would count as the model's (up to a quarter
-more)."""
+"""Environment variables that make glibc give memory back as it is freed.
+
+By default it keeps freed pieces of up to 32 MB, depending on an order of allocations that has nothing to do with the
+model, and these would count as the model's (up to a quarter more)."""
 
 
 class MemoryMeter(Callback):

@@ -13,16 +13,16 @@ from firefly_lightning.planning.activations import activations, autocast_copies,
 from firefly_lightning.planning.runs import Run, check
 
 PARTS = ("weights", "master copy", "moments", "gradients", "buffers", "activations", "logits")
-"""Names of the parts of memory. Buffers are those of an engine, gathered weights, and working copies of an optimizer's
-step."""
+"""Parts of memory. Buffers are those of an engine, gathered weights, and working copies of an optimizer's step."""
 
 BUCKET = 200_000_000
 """Numbers that a buffer of DeepSpeed for gradients holds, as Lightning sets it."""
 
 REUSED_WITHIN = 1_000_000_000
+"""ZeRO-3 keeps gathered weights that it uses again before so many other numbers, by DeepSpeed's default."""
+
 PREFETCHED = 50_000_000
-"""Defaults of ZeRO-3, in numbers: it keeps gathered weights that it uses again within the next ``REUSED_WITHIN``, and
-gathers the next ``PREFETCHED`` ahead."""
+"""Numbers of weights that ZeRO-3 gathers ahead, by DeepSpeed's default."""
 
 CHUNK = 32 * 2**20
 """Numbers that a chunk of Gemini holds at least; for a smaller model, an eighth of its parameters."""
@@ -192,7 +192,7 @@ def _gemini(run: Run) -> tuple[dict[str, Parts], Parts]:
 
 
 def _fsdp(run: Run) -> tuple[dict[str, Parts], Parts]:
-    """FSDP2. A device holds a share of all; embedding, head and last norm stay whole, and two blocks are at a time."""
+    """FSDP2. A device holds a share of all; two blocks are whole at a time, and embedding, head and last norm always."""
     model, share = run.model, run.model.parameters / run.devices
     held = {"weights": 4.0 * share, "moments": 8.0 * share, "gradients": 4.0 * share}
     root = 4.0 * model.embedding
@@ -209,7 +209,7 @@ def _fsdp(run: Run) -> tuple[dict[str, Parts], Parts]:
 
 
 def _tensor(run: Run) -> tuple[dict[str, Parts], Parts]:
-    """Tensor parallelism by ColossalAI or PyTorch. A device holds a share of every matrix, and norms whole."""
+    """Tensor parallelism, by ColossalAI or PyTorch: shares of every matrix; norms and their inputs are whole."""
     model, size = run.model, run.weight_bytes
     whole = model.n_layer * 6 * model.hidden_size + 4 * model.hidden_size  # norms, and biases after a sum
     share = (model.parameters - whole) / run.devices + whole

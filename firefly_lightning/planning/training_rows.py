@@ -38,7 +38,7 @@ class TrainingRows:
         return {"steps": steps, "rows": len(taken), "tokens": tokens, "target_tokens": targets}
 
     def heaviest(self, rows: int) -> Load:
-        """The largest micro-batch that ``rows`` rows of the data can make."""
+        """An upper bound of any micro-batch of ``rows`` rows: the most tokens, and the most learned tokens."""
         lengths, targets = (of[:rows] for of in self._sorted)
         longest = int(lengths[0])
         return Load(int(lengths.sum()), longest * len(lengths), longest, int(targets.sum()))

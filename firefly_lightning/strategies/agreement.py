@@ -1,4 +1,4 @@
-"""An error of one process of a run ends all of them; the others would else wait for it forever."""
+"""An error of one process of a run ends all of them; otherwise the others would wait for it forever."""
 
 from collections.abc import Callable
 from typing import TypeVar

@@ -17,8 +17,9 @@ from typing import Any
 from firefly_lightning.strategies.catalogue import CATALOGUE, CLASS_PATHS
 
 REGISTRY_MODULE = "lightning.pytorch.strategies"
-"""The module that makes Lightning's ``StrategyRegistry``. The package ``pytorch_lightning`` has another registry and
-other classes, which take no module of the package ``lightning``."""
+"""The module that makes Lightning's ``StrategyRegistry``.
+
+The package ``pytorch_lightning`` has another registry and other classes, which take no module of ``lightning``."""
 
 
 def register(registry: Any) -> None:

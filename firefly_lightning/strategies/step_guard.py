@@ -56,7 +56,7 @@ class StepGuard:
         trainer: Any = module.trainer
         strategy = trainer.strategy
         if strategy.handles_gradient_accumulation and len(self._losses) < trainer.accumulate_grad_batches:
-            return  # Lightning asks such an engine to step after every micro-batch; it knows the last one
+            return  # Lightning asks such an engine to step after each micro-batch; it knows which is last
         loss = strategy.reduce(torch.stack(self._losses).mean(), reduce_op="mean")
         self._losses.clear()
         self._step, self._loss = module.global_step, float(loss)

@@ -19,9 +19,10 @@ LONGEST = (
 """Files to begin first, since a long one that begins last leaves a core without work."""
 
 LARGEST_SHARE = 0.12
-"""Share of the time of all files of `bin/test --divided`, both stacks together, that one file may take. Two cores share
-that time, so this is a quarter of the time that one waits for them, and how late one core may be. A longer file has to
-be divided or made shorter."""
+"""Share of the time of all files of `bin/test --divided`, both stacks together, that one file may take.
+
+Two cores share that time, so this is a quarter of the time that one waits for them, and how late one core may be. A
+longer file has to be divided or made shorter."""
 
 LEAST_SECONDS = 180
 """Seconds that a file may take whatever its share is, since the share in a run of few files says nothing."""

@@ -20,8 +20,9 @@ NOT_HERE = (
     "hf download ",
     "python -c 'from modelscope ",
 )
-"""Beginnings of commands that tests leave out, since they need a network or minutes. `.ci/run` runs the scripts among
-them, which install the package and build the pages."""
+"""Beginnings of commands that tests leave out, since they need a network or minutes.
+
+`.ci/run` runs the scripts among them, which install the package and build the pages."""
 
 
 class Block(NamedTuple):

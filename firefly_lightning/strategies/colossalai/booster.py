@@ -212,7 +212,7 @@ class BoosterStrategy(StrategyHooks, BoosterCheckpoints, DDPStrategy):
 
     @override
     def teardown(self) -> None:
-        """Ends all but the model, which stays where it is: its weights are in parts, and some have no memory."""
+        """Tears down all but the model, which stays where it is: its weights are in parts, and some have no memory."""
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()

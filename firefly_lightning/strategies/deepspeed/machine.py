@@ -30,7 +30,7 @@ def require_deepspeed() -> None:
 
 def keep_quiet() -> None:
     """Moves DeepSpeed's warnings to standard error, and leaves out those that a user can do nothing about."""
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its own use of it
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed calls it
     logger = logging.getLogger("DeepSpeed")
     logger.addFilter(_is_news)
     import deepspeed  # noqa: F401  (gives the logger its handler)

@@ -11,8 +11,7 @@ AXES = ("data_parallel", "tensor_parallel")
 """Axes of the mesh of processes, as Lightning names them; ranks count along the last axis first."""
 
 Split = list[tuple[int, int]]
-"""How a tensor is split: pairs of a mesh axis and the dimension it splits; each splits the parts that the ones before
-it have left."""
+"""Pairs of a mesh axis and the dimension that it splits; each splits what the pairs before it have left of a tensor."""
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ BLOCK_PLAN: dict[str, type[ParallelStyle]] = {
     "mlp.dense_h_to_4h": ColwiseParallel,
     "mlp.dense_4h_to_h": RowwiseParallel,
 }
-"""How tensor parallelism splits the matrices of a block: attention by whole heads and the feed-forward part by its wide
-layer; the second matrix of each pair ends with a sum over processes."""
+"""How tensor parallelism splits a block: attention by whole heads, the feed-forward part by its wide layer.
+
+The second matrix of each pair ends with a sum over processes."""
 
 
 def split_tensors(model: BloomForCausalLM, mesh: DeviceMesh) -> None:
