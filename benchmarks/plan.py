@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def make_run(folder: Path, hidden: int, layers: int, options: argparse.Namespace) -> Path:
-    """Writes a configuration and the folder of a model without weights, which training draws; returns the former."""
+    """Writes the folder of a model, whose weights training draws, and a configuration; returns the latter's file."""
     tokenizer = load_tokenizer(options.tokenizer)
     tokenizer.save_pretrained(folder / "model")
     sizes = {"vocab_size": len(tokenizer), "hidden_size": hidden, "n_layer": layers, "n_head": hidden // 64}

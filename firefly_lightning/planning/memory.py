@@ -192,7 +192,7 @@ def _gemini(run: Run) -> tuple[dict[str, Parts], Parts]:
 
 
 def _fsdp(run: Run) -> tuple[dict[str, Parts], Parts]:
-    """FSDP2. A device holds a share of all; two blocks are whole at a time, and embedding, head and last norm always."""
+    """FSDP2. A device has a share of all; two blocks are whole at a time, and embedding, head and last norm always."""
     model, share = run.model, run.model.parameters / run.devices
     held = {"weights": 4.0 * share, "moments": 8.0 * share, "gradients": 4.0 * share}
     root = 4.0 * model.embedding
