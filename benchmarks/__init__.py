@@ -1,1 +1,1 @@
-"""What this project is compared with, and how. Each script prints JSON lines and names machine and versions."""
+"""Scripts that compare this project with others. Each prints JSON lines, the first with machine and versions."""

@@ -1,16 +1,16 @@
-"""Seconds and tokens of the steps that count."""
+"""A clock for the seconds and tokens of the training steps that count."""
 
 import time
 
 
 class Clock:
-    """Seconds of the steps after the first few.
+    """Measures the seconds of all steps but the first few.
 
     Args:
-        warmup: Steps that do not count.
+        warmup: Number of first steps that do not count.
 
     Attributes:
-        counts: Of every step, its tokens without padding and those of them that are learned.
+        counts: For every step, the number of its tokens without padding and of its learned tokens.
     """
 
     def __init__(self, warmup: int) -> None:
@@ -19,7 +19,7 @@ class Clock:
         self._began = self._ended = 0.0
 
     def step_ended(self) -> None:
-        """To be called after every optimizer step."""
+        """Notes that a step has ended; to be called after every optimizer step."""
         self._steps += 1
         self._ended = time.perf_counter()
         if self._steps == self._warmup:
@@ -27,5 +27,5 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """From the end of the last step that does not count to the end of the last."""
+        """Seconds from the end of the last step that does not count to the end of the last step."""
         return self._ended - self._began

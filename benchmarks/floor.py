@@ -1,6 +1,6 @@
-"""The time of the bare matrix products of a step, which no way to compute the same step exactly can be faster than.
+"""The time of a step's bare matrix products, a floor under every program that computes the same step exactly.
 
-Beside it the rates of bare products and copies.
+It also measures the rates of bare products and copies.
 """
 
 import time
@@ -12,16 +12,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def matrix_products(tokens: int, targets: int, hidden: int, layers: int, vocabulary: int, dtype: str) -> float:
-    """Seconds of linear layers at all tokens and the head at targets, each with both gradients, measured now.
+    """Measures the seconds of the linear layers at all tokens and the head at targets, each with both gradients.
 
-    Of the last block, only queries, keys and values are needed at all tokens. Products of attention are not counted.
+    In the last block, only queries, keys and values are needed at all tokens. Products of attention are not counted.
 
     Args:
-        tokens: Of the step, without padding.
-        targets: Those of them that are learned.
+        tokens: Tokens of the step, without padding.
+        targets: Learned tokens of the step.
         hidden: Width of the model.
-        layers: Its blocks.
-        vocabulary: Rows of its embedding, to which the head is tied.
+        layers: Number of blocks of the model.
+        vocabulary: Rows of the model's embedding, to which the head is tied.
         dtype: A key of ``DTYPES``.
     """
     wide, others = [(hidden, hidden), (hidden, 4 * hidden), (4 * hidden, hidden)], layers - 1
@@ -40,13 +40,13 @@ def matrix_products(tokens: int, targets: int, hidden: int, layers: int, vocabul
 
 
 def product_rate(dtype: str) -> float:
-    """Floating-point operations a second of a bare product with the shape of a linear layer."""
+    """Measures the floating-point operations a second of a bare product with the shape of a linear layer."""
     left, right = torch.randn(2048, 512, dtype=DTYPES[dtype]), torch.randn(512, 2048, dtype=DTYPES[dtype])
     return 20 * 2 * left.numel() * 2048 / _seconds(lambda: left @ right, 20)
 
 
 def copy_rate() -> float:
-    """Bytes a second that a copy reads and writes."""
+    """Measures the bytes a second that a bare copy reads and writes."""
     source, target = torch.ones(2**25), torch.ones(2**25)
     return 5 * 2 * source.nbytes / _seconds(lambda: target.copy_(source), 5)
 

@@ -1,8 +1,8 @@
-"""How time and memory grow with a row's length, the vocabulary and the blocks: python -m benchmarks.growth --help.
+"""Measures how time and memory grow with length, vocabulary and blocks: python -m benchmarks.growth --help.
 
 Each point is a run of :mod:`benchmarks.throughput` in a process of its own, of this project and of the original recipe.
-Rows are real text, joined until they are as long as is asked for; a step has the same number of tokens at every length,
-or one row where that is longer.
+Rows are real texts, joined until they are as long as the length asks for. A step has the same number of tokens at every
+length, or a single row where that has more.
 """
 
 import argparse
@@ -29,7 +29,7 @@ COLOURS = {"firefly": BLUE, "trainer": GREY}
 
 
 def main() -> None:
-    """Measures every point."""
+    """Measures every point, prints a JSON line for each, and draws the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=["demo_run/rows/*.jsonl"], help="instruction rows")
     parser.add_argument("--tokenizer", default="demo_run/bloom-zh", help="folder; bin/demo makes the default")
@@ -47,7 +47,7 @@ def main() -> None:
     usual["vocabulary"] = options.vocabularies[0]
     axes = {"max_length": options.lengths, "vocabulary": options.vocabularies, "layers": options.layers}
     lines = []
-    measured: dict[tuple[int, ...], list[dict[str, Any]]] = {}  # axes cross at the usual sizes
+    measured: dict[tuple[int, ...], list[dict[str, Any]]] = {}  # axes share the point at the usual sizes
     with tempfile.TemporaryDirectory() as folder:
         for axis, values in axes.items():
             for value in values:
@@ -65,7 +65,13 @@ def main() -> None:
 
 
 def point(options: argparse.Namespace, sizes: dict[str, int], folder: Path) -> list[dict[str, Any]]:
-    """What both systems take at some sizes."""
+    """Measures speed and memory of each system at some sizes; returns a line for each system.
+
+    Args:
+        options: Options of the command.
+        sizes: Length of rows, blocks and vocabulary, by name.
+        folder: Folder for the files of rows.
+    """
     length = sizes["max_length"]
     rows = folder / f"{length}.jsonl"
     if not rows.exists():
@@ -78,13 +84,13 @@ def point(options: argparse.Namespace, sizes: dict[str, int], folder: Path) -> l
     if done.returncode:
         sys.exit(f"{sizes}: {done.stderr[-3000:]}")
     keys = ("system", "tokens_per_second", "peak_rss_gb", "libraries_gb", "share_of_floor", "tokens")
-    # DeepSpeed prints there too.
+    # DeepSpeed prints to standard output too.
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return [{key: line[key] for key in keys} for line in lines[1:]]
 
 
 def write_long_rows(path: Path, options: argparse.Namespace, length: int) -> None:
-    """Rows of which half is input and half is learned, each longer than is asked for, so that they are cut to it."""
+    """Writes rows of more than ``length`` tokens, half of them input, so that training cuts them to that length."""
     tokenizer = load_tokenizer(options.tokenizer).backend_tokenizer
     files = [file for pattern in options.rows for file in sorted(glob(pattern))]  # noqa: PTH207
     texts = cycle([row.turns[0] for file in files for row in islice(read_rows(file), 5000)])
@@ -102,9 +108,13 @@ def write_long_rows(path: Path, options: argparse.Namespace, length: int) -> Non
 
 
 def memory_bound(lines: Sequence[dict[str, Any]], hidden: int) -> dict[str, Any]:
-    """Whether memory at the larger vocabulary is 1.3 times that at the smaller, and what its weights add, at most.
+    """Whether memory at the larger vocabulary is within its bound: 1.3 times that at the smaller, plus added weights.
 
-    A larger tokenizer takes memory too, before there is a model: what it adds is shown, and does not count.
+    A larger tokenizer takes memory too, before there is a model. What it adds is shown, but does not count.
+
+    Args:
+        lines: Measured lines of all points.
+        hidden: Width of the model.
     """
     points = [line for line in lines if line["axis"] == "vocabulary" and line["system"] == "firefly"]
     small, large = points[0], points[-1]
@@ -119,7 +129,7 @@ def memory_bound(lines: Sequence[dict[str, Any]], hidden: int) -> dict[str, Any]
 
 
 def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Seconds for 1,000 tokens, and memory, along each axis."""
+    """Draws the seconds for 1,000 tokens and the peak memory along each axis."""
     names = {"max_length": "tokens a row", "vocabulary": "vocabulary", "layers": "blocks"}
     figure = Figure(figsize=(11, 6), layout="constrained")
     grid = figure.subplots(2, len(names), sharex="col")

@@ -1,8 +1,9 @@
 """Kills a run again and again, and resumes it: python -m benchmarks.kill_and_resume --help.
 
 The run saves after every step. It is killed with SIGKILL at random moments, every second time while a checkpoint is
-being written, and goes on with ``--ckpt_path last``. In the end, every loss that its parts logged must be, to the
-last digit, that of a run which nobody killed. Prints a JSON line for each kill and one for the whole; draws the story.
+being written, and is resumed with ``--ckpt_path last``. In the end, every loss that its parts logged must be, to the
+last digit, that of a run which was never killed. The script prints a JSON line for each kill and one for the whole, and
+draws the parts of the run.
 """
 
 import argparse
@@ -29,11 +30,11 @@ from firefly_lightning.checkpoints.torch_file import load_file
 from firefly_lightning.files.atomic import partial_path
 
 PATIENCE = 300
-"""Seconds until a run must have begun."""
+"""Seconds within which a run must have logged a step."""
 
 
 def main() -> None:
-    """Runs once without a kill and once with many, and compares."""
+    """Trains once without a kill and once with many, and compares the losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=120, help="of the run; more than it makes between all kills")
@@ -62,8 +63,8 @@ class Run:
     """A training run that can be started again and again.
 
     Args:
-        root: Its folder.
-        options: Of the command.
+        root: Folder of the run.
+        options: Options of the command.
     """
 
     def __init__(self, root: Path, options: argparse.Namespace) -> None:
@@ -78,20 +79,25 @@ class Run:
         ]  # fmt: skip
 
     def start(self) -> BaseProcess:
-        """Begins, or goes on where there is a checkpoint; in a group of its own, so that all of it can be killed."""
+        """Starts the run, or resumes it if it has a checkpoint, in a process group that can be killed as a whole."""
         known = self.root / "checkpoints"
         resume = ["--ckpt_path", "last"] if known.is_dir() and any(known.iterdir()) else []
         return start_fit([*self._arguments, *resume], self._log, {"OMP_NUM_THREADS": "1"})
 
     def finish(self) -> None:
-        """Runs to the end."""
+        """Starts or resumes the run and waits for its end; exits if it fails."""
         process = self.start()
         process.join()
         if process.exitcode:
             sys.exit(f"a run failed:\n{self._log.read_text('utf-8')[-3000:]}")
 
     def wait_for_steps(self, process: BaseProcess, version: int) -> None:
-        """Until this part of the run has logged a step."""
+        """Waits until a part of the run has logged a step; exits if it does not.
+
+        Args:
+            process: The process of the part.
+            version: Number of the part, from 0.
+        """
         end = time.monotonic() + PATIENCE
         while not self.losses(version):
             if not process.is_alive() or time.monotonic() > end:
@@ -99,17 +105,24 @@ class Run:
             time.sleep(0.01)
 
     def losses(self, version: int) -> dict[int, str]:
-        """By step, digit for digit, those that a part of the run has logged in full."""
+        """Losses by step, digit for digit, that part ``version`` of the run has logged in whole lines."""
         file = self.root / "lightning_logs" / f"version_{version}" / "metrics.csv"
         if not file.is_file():
             return {}
         lines = file.read_text("utf-8").splitlines(keepends=True)
-        rows = csv.DictReader(line for line in lines if line.endswith("\n"))  # a kill may cut the last
+        rows = csv.DictReader(line for line in lines if line.endswith("\n"))  # a kill may cut the last line
         return {int(row["step"]): row["train_loss"] for row in rows if row.get("train_loss")}
 
 
 def kill_often(run: Run, kills: int, longest: float, chance: random.Random) -> list[dict[str, Any]]:
-    """Kills a run at random moments, half of them in the middle of a save; returns what was found after each."""
+    """Kills a run again and again, every second time in the middle of a save; returns what was found after each kill.
+
+    Args:
+        run: The run, which is started or resumed before each kill.
+        kills: Number of kills.
+        longest: Seconds from the first step of a part to its kill, at most.
+        chance: Draws the moments.
+    """
     done: list[dict[str, Any]] = []
     for number in range(kills):
         process = run.start()
@@ -118,7 +131,7 @@ def kill_often(run: Run, kills: int, longest: float, chance: random.Random) -> l
         if number % 2:
             wait_for_a_save(run.last)
             time.sleep(chance.uniform(0, 0.01))
-        assert process.pid is not None  # it was started
+        assert process.pid is not None  # the process was started
         os.killpg(process.pid, signal.SIGKILL)
         process.join()
         kill = {
@@ -133,14 +146,14 @@ def kill_often(run: Run, kills: int, longest: float, chance: random.Random) -> l
 
 
 def wait_for_a_save(last: Path) -> None:
-    """Until a checkpoint is being written; its hidden name is there for some milliseconds only."""
+    """Waits until a checkpoint is being written, which its hidden name shows for some milliseconds only."""
     end = time.monotonic() + PATIENCE
     while not partial_path(last).exists() and time.monotonic() < end:
         pass
 
 
 def compare(whole: Run, killed: Run, kills: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Counts the losses of all parts of the killed run, and those that are not the uninterrupted run's."""
+    """Counts the losses that all parts of the killed run logged, and those that differ from the uninterrupted run's."""
     expected = whole.losses(0)
     parts = [killed.losses(version) for version in range(len(kills) + 1)]
     logged = [(step, loss) for part in parts for step, loss in part.items()]
@@ -161,7 +174,7 @@ def compare(whole: Run, killed: Run, kills: Sequence[dict[str, Any]]) -> dict[st
 
 
 def draw(kills: Sequence[dict[str, Any]], steps: int, path: Path) -> None:
-    """Each part of the run as a bar over its steps; where a save was cut short, the bar's end is red."""
+    """Draws each part of the run as a bar over its steps, with a mark at each kill, red where it cut a save short."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     starts = [0, *(kill["resumes_at"] for kill in kills)]

@@ -1,12 +1,13 @@
-"""What each lever of the fast Bloom brings, one after another: python -m benchmarks.ladder --help.
+"""Measures what each lever of the fast Bloom brings, one after another: python -m benchmarks.ladder --help.
 
 The first line is the original recipe as a plain loop: Hugging Face's Bloom, rows padded to the longest of the batch,
-logits at every position. Every further one adds a lever to those before, on the same rows, in a process of its own.
+logits at every position. Every further line adds a lever to those before, on the same rows, in a process of its own.
 
-Beside what was measured stands what was predicted from counts alone: floating-point operations of the matrix products
-at the rate of a bare product, bytes that all other operations read and write at the rate of a bare copy (both measured
-in the same process), as in the roofline model (Williams, Waterman and Patterson 2009). It leaves out what operations
-cost beyond their bytes, such as exponentials. Seconds, operations and bytes are those of 1,000 tokens without padding.
+Beside the measured time stands a time that is predicted from counts alone: floating-point operations of the matrix
+products at the rate of a bare product, and bytes that all other operations read and write at the rate of a bare copy
+(both rates measured in the same process), as in the roofline model (Williams, Waterman and Patterson 2009). The
+prediction leaves out what operations cost beyond their bytes, such as exponentials. Seconds, operations and bytes are
+those of 1,000 tokens without padding.
 """
 
 import argparse
@@ -37,22 +38,22 @@ from firefly_lightning.model.loss import fused_target_cross_entropy, target_cros
 
 
 class Levers(NamedTuple):
-    """What is done otherwise than in the original recipe."""
+    """The levers: what a rung does otherwise than the original recipe."""
 
     targets: bool = False
-    """The head only where a target follows."""
+    """Compute the head only where a target follows."""
     chunks: bool = False
-    """Head and loss in chunks, their gradients at once."""
+    """Compute head and loss in chunks, with their gradients in the same pass."""
     fused: bool = False
-    """Attention and GELU in one kernel each, the last block only where a target follows."""
+    """Compute attention and GELU in one kernel each, and the last block only where a target follows."""
     grouped: bool = False
-    """Rows of like length in a batch."""
+    """Put rows of like length into a batch."""
     packed: bool = False
-    """No padding."""
+    """Leave out padding."""
     optimizer: bool = False
-    """AdamW in one pass over the weights."""
+    """Step AdamW in one pass over the weights."""
     bf16: bool = False
-    """Products in bfloat16."""
+    """Compute products in bfloat16."""
 
 
 NAMES = {
@@ -62,7 +63,7 @@ NAMES = {
 
 
 def main() -> None:
-    """Measures each rung in a process of its own."""
+    """Measures each rung, the recipe with one more lever, in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=["demo_run/rows/*.jsonl"], help="instruction rows")
     parser.add_argument("--tokenizer", default="demo_run/bloom-zh", help="folder; bin/demo makes the default")
@@ -87,7 +88,13 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, folder: str, rung: int) -> dict[str, Any]:
-    """One rung's figures."""
+    """Measures one rung and returns its line.
+
+    Args:
+        options: Options of the command.
+        folder: Folder with the model.
+        rung: Number of levers to use, from the first.
+    """
     torch.set_num_threads(options.threads)
     levers = Levers(*(index < rung for index in range(len(Levers._fields))))
     data = FireflyDataModule(folder, train_files=options.rows, batch_size=options.batch_size)
@@ -119,7 +126,7 @@ def measure(options: argparse.Namespace, folder: str, rung: int) -> dict[str, An
 
 
 def make_batches(data: FireflyDataModule, steps: int, levers: Levers) -> list[Any]:
-    """Micro-batches of the first steps' rows; without packing, padding counts as tokens."""
+    """Makes a micro-batch of the rows of each of the first steps; without packing, padding is computed like tokens."""
     rows = np.concatenate([data.train[step]["rows"].numpy() for step in range(steps)])
     if levers.grouped:
         groups = np.array_split(rows[np.argsort(data.train.plan.lengths[rows], kind="stable")], steps)
@@ -137,7 +144,7 @@ def make_batches(data: FireflyDataModule, steps: int, levers: Levers) -> list[An
 
 
 def make_step(model: BloomForCausalLM, optimizer: torch.optim.Optimizer, levers: Levers) -> Any:
-    """A whole optimizer step, which gives its loss."""
+    """A function that makes a whole optimizer step from a batch and returns its loss."""
     fast = FastBloom(model) if levers.fused else None
 
     def summed(batch: Any) -> Tensor:
@@ -167,7 +174,7 @@ def make_step(model: BloomForCausalLM, optimizer: torch.optim.Optimizer, levers:
 
 
 class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Floating-point operations of matrix products, and bytes of everything else."""
+    """Counts the floating-point operations of matrix products, and the bytes of all other operations."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -175,7 +182,7 @@ class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if "flash_attention_for_cpu" in str(func):  # not in PyTorch's registry
+        if "flash_attention_for_cpu" in str(func):  # PyTorch's registry lacks it
             *_, rows, length, width = args[1].shape if "backward" in str(func) else args[0].shape
             batch = args[0].shape[0]
             self.flops += (10 if "backward" in str(func) else 4) * batch * rows * length * length * width
@@ -188,7 +195,7 @@ class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Bars of what was measured and predicted."""
+    """Draws measured and predicted seconds of each rung as bars."""
     figure = Figure(figsize=(9, 1.5 + 0.5 * len(lines)), layout="constrained")
     axes = figure.add_subplot()
     places = np.arange(len(lines))

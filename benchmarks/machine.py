@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""Describes the machine that a figure was measured on, and the memory of a process."""
 
 import datetime
 import os
@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def machine() -> dict[str, str | int]:
-    """Processor, its pace, cores, releases and date, for the record beside a figure."""
-    from benchmarks.floor import product_rate  # not above: torch counts as an import of what is measured
+    """Processor, its speed and cores, versions of packages and the date, to record beside a figure."""
+    from benchmarks.floor import product_rate  # not above: importing torch counts for what is measured
 
     cpu = next(
         (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
@@ -27,7 +27,7 @@ def machine() -> dict[str, str | int]:
 
 
 def peak_gb() -> float:
-    """Most memory that this process has held, in GB; not getrusage's, which begins with that of the parent process."""
+    """Most memory that this process has held, in GB; getrusage would begin with the memory of the parent process."""
     peak = next(line.split()[1] for line in _lines("/proc/self/status") if line.startswith("VmHWM:"))
     return round(int(peak) * 1024 / 1e9, 2)
 

@@ -1,4 +1,4 @@
-"""This project as its users run it, for :mod:`benchmarks.throughput`."""
+"""Trains with this project as its users do, for :mod:`benchmarks.throughput`."""
 
 import argparse
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from firefly_lightning import FireflyDataModule, FireflyModule
 
 
 def prepare(options: argparse.Namespace, steps: object) -> Callable[[Clock], float]:
-    """What trains, and gives the loss of the last step; the data module finds the rows of the steps itself."""
+    """A function that trains and returns the last step's loss; the data module finds the rows of the steps itself."""
     return partial(run, options, data_module(options))
 
 
 def data_module(options: argparse.Namespace) -> FireflyDataModule:
-    """The rows, tokenised and in the order of the steps."""
+    """A data module with the rows tokenised and their steps planned."""
     data = FireflyDataModule(
         options.folder, train_files=options.rows, batch_size=options.batch_size, max_length=options.max_length
     )
@@ -27,7 +27,7 @@ def data_module(options: argparse.Namespace) -> FireflyDataModule:
 
 
 def run(options: argparse.Namespace, data: FireflyDataModule, clock: Clock) -> float:
-    """As its users run it, but for logging to files."""
+    """Trains as users of this project do, but without logging to files; returns the loss of the last step."""
     trainer = L.Trainer(
         max_steps=options.warmup + options.steps, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_model_summary=False, enable_progress_bar=False, callbacks=[Timed(clock)],
@@ -39,17 +39,17 @@ def run(options: argparse.Namespace, data: FireflyDataModule, clock: Clock) -> f
 
 
 class Timed(L.Callback):
-    """Tells the clock of every step.
+    """Tells the clock the end and the tokens of every step.
 
     Args:
-        clock: That is told.
+        clock: The clock to tell.
     """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
 
     def on_train_batch_end(self, *arguments: Any) -> None:
-        """The batch is the last argument but one."""
+        """Tells the clock; the batch is the last argument but one."""
         batch = arguments[3]
         self._clock.counts.append((sum(batch["lengths"]), len(batch["target_ids"])))
         self._clock.step_ended()

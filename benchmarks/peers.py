@@ -1,4 +1,4 @@
-"""What a user would run instead, for :mod:`benchmarks.throughput`: Hugging Face's Trainer and TRL's."""
+"""Trains as users would without this project, with Trainer or TRL's SFTTrainer, for :mod:`benchmarks.throughput`."""
 
 import argparse
 import inspect
@@ -14,14 +14,14 @@ from transformers import BloomForCausalLM, PreTrainedTokenizerFast, Trainer, Tra
 from benchmarks.clock import Clock
 
 Rows = Sequence[tuple[Sequence[int], Sequence[bool]]]
-"""Tokens of each, and which of them are learned."""
+"""The tokens of each row, and which of them are learned."""
 
 
 def prepare(options: argparse.Namespace, steps: Sequence[Rows]) -> Callable[[Clock], float]:
-    """What trains on the rows of the steps, in their order, and gives the loss of the last.
+    """A function that trains on the rows of the steps, in their order, and returns the loss of the last step.
 
-    The original recipe (`grouped` puts rows of like length together), or SFTTrainer on rows that are tokenised already,
-    with masks of their completions.
+    It follows the original recipe (`grouped` puts rows of like length together), or runs TRL's SFTTrainer on rows that
+    are tokenised already, with masks of their completions.
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.folder)
     rows = [row for step in steps for row in step]
@@ -42,7 +42,7 @@ def prepare(options: argparse.Namespace, steps: Sequence[Rows]) -> Callable[[Clo
 
 
 def run(options: argparse.Namespace, make: Callable[..., Any], clock: Clock) -> float:
-    """Trains a trainer that is made for the model."""
+    """Makes a trainer for the model and trains; returns the loss of the last step."""
     model = BloomForCausalLM.from_pretrained(options.folder)
     count_rows(model, clock)
     trainer = make(model, callbacks=[timed(clock)])
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace, make: Callable[..., Any], clock: Clock) -> 
 
 
 def hugging_face_arguments(options: argparse.Namespace, steps: int) -> dict[str, Any]:
-    """Of both trainers."""
+    """Arguments that both trainers take."""
     grouped = options.system in ("grouped", "trl")
     order: dict[str, Any] = {"train_sampling_strategy": "group_by_length" if grouped else "sequential"}
     if "train_sampling_strategy" not in inspect.signature(TrainingArguments).parameters:  # transformers 4
@@ -65,7 +65,7 @@ def hugging_face_arguments(options: argparse.Namespace, steps: int) -> dict[str,
 
 
 def timed(clock: Clock) -> TrainerCallback:
-    """Tells the clock of every step."""
+    """A callback that tells the clock of every step."""
 
     class Timed(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *arguments: Any, **named: Any) -> None:
@@ -75,7 +75,7 @@ def timed(clock: Clock) -> TrainerCallback:
 
 
 def count_rows(model: BloomForCausalLM, clock: Clock) -> None:
-    """Has every forward pass tell the clock what it is given."""
+    """Has every forward pass of the model tell the clock its tokens and learned tokens."""
 
     def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         clock.counts.append((int(kwargs["attention_mask"].sum()), int((kwargs["labels"] != -100).sum())))
@@ -84,7 +84,7 @@ def count_rows(model: BloomForCausalLM, clock: Clock) -> None:
 
 
 def pad_to_longest(pad_id: int) -> Callable[[Sequence[Any]], dict[str, torch.Tensor]]:
-    """The original project's collator."""
+    """The collator of the original project, which pads rows to the longest of the batch."""
 
     def collate(rows: Sequence[Any]) -> dict[str, torch.Tensor]:
         longest = max(len(row["input_ids"]) for row in rows)
@@ -101,5 +101,5 @@ def pad_to_longest(pad_id: int) -> Callable[[Sequence[Any]], dict[str, torch.Ten
 
 
 def last_loss(trainer: Any) -> float:
-    """Of the last step that was logged."""
+    """The loss of the last step that the trainer logged."""
     return float(next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry))

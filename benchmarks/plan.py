@@ -1,8 +1,8 @@
-"""Memory that ``firefly plan`` foretells beside what real steps take: python -m benchmarks.plan --help.
+"""Compares the memory that ``firefly plan`` predicts with that of real steps: python -m benchmarks.plan --help.
 
-Trains random Blooms of three sizes, one process for ``auto`` and two for the others, on a CPU. What is compared is the
-growth of a process's resident memory from before its model is built to the highest point of three steps; libraries
-and data, 0.5 GB or so, are beside it. glibc is told to give memory back as it is freed.
+The script trains random Blooms of three sizes on a CPU, in one process for ``auto`` and two for other strategies. It
+compares the growth of a process's resident memory from before its model is built to the highest point of three steps;
+libraries and data, 0.5 GB or so, do not count. glibc is told to give memory back as it is freed.
 """
 
 import argparse
@@ -27,7 +27,7 @@ NO_SIZES: dict[str, int | None] = dict.fromkeys(("vocab_size", "hidden_size", "n
 
 
 def main() -> None:
-    """Measures each strategy at each size, prints a JSON line each, then a table."""
+    """Measures each strategy at each size, prints a JSON line for each, then a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strategies", nargs="+", default=["auto", "ddp", "zero2", "zero3"])
     parser.add_argument("--sizes", nargs="+", default=["512x8", "768x10", "1024x12"], help="hidden sizes x blocks")
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def make_run(folder: Path, hidden: int, layers: int, options: argparse.Namespace) -> Path:
-    """A configuration, and the folder of a model whose weights training draws."""
+    """Writes the folder of a model, whose weights training draws, and a configuration; returns the latter's file."""
     tokenizer = load_tokenizer(options.tokenizer)
     tokenizer.save_pretrained(folder / "model")
     sizes = {"vocab_size": len(tokenizer), "hidden_size": hidden, "n_layer": layers, "n_head": hidden // 64}

@@ -1,4 +1,4 @@
-"""Processes of their own for what is measured, so that none has memory or imports of another."""
+"""Runs what is measured in processes of their own, so that none has the memory or the imports of another."""
 
 import contextlib
 import multiprocessing
@@ -15,15 +15,15 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 
 CONTEXT: SpawnContext = multiprocessing.get_context("spawn")
-"""Makes the processes; a new interpreter for each."""
+"""Makes the processes, each with a new interpreter."""
 
 
 def alone(function: Callable[..., Result], *arguments: Any) -> Result:
-    """What a function returns in a process that then ends. What it prints is shown only if it fails.
+    """Runs a function in a process that then ends, and returns its result; shows what it prints only if it fails.
 
     Args:
-        function: Of a module, with what it returns able to be pickled.
-        arguments: Likewise.
+        function: A function of a module; its result must be picklable.
+        arguments: Arguments of the function; they must be picklable.
     """
     with (
         tempfile.NamedTemporaryFile("r", errors="replace") as log,
@@ -39,9 +39,9 @@ def start_fit(arguments: Sequence[str], log: Path, environment: Mapping[str, str
     """Starts ``firefly-fit`` in a process that leads a group of its own.
 
     Args:
-        arguments: Of the command.
-        log: File for what it prints.
-        environment: Variables that are its own.
+        arguments: Arguments of the command.
+        log: File to which the process writes what it prints.
+        environment: Environment variables that the process has beyond those of this one.
     """
     given = (list(arguments), str(log), dict(environment))
     process = CONTEXT.Process(target=_fit, args=given)
@@ -59,13 +59,13 @@ def _fit(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     from firefly_lightning.cli import main
 
     torch.set_num_threads(1)
-    vars(rank_zero_only)["rank"] = int(environment.get("RANK", 0))  # Lightning asks when it is imported
+    vars(rank_zero_only)["rank"] = int(environment.get("RANK", 0))  # Lightning reads RANK when it is imported
     sys.argv = ["firefly-fit", *arguments]
     main()
 
 
 def print_to(log: str) -> None:
-    """Sends what this process and its libraries print to a file."""
+    """Appends what this process and its libraries print to the file ``log``."""
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
         with contextlib.suppress(ValueError):

@@ -1,10 +1,10 @@
-"""Pruning a large Bloom beside what a user would run instead: python -m benchmarks.prune --help.
+"""Compares pruning of a large Bloom with what a user would run instead: python -m benchmarks.prune --help.
 
-Makes a checkpoint in the shape of bloom-7b1 (fewer layers where disk or memory ask for it), in shards, with a real
-vocabulary and a smaller tokenizer of it. Each system prunes it in a process of its own, in turn, and prints a JSON
-line: seconds without those of imports, seconds until what it wrote is on the disk, peak memory (pages of mapped files
-count), and whether the embedding rows that stay and all other weights are the old ones. The last line of a disk has the
-ratios.
+The script makes a checkpoint in the shape of bloom-7b1 (with fewer layers where disk or memory require it), in shards,
+with a real vocabulary, and takes a tokenizer with a part of that vocabulary. Each system in turn prunes the checkpoint
+in a process of its own and prints a JSON line: seconds without imports, seconds until everything it wrote is on the
+disk, peak memory (pages of mapped files count), and whether the embedding rows that stay and all other weights are the
+old ones. The last line of a disk has the ratios.
 
     firefly     firefly prune --model … --tokenizer … --out …
     linked      the same with --link
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def make_checkpoint(folder: Path, options: argparse.Namespace) -> None:
-    """Names and shapes of a Bloom as its authors saved it, with numbers that differ from tensor to tensor."""
+    """Makes a checkpoint with the names and shapes that Bloom's authors saved, and numbers that differ by tensor."""
     shutil.copytree(options.large, folder, ignore=lambda _, names: [name for name in names if "token" not in name])
     config = BloomConfig(
         vocab_size=options.vocabulary, hidden_size=options.hidden, n_layer=options.layers, n_head=options.heads,
@@ -111,14 +111,20 @@ def make_checkpoint(folder: Path, options: argparse.Namespace) -> None:
 
 
 def numbers(noise: torch.Tensor, start: int, shape: torch.Size) -> torch.Tensor:
-    """The noise again and again, from another place in every tensor; no two rows that are near are the same."""
+    """A tensor of repeated noise, which begins at another place in every tensor; no two rows close together are equal.
+
+    Args:
+        noise: Numbers to repeat.
+        start: Number of the tensor, which decides where the noise begins.
+        shape: Shape of the tensor.
+    """
     rolled = noise.roll(-1009 * start)
-    # A copy, or torch.save would write all of the noise with each.
+    # A copy, or torch.save would write the whole noise with each tensor.
     return rolled[: shape.numel()].clone().reshape(shape) if shape.numel() <= len(rolled) else repeated(rolled, shape)
 
 
 def repeated(noise: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Fills a shape; what is repeated is a few numbers short of whole rows, so that rows differ."""
+    """Fills a tensor with noise that is repeated, a few numbers short of whole rows, so that the rows differ."""
     part = noise[: len(noise) - 7]
     tensor = torch.empty(shape.numel(), dtype=noise.dtype)
     for begin in range(0, len(tensor), len(part)):
@@ -127,7 +133,7 @@ def repeated(noise: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def run(system: str, large: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One system in a process of its own; prints and returns its line."""
+    """Measures one system in a process of its own; prints and returns its line."""
     out = large.parent / "out"
     if options.cold:
         for file in large.iterdir():
@@ -147,7 +153,7 @@ def run(system: str, large: Path, options: argparse.Namespace) -> dict[str, Any]
 
 
 def measure(system: str, large: Path, small: str, out: Path) -> dict[str, Any]:
-    """Prunes here; imports come first and are not counted."""
+    """Prunes in this process and measures time and memory; imports come first and do not count."""
     work: Callable[[str, str, str], object]
     if system in ("firefly", "linked"):
         from firefly_lightning.pruning.command import prune
@@ -156,7 +162,7 @@ def measure(system: str, large: Path, small: str, out: Path) -> dict[str, Any]:
             prune(large, out, tokenizer=small, link=system == "linked")
 
     elif system == "llmpruner":
-        from transformers.models.bloom import modeling_bloom  # noqa: F401 - else imported within the time
+        from transformers.models.bloom import modeling_bloom  # noqa: F401 - or its import would be timed
 
         work = prune_with_transformers
     else:
@@ -168,12 +174,12 @@ def measure(system: str, large: Path, small: str, out: Path) -> dict[str, Any]:
 
 
 def copy(large: str, small: str, out: str) -> None:
-    """Through the page cache, one file after another."""
+    """Copies the checkpoint through the page cache, one file after another."""
     shutil.copytree(large, out)
 
 
 def copy_directly(large: str, small: str, out: str) -> None:
-    """What a disk can do at most that reads and writes at once."""
+    """Copies the checkpoint past the page cache, as fast as a disk can read and write at once."""
     Path(out).mkdir()
 
     def dd(file: Path) -> None:
@@ -185,7 +191,7 @@ def copy_directly(large: str, small: str, out: str) -> None:
 
 
 def prune_with_transformers(large: str, small: str, out: str) -> None:
-    """What BloomVocabularyPruner of LLMPruner does, step by step.
+    """Prunes step by step as the BloomVocabularyPruner of LLMPruner does.
 
     Source: https://github.com/yangjianxin1/LLMPruner, pruners/vocabulary_pruner.py of 2023.
     """
@@ -210,9 +216,9 @@ def prune_with_transformers(large: str, small: str, out: str) -> None:
 
 
 def same_weights(large: Path, out: Path) -> bool:
-    """Whether the rows of the tokens that stay, found by their strings, and all other tensors are bit for bit the old.
+    """Whether embedding rows of kept tokens and all other tensors of a pruned checkpoint are bit for bit the old ones.
 
-    The files are read tensor by tensor, by other code than that which wrote them.
+    Rows are found by the strings of their tokens. The files are read tensor by tensor, by other code than wrote them.
     """
     old, new = (json.loads((folder / "tokenizer.json").read_text("utf-8")) for folder in (large, out))
     ids = [
@@ -228,7 +234,7 @@ def same_weights(large: Path, out: Path) -> bool:
 
 
 def readers(folder: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """Names of the tensors of a folder, and what reads each."""
+    """Yields the name of each tensor in a folder, with a function that reads it."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             names = list(file.keys())
@@ -239,44 +245,44 @@ def readers(folder: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:
-    """On a mapping of its own, whose pages are given back with the tensor."""
+    """Reads a tensor through a mapping of its own, whose pages are given back when the tensor is freed."""
     with safe_open(path, "pt") as file:
         tensor: torch.Tensor = file.get_tensor(name)
         return tensor
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Compares equal where the bytes do, in NaN too."""
+    """The tensor's bytes as integers, which are equal exactly where the bytes are, for NaN too."""
     return tensor.contiguous().view(torch.int16)
 
 
 def flush(file: Path) -> None:
-    """Waits until a file is on the disk."""
+    """Waits until a file is written to the disk."""
     descriptor = os.open(file, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
 def drop_from_cache(file: Path) -> None:
-    """Has the next reader of a file go to the disk."""
+    """Drops a file from the page cache, so that the next reader reads it from the disk."""
     descriptor = os.open(file, os.O_RDONLY)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(descriptor)
 
 
 def file_system(path: Path) -> str:
-    """Of the disk that a path is on."""
+    """Type of the file system that a path is on."""
     command = ["df", "--output=fstype", str(path)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
 
 
 def size_gb(folder: Path) -> float:
-    """Of all files of a folder, whether or not they share the disk with others."""
+    """Size of all files of a folder in GB, also of those that share their blocks on the disk with other files."""
     return round(sum(file.stat().st_size for file in folder.iterdir()) / 1e9, 6)
 
 
 def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of the systems on a disk, and how many times as long as firefly each takes."""
+    """Median seconds of each system on a disk, and how many times as long as firefly each takes."""
     medians = {system: median(lines, system, "seconds") for system in SYSTEMS if median(lines, system, "seconds")}
     ours = medians.get("firefly", 0.0)
     times = {system: round(seconds / ours, 2) for system, seconds in medians.items() if ours and system != "firefly"}
@@ -284,13 +290,13 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def median(lines: list[dict[str, Any]], system: str, key: str) -> float:
-    """Of one system's runs; 0 where it has none."""
+    """Median of a value over one system's runs; 0 where it has no runs."""
     found = [float(line[key]) for line in lines if line["system"] == system]
     return round(statistics.median(found), 2) if found else 0.0
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
-    """Seconds and peak memory of each system as bars."""
+    """Draws seconds and peak memory of each system as bars."""
     disks = list(dict.fromkeys(line["file_system"] for line in lines))
     here = {disk: [line for line in lines if line["file_system"] == disk] for disk in disks}
     bars = [(disk, system) for disk in disks for system in SYSTEMS if median(here[disk], system, "seconds")]

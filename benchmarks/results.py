@@ -1,7 +1,7 @@
 """Runs the benchmarks and writes RESULTS.md: python -m benchmarks.results --help.
 
-Every script's lines of JSON are kept in ``results/NAME.jsonl`` and its figure in ``results/NAME.png``; RESULTS.md is
-made from those alone, so that ``--only`` can measure one again.
+The JSON lines of each script are kept in ``results/NAME.jsonl`` and its figure in ``results/NAME.png``. RESULTS.md is
+made from these files alone, so that ``--only`` can run a single script again.
 """
 
 import argparse
@@ -18,18 +18,18 @@ from rich.console import Console
 Lines = Sequence[dict[str, Any]]
 
 GOALS = {"trainer": 4, "grouped": 4, "trl": 6}
-"""How many times as fast as each other system firefly is to be."""
+"""How many times as fast as each other system firefly should be."""
 
 
 class Part(NamedTuple):
     """One script and how its lines are shown.
 
     Attributes:
-        title: Of its section.
-        text: What its figures mean.
-        arguments: Of the script, beside those that all have.
-        columns: What is shown of each line that has the first of them.
-        remarks: Sentences from the lines, below their table.
+        title: Title of the section.
+        text: What the figures of the section mean.
+        arguments: Arguments of the script, beyond those that all scripts get.
+        columns: Keys of the lines to show as columns; only lines with the first key are shown.
+        remarks: Makes sentences from the lines, to write below their table.
     """
 
     title: str
@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
 
 def compared(lines: Lines) -> list[str]:
-    """Speed and memory as shares of the others', in each type of numbers, beside what was wanted."""
+    """Sentences that compare firefly's speed and memory with other systems and with the goals, by type of numbers."""
     remarks = []
     systems = [line for line in lines if "system" in line]
     for ours in (line for line in systems if line["system"] not in GOALS):
@@ -68,12 +68,12 @@ def compared(lines: Lines) -> list[str]:
 
 
 def activations(line: dict[str, Any]) -> float:
-    """GB beyond libraries, rows, weights, gradients and moments, of which every system has as much."""
+    """Peak memory in GB without libraries, rows, weights, gradients and moments."""
     return float(line["peak_rss_gb"] - line["libraries_gb"] - line["state_gb"])
 
 
 def bounded(lines: Lines) -> list[str]:
-    """Whether the bound of memory holds."""
+    """Sentences that say whether memory grows with the vocabulary within its bound."""
     return [
         f"At a vocabulary of {line['vocabularies'][1]:,}, {line['peak_rss_gb'] - line['tokenizer_gb']:.2f} GB beside "
         f"the {line['tokenizer_gb']} that its tokenizer adds; 1.3 times the peak at {line['vocabularies'][0]:,} and "
@@ -84,7 +84,7 @@ def bounded(lines: Lines) -> list[str]:
 
 
 def pruned(lines: Lines) -> list[str]:
-    """The script's own comparison on each disk, and whether what was written is right."""
+    """Sentences that compare pruning with the other systems on each disk, and say whether the weights are right."""
     runs = [line for line in lines if "system" in line]
     same = all(line["same_weights"] for line in runs if "same_weights" in line)
     remarks = [f"Weights that stay are {'bit for bit the old ones' if same else 'NOT the old ones'} in all."]
@@ -98,7 +98,7 @@ def pruned(lines: Lines) -> list[str]:
         )
         ours = {**here["firefly"], "seconds": seconds["firefly"]}
         disk = {**here["dd"], "seconds": seconds["dd"]} if "dd" in here else ours
-        if pace(disk) > pace(ours):  # else blocks were shared, or much was in the page cache
+        if pace(disk) > pace(ours):  # if not, blocks were shared or much was in the page cache
             least = (ours["read_gb"] + ours["written_gb"]) / pace(disk)
             remarks.append(
                 f"There it reads and writes {pace(ours):.2f} GB/s. Past the page cache the disk does {pace(disk):.2f}: "
@@ -109,12 +109,12 @@ def pruned(lines: Lines) -> list[str]:
 
 
 def pace(line: dict[str, Any]) -> float:
-    """GB that were read and written a second."""
+    """GB that a run read and wrote a second."""
     return float(line["read_gb"] + line["written_gb"]) / float(line["seconds"])
 
 
 def tokenised(lines: Lines) -> list[str]:
-    """The script's own comparison, and the start with a cache."""
+    """Sentences that compare tokenising with doing it row by row, and give the time of a start with a cache."""
     start = next(line for line in lines if line.get("system") == "cached_start")
     same = "the same tokens" if lines[-1]["same_tokens"] else "OTHER tokens"
     return [
@@ -125,7 +125,7 @@ def tokenised(lines: Lines) -> list[str]:
 
 
 def started(lines: Lines) -> list[str]:
-    """Which goals are met, and how near the floor the commands are that train and answer."""
+    """Sentences that say which goals are met, and how much of the start of a training are imports."""
     seconds = {line["command"]: line["seconds"] for line in lines}
     missed = [line["command"] for line in lines if line["seconds"] > line.get("goal", 1e9)]
     floor = seconds["imports: torch, Lightning, transformers"]
@@ -186,11 +186,11 @@ PARTS = {
 }  # fmt: skip
 
 ROWS = ("start", "throughput", "ladder", "growth")
-"""Scripts that train on rows; the others make their own of those of the demo."""
+"""Scripts that take ``--rows`` to train on; the others make their own rows or need none."""
 
 
 def main() -> None:
-    """Measures, keeps and writes."""
+    """Runs the scripts, keeps their lines and writes RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS), help="scripts to run again")
     parser.add_argument("--rows", nargs="+", default=["demo_run/rows/*.jsonl"], help="instruction rows to train on")
@@ -208,7 +208,7 @@ def main() -> None:
 
 
 def measure(name: str, options: argparse.Namespace, kept: Path) -> None:
-    """Runs a script and keeps its lines; what it says meanwhile is shown."""
+    """Runs a script, shows its lines as they come, and keeps them."""
     arguments = [*PARTS[name].arguments, "--out", str(kept / f"{name}.png"), *options.more]
     if name in ROWS:
         arguments += ["--rows", *options.rows]
@@ -218,7 +218,7 @@ def measure(name: str, options: argparse.Namespace, kept: Path) -> None:
     console.print(f"{name}: {' '.join(arguments)}", highlight=False)
     command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
     lines = []
-    log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the process)
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed when the process ends)
     with log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as run:
         assert run.stdout is not None
         for line in run.stdout:
@@ -235,7 +235,7 @@ def measure(name: str, options: argparse.Namespace, kept: Path) -> None:
 
 
 def written(folder: Path) -> list[str]:
-    """RESULTS.md, line by line."""
+    """The lines of RESULTS.md."""
     text = ["# Results", "", "Made by `python -m benchmarks.results` from the lines in `results/`.", ""]
     for name, part in PARTS.items():
         file = folder / "results" / f"{name}.jsonl"

@@ -1,9 +1,9 @@
-"""How long it takes until something is seen: python -m benchmarks.start --help.
+"""Measures how long commands take until they show something: python -m benchmarks.start --help.
 
-Every command is started anew, as a user does, and timed from its start to the first of what it is to show: its help,
-the first character of an answer, the first step of a training whose token ids are cached. Medians of several, after one
-that does not count, so that files are in the cache of pages. Beside them the floor: a process that imports PyTorch,
-Lightning and transformers and does nothing.
+Every command is started anew, as a user does, and timed until it shows what it is for: its help, the first character of
+an answer, or the first step of a training whose token ids are cached. The times are medians of several starts, after
+one that does not count, so that the files are in the page cache. Beside them stands the floor: a process that imports
+PyTorch, Lightning and transformers and does nothing.
 """
 
 import argparse
@@ -28,18 +28,18 @@ GOALS = {
     "firefly --help": 0.6, "firefly build --help": 0.6, "firefly clean --help": 0.6, "firefly stats --help": 0.6,
     "firefly prune --help": 0.6, "firefly-fit --help": 3.0, "firefly chat": 5.0, "firefly-fit fit": 8.0,
 }  # fmt: skip
-"""Seconds that each is to take at most."""
+"""Seconds that each command should take at most."""
 
 FLOORS = {
     "imports: torch": "import torch",
     "imports: torch, transformers": "import torch; from transformers import BloomForCausalLM",
     "imports: torch, Lightning, transformers": "import torch, lightning; from transformers import BloomForCausalLM",
 }
-"""What no command that needs these can be faster than."""
+"""Imports that are timed alone: no command that needs them can be faster."""
 
 
 def main() -> None:
-    """Prints a line of JSON a command, with the median and all of its times."""
+    """Prints a JSON line for each command, with the median and all of its times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo_run/bloom-zh", help="folder of a small Bloom")
     parser.add_argument("--rows", nargs="+", default=["demo_run/rows/*.jsonl"], help="instruction rows to train on")
@@ -59,14 +59,14 @@ def main() -> None:
 
 
 def measured(options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
-    """Times of each command, by what it is called."""
+    """Yields the name of each command with the seconds of its starts."""
     for name in options.only:
         once = timed(name, options)
         yield name, [once() for _ in range(options.warmup + options.repeats)][options.warmup :]
 
 
 def timed(name: str, options: argparse.Namespace) -> Callable[[], float]:
-    """What starts a command anew and says how long it took."""
+    """A function that starts a command anew and returns the seconds until it shows what it is for."""
     if name in FLOORS:
         return partial(until_end, [sys.executable, "-c", FLOORS[name]])
     program, *arguments = name.split()
@@ -77,14 +77,14 @@ def timed(name: str, options: argparse.Namespace) -> Callable[[], float]:
 
 
 def until_end(command: Sequence[str]) -> float:
-    """Seconds that a process takes."""
+    """Seconds until a command has ended."""
     began = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - began
 
 
 def until_first_byte(command: Sequence[str]) -> float:
-    """Seconds until a process has written the first byte of its output."""
+    """Seconds until a command has written the first byte of its output."""
     began = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
@@ -97,7 +97,7 @@ def until_first_byte(command: Sequence[str]) -> float:
 
 
 def until_first_step(command: Sequence[str], options: argparse.Namespace) -> float:
-    """Seconds until the first step of a training is logged."""
+    """Seconds until a training command has logged its first step."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [
             "--model.path", options.model, "--data.train_files", json.dumps(options.rows), "--data.max_length", "256",
@@ -128,7 +128,7 @@ def has_a_step(metrics: Path) -> bool:
 
 
 def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Seconds as bars, goals as marks."""
+    """Draws seconds of each command as bars, and the goals as marks."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.add_subplot()
     colours = ["tab:blue" if "goal" in line else "tab:gray" for line in lines]

@@ -1,12 +1,13 @@
-"""Memory per process under every strategy, from the tensors that are held: python -m benchmarks.strategy_memory --help.
+"""Measures the bytes of tensors that a process holds under each strategy: python -m benchmarks.strategy_memory --help.
 
-Trains a random Bloom of about 100 million parameters on two processes for five steps each. Weights are what is held
-before the first step; optimizer states what is held between two later steps beyond that; gradients what is held before
-a later optimizer's step beyond both. Every storage counts once, and activations are gone by then; of the later steps
-the least counts, since a collective may still hold one of them when its step ends.
+The script trains a random Bloom of about 100 million parameters on two processes for five steps with each strategy.
+Bytes held before the first step count as weights; bytes held beyond these between two later steps count as optimizer
+states; bytes held beyond both just before a later step of the optimizer count as gradients. Every storage counts once,
+and activations are freed by then. The least of the later steps counts, since a collective may still hold tensors when
+its step ends.
 
-DeepSpeed counts otherwise than its promise in fp32: stages 1 and 2 keep a second copy of a process's share of the
-weights (what would be the float32 master of half-precision ones), and every stage makes its buffers for gradients
+DeepSpeed holds more here than it promises in fp32: stages 1 and 2 keep a second copy of a process's share of the
+weights (which would be the float32 master of half-precision weights), and every stage makes its buffers for gradients
 before the first step, so that they count as weights here.
 """
 
@@ -31,8 +32,8 @@ from benchmarks.machine import machine, peak_gb
 from benchmarks.processes import start_fit
 from firefly_lightning.huggingface import load_tokenizer
 
-# In bytes a parameter over two processes in fp32: weights, gradients, optimizer states. Sources: Rajbhandari et al.
-# 2020 (ZeRO), where a stage splits states, then gradients, then weights; Zhao et al. 2023 (FSDP).
+# Promised bytes a parameter on each of two processes in fp32: weights, gradients, optimizer states. Sources:
+# Rajbhandari et al. 2020 (ZeRO), where a stage splits states, then gradients, then weights; Zhao et al. 2023 (FSDP).
 PROMISED = {
     "ddp": (4, 4, 8),
     "zero1": (4, 4, 4),
@@ -50,14 +51,14 @@ PROMISED = {
 
 OFFLOAD = {"zero2_offload": ["optimizer"], "zero3_offload": ["optimizer", "parameters"]}
 BUCKET = 2_000_000
-"""Numbers in DeepSpeed's buffers for communication: their size is fixed, by default that of a model twice as large."""
+"""Numbers in DeepSpeed's buffers for communication; their size is fixed, by default for a model twice as large."""
 
 
 class HeldTensors(Callback):
-    """Writes what this process holds, as a line of JSON, when training ends.
+    """Measures the bytes that this process holds, and writes them as JSON when training ends.
 
     Args:
-        out: File; the rank is added to its name.
+        out: File to write; a dot and the rank are added to its name.
     """
 
     def __init__(self, out: str) -> None:
@@ -65,22 +66,22 @@ class HeldTensors(Callback):
         self.held: dict[str, int] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Weights, with the master copy where the engine keeps one."""
+        """Measures what is held before the first step: weights, with the master copy where the engine keeps one."""
         self._measure(trainer, "start")
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        """Gradients too, and by then the states of the optimizer."""
+        """Measures what is held before a later optimizer step: weights, states of the optimizer and gradients."""
         if trainer.global_step:
             self._measure(trainer, "before_step")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *arguments: Any) -> None:
-        """Optimizer states, which most optimizers make in their first step."""
+        """Measures what is held between steps after the first, in which most optimizers make their states."""
         pl_module.zero_grad()
         if trainer.global_step:
             self._measure(trainer, "between")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes."""
+        """Writes what was measured into the file of this rank."""
         self.held["peak_rss"] = int(peak_gb() * 1e9)
         Path(f"{self.out}.{trainer.global_rank}").write_text(json.dumps(self.held), "utf-8")
 
@@ -95,7 +96,7 @@ def held_bytes(parameters: Iterable[torch.Tensor]) -> int:
     """Bytes of all storages that a tensor of this process refers to, each counted once.
 
     Args:
-        parameters: Their gradients become visible to Python only where somebody asks for them.
+        parameters: Parameters whose gradients count too; Python sees a gradient only once it was asked for.
     """
     gradients = [parameter.grad for parameter in parameters]
     gc.collect()
@@ -103,14 +104,14 @@ def held_bytes(parameters: Iterable[torch.Tensor]) -> int:
     for item in [*gradients, *gc.get_objects()]:
         if not issubclass(type(item), torch.Tensor):
             continue
-        local = getattr(item, "_local_tensor", item)  # of a DTensor; the whole of it is nowhere
+        local = getattr(item, "_local_tensor", item)  # the part of a DTensor, whose whole is nowhere in memory
         if local.device.type != "meta":
             storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
     return sum(storages.values())
 
 
 def main() -> None:
-    """Measures each strategy in processes of its own, prints a JSON line each, then a table."""
+    """Measures each strategy in processes of its own, prints a JSON line for each, then a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strategies", nargs="+", default=list(PROMISED), choices=list(PROMISED))
     parser.add_argument("--tokenizer", default="demo_run/bloom-zh", help="folder; bin/demo makes the default")
@@ -130,7 +131,7 @@ def main() -> None:
 
 
 def make_model(folder: Path, options: argparse.Namespace) -> int:
-    """A folder with tokenizer and configuration, whose weights training draws; returns its unique parameters."""
+    """Makes a folder of a model without weights, which training draws; returns the number of its parameters."""
     tokenizer = load_tokenizer(options.tokenizer)
     tokenizer.save_pretrained(folder)
     config = BloomConfig(
@@ -142,7 +143,7 @@ def make_model(folder: Path, options: argparse.Namespace) -> int:
 
 
 def measure(strategy: str, scratch: Path, options: argparse.Namespace, processes: int = 2) -> list[dict[str, int]]:
-    """Bytes of weights, gradients and optimizer states by rank."""
+    """Trains with a strategy; returns bytes of weights, gradients, optimizer states and peak memory for each rank."""
     out = scratch / strategy
     fit = [
         "fit", "--model.path", scratch / "model", "--model.from_scratch", "true", "--data.train_files", options.rows,
@@ -179,7 +180,7 @@ def measure(strategy: str, scratch: Path, options: argparse.Namespace, processes
 
 
 def chosen(strategy: str) -> list[object]:
-    """Arguments that choose a strategy; DeepSpeed's with buckets that fit the model."""
+    """Arguments of ``firefly-fit`` that choose a strategy; those of DeepSpeed get buckets that fit the model."""
     if not strategy.startswith("zero"):
         return ["--trainer.strategy", strategy]
     sizes = ("reduce_bucket_size", "allgather_bucket_size")
@@ -190,7 +191,7 @@ def chosen(strategy: str) -> list[object]:
 
 
 def table(results: dict[str, list[dict[str, int]]], parameters: int) -> Table:
-    """Bytes a parameter, of the rank that holds most, beside what is promised."""
+    """A table of the bytes a parameter that the rank with most holds, beside the bytes that are promised."""
     shown = Table(title=f"bytes a parameter and process, {parameters:,} parameters, 2 processes, fp32")
     for column in (
         "strategy",

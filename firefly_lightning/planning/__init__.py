@@ -1,1 +1,1 @@
-"""What a run will take, before it is started: ``firefly plan``."""
+"""``firefly plan``: what memory, steps and tokens a run will take, before it is started."""

@@ -1,23 +1,24 @@
-"""What the forward pass of a micro-batch leaves for the backward pass, in bytes; dropout is off, as in Bloom's own."""
+"""Bytes that the forward pass of a micro-batch leaves for the backward pass; dropout is off, as in Bloom's own."""
 
 from firefly_lightning.model.loss import SUMMED_ROWS, chunk_size
 from firefly_lightning.planning.runs import Run
 
 
 def block_activations(run: Run, tokens: int, attended: int, spares: bool = True) -> float:
-    """Bytes that the gradient of one block needs of its forward pass, without weights.
+    """Bytes that one block keeps from its forward pass to compute its gradient, without weights.
 
-    Input of both norms, in the type of the residual stream, 2 h numbers a token; in that of products, queries, keys and
-    values, attention's output and what goes into GELU, (3 + 1 + 4) h: 40 h bytes in float32. Normed inputs, 2 h more,
-    are computed again where norms are whole on the device. On the side, mean and deviation of two norms and a
-    normaliser of each head.
+    With a width of h, a token leaves these numbers. In the type of the residual stream: the inputs of both norms, 2 h.
+    In the type of products: queries, keys and values, the output of attention and the input of GELU, (3 + 1 + 4) h.
+    Together these are 40 h bytes in float32. The outputs of the norms, 2 h more, are computed again where norms are
+    whole on the device. Mean and deviation of the two norms and a normaliser of each head come on top.
 
     Args:
-        run: Gives sizes and types.
+        run: The run, which gives sizes and types.
         tokens: Tokens that norms and products see.
         attended: Tokens that attention sees.
-        spares: Whether what is quickly computed again is left out: normed inputs, GELU's output, attention's in packed
-            rows, and the float32 that attention on a CPU widens to. A recomputed block leaves out nothing.
+        spares: Whether the block leaves out what is quickly computed again: outputs of norms, GELU's output, the output
+            of attention in packed rows, and the float32 copies that attention makes on a CPU. A recomputed block leaves
+            out nothing.
     """
     model = run.model
     residual = run.weight_bytes
@@ -37,9 +38,9 @@ def normed_bytes(run: Run, spares: bool = True) -> int:
 
 
 def activations(run: Run) -> float:
-    """Bytes that stay from the forward pass for the backward pass, without logits.
+    """Bytes that the model keeps from the forward pass for the backward pass, without logits.
 
-    The last block goes on from attention with the targets only. Checkpointing keeps the input of each block.
+    After its attention, the last block computes only the learned tokens. Checkpointing keeps the input of each block.
     """
     model, load = run.model, run.load
     hidden, residual = model.hidden_size, run.weight_bytes
@@ -48,7 +49,7 @@ def activations(run: Run) -> float:
     if run.checkpointing:
         return ends + model.n_layer * load.tokens * hidden * residual
     whole = (model.n_layer - 1) * block_activations(run, load.tokens, run.attended)
-    # Of the last, all tokens go as far as attention, and the targets' contexts are kept as they are picked.
+    # In the last block all tokens go as far as attention, and its outputs at the targets are picked and kept.
     shared = run.layer_shares
     before = (load.tokens - load.targets) * hidden * (residual + normed_bytes(run))
     attention = block_activations(run, 0, run.attended)
@@ -57,7 +58,10 @@ def activations(run: Run) -> float:
 
 
 def autocast_copies(run: Run) -> float:
-    """16-bit copies of the blocks' matrices, which autocast keeps until the forward pass ends, recomputed or not."""
+    """Bytes of the 16-bit copies of the blocks' matrices that autocast keeps until the forward pass ends.
+
+    It keeps them whether activations are recomputed or not.
+    """
     if not run.mixed or run.entry.engine.keeps_masters:
         return 0.0
     shared = run.layer_shares
@@ -65,9 +69,10 @@ def autocast_copies(run: Run) -> float:
 
 
 def fused_logits(run: Run) -> float:
-    """Bytes of the loss in chunks at its most: logits and their logarithms, or products that make the head's gradient.
+    """Bytes that the loss in chunks takes at its most.
 
-    The gradient is summed in float32, and becomes one of the weight's type at the end; autocast has a copy of the head.
+    They are logits and their logarithms, or the products that make the head's gradient. This gradient is summed in
+    float32 and converted to the weight's type at the end; autocast keeps a 16-bit copy of the head.
     """
     model, targets = run.model, run.load.targets
     logits = model.vocab_size * min(chunk_size(model.vocab_size, run.device), targets)
@@ -81,12 +86,12 @@ def fused_logits(run: Run) -> float:
 
 
 def plain_logits(run: Run) -> float:
-    """Bytes of all logits at once, in float32: their logarithms, and two gradients while the backward pass begins."""
+    """Bytes of a loss over all logits in float32: their logarithms, and two gradients as the backward pass begins."""
     return 12.0 * run.model.vocab_size * run.load.targets
 
 
 def working_set(run: Run) -> float:
-    """Bytes that the backward pass of a block takes beside what was kept: gradients of its widest tensors."""
+    """Bytes that the backward pass of a block takes beyond those kept for it: gradients of its widest tensors."""
     model, shared = run.model, run.layer_shares
     recomputed = block_activations(run, run.load.tokens, run.attended, spares=False) if run.checkpointing else 0.0
     return recomputed + run.load.tokens * model.hidden_size * (8 / shared + 2) * (2 if run.mixed else 4)

@@ -1,4 +1,4 @@
-"""``firefly plan``: what a run takes in memory, steps and tokens, before a weight is loaded."""
+"""The command ``firefly plan``: what a run takes in memory, steps and tokens, before a weight is loaded."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from firefly_lightning.errors import FireflyError
 from firefly_lightning.files.atomic import check_new_folder, new_folder
 
 MEMORY = ("24GB", "80GB")
-"""Sizes of devices that a plan is held against by default."""
+"""Memory of the devices for which a plan says by default what fits on them."""
 
 UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
 
@@ -30,28 +30,29 @@ def plan(
 ) -> None:
     """Says what a run takes before it is started: memory by strategy, steps and tokens, and what fits on a device.
 
-    Nothing is loaded but the model's ``config.json`` and, where they are on this machine, tokenizer and rows, whose
-    real lengths then count: a micro-batch is that of the longest rows. Without them, every row has ``max_length``
-    tokens, and all are learned. On a GPU, CUDA's own memory (half a GB or so) comes on top.
+    Only the model's ``config.json`` is loaded and, where they are on this machine, the tokenizer and the rows. With
+    these, the real lengths of the rows count, and the micro-batch is the one of the longest rows. Without them, every
+    row is taken to have ``max_length`` tokens, all of them learned. On a GPU, CUDA's own memory (half a GB or so) comes
+    on top.
 
     Args:
         configs: YAML files of the run, also as ``--config A.yaml --config B.yaml``, as ``firefly-fit fit`` takes them.
-        model: Folder, hub name or ``config.json`` of the model; by default that of the configuration.
-        vocab_size: Sizes of a model that is not here; all four are needed.
-        hidden_size: Likewise.
-        n_layer: Likewise.
-        n_head: Likewise.
-        strategies: Which to plan; all by default.
-        devices: Numbers of devices; 1, 2, 4 and 8 by default, the configuration's first.
+        model: Folder, hub name or ``config.json`` of the model; by default the model of the configuration.
+        vocab_size: Tokens in the vocabulary of a model that is not here; it needs all four sizes.
+        hidden_size: Width of a model that is not here.
+        n_layer: Number of blocks of a model that is not here.
+        n_head: Number of attention heads of a model that is not here.
+        strategies: Names of the strategies to plan; all by default.
+        devices: Numbers of devices to plan for; by default that of the configuration, then 1, 2, 4 and 8.
         micro_batch_sizes: Rows that a device works on at a time; by default all that divide its share of a step.
-        precision: 32-true, bf16-mixed or 16-mixed; by default that of the configuration.
-        memory: Of a device, such as 24GB (10^9 bytes) or 24GiB; 24GB and 80GB by default.
-        measure: Also train two steps after a first one on this machine, with each of ``strategies``, ``devices`` and
-            ``micro_batch_sizes``, by default those of the configuration, and compare.
-        out: A folder to write ``plan.json`` and ``memory.png`` into, new or empty.
+        precision: 32-true, bf16-mixed or 16-mixed; by default the precision of the configuration.
+        memory: Memory of a device, such as 24GB (10^9 bytes) or 24GiB; 24GB and 80GB by default.
+        measure: Also train three steps on this machine with each of ``strategies``, ``devices`` and
+            ``micro_batch_sizes``, by default those of the configuration, and compare the memory.
+        out: Folder to write ``plan.json`` and ``memory.png`` into, new or empty.
 
     Raises:
-        FireflyError: If the model is not known, or a value cannot be.
+        FireflyError: If the model is not known, or a value is not possible.
     """
     from firefly_lightning.planning.comparing import compare
     from firefly_lightning.planning.figure import draw

@@ -1,4 +1,4 @@
-"""What was foretold beside what real steps take on this machine."""
+"""Compares the memory that is predicted for a run with the memory that real steps take on this machine."""
 
 import sys
 from dataclasses import replace
@@ -19,13 +19,16 @@ from firefly_lightning.planning.tables import grid_table
 def compare(
     settings: Settings, strategies: list[str] | None, devices: list[int] | None, sizes: list[int] | None
 ) -> list[dict[str, Any]]:
-    """Trains a few steps of each, and prints what was foretold beside it.
+    """Trains a few steps of every combination, and prints predicted beside measured memory.
 
     Args:
-        settings: What the plan is of.
-        strategies: Names of strategies; the configuration's by default.
-        devices: Numbers of devices, likewise.
-        sizes: Sizes of micro-batches, likewise.
+        settings: The configuration, the model and the rows of the plan.
+        strategies: Names of the strategies to train with; by default the one of the configuration.
+        devices: Numbers of devices to train on; by default the one of the configuration.
+        sizes: Rows of a micro-batch to train with; by default the number of the configuration.
+
+    Returns:
+        For each combination its names and numbers; memory in bytes, the difference as a share of what was measured.
 
     Raises:
         FireflyError: If there are no rows, or a run ends with an error.
@@ -71,7 +74,7 @@ def _compare_one(settings: Settings, strategy: str, devices: int, rows: int, own
         "--data.micro_batch_size", rows, "--trainer.precision", settings.precision, "--trainer.num_nodes", 1,
     ]  # fmt: skip
     ranks_held = measure_run(arguments, devices)
-    # On a CPU, device and host are one.
+    # On a CPU, the memory of device and host is the same.
     predicted = takes.peak + (sum(takes.host.values()) if on_cpu else 0.0)
     worst = max(ranks_held, key=lambda held: held["peak"] - held["base"])
     growth = worst["peak"] - worst["base"]

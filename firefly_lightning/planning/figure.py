@@ -1,4 +1,4 @@
-"""A plan as a figure."""
+"""Draws a plan as a figure."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,19 +10,19 @@ from firefly_lightning.planning.planned import Planned
 from firefly_lightning.planning.tables import GIGA
 
 COLORS = ("#4C78A8", "#9ECAE9", "#F58518", "#E45756", "#BAB0AC", "#54A24B", "#B279A2")
-"""Colors of the parts of memory, in their order."""
+"""Colors of the parts of memory, in the order of ``PARTS``."""
 
 MARKS = {False: "plain", True: "checkpointed"}
-"""What a bar is labelled with, by whether activations are recomputed."""
+"""Labels of bars, by whether activations are recomputed."""
 
 
 def draw(path: Path, planned: Sequence[Planned], memory: dict[str, float], title: str) -> None:
-    """Stacked bars of memory by part, one a strategy without checkpointing and one with, as a PNG.
+    """Draws memory by part as stacked bars, two for each strategy: without checkpointing and with it.
 
     Args:
-        path: File of the figure.
-        planned: In pairs, without checkpointing and with it.
-        memory: Lines to draw, in bytes by name.
+        path: PNG file to write.
+        planned: The planned runs, in pairs without checkpointing and with it.
+        memory: Memory of devices to draw as lines, in bytes by name.
         title: Title of the figure.
     """
     names = list(dict.fromkeys(one.run.strategy for one in planned))

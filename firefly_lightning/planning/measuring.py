@@ -1,4 +1,4 @@
-"""What a run really takes: a few optimizer steps in processes of their own, their memory written down."""
+"""Measures the memory that a run really takes, in a few optimizer steps in processes of their own."""
 
 import ctypes
 import json
@@ -19,20 +19,22 @@ from firefly_lightning.cli import main as firefly_fit
 from firefly_lightning.errors import FireflyError
 
 STEPS = 3
-"""A first optimizer step, after which optimizer and DDP have what they keep, and two like all later ones."""
+"""Optimizer steps to measure: a first, in which optimizer and DDP make what they keep, and two like all later ones."""
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-"""Has glibc give memory back as it is freed. By default it keeps pieces of up to 32 MB for later, in an order of
-allocations that has nothing to do with the model, and that would count as the model's (up to a quarter more)."""
+"""Environment variables that make glibc give memory back as it is freed.
+
+By default it keeps freed pieces of up to 32 MB, depending on an order of allocations that has nothing to do with the
+model, and these would count as the model's (up to a quarter more)."""
 
 
 class MemoryMeter(Callback):
     """Writes what a process held before its model was built, and the most that it held until training ended.
 
-    On a CPU that is resident memory, on a GPU what PyTorch has allocated.
+    On a CPU this is resident memory, on a GPU memory that PyTorch has allocated.
 
     Args:
-        out: File of JSON; the rank is added to its name.
+        out: JSON file to write; a dot and the rank are added to its name.
     """
 
     def __init__(self, out: str) -> None:
@@ -40,35 +42,35 @@ class MemoryMeter(Callback):
         self.base = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """The base: libraries, data and process group; the model comes next."""
+        """Measures the base: memory of libraries, data and process group, before the model is built."""
         on_gpu = trainer.strategy.root_device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
             self.base = torch.cuda.memory_allocated()
         else:
             _give_back()
-            Path("/proc/self/clear_refs").write_text("5", "ascii")  # the peak begins anew: proc(5)
+            Path("/proc/self/clear_refs").write_text("5", "ascii")  # resets the peak: proc(5)
             self.base = _status("VmRSS")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes base and peak."""
+        """Writes base and peak into the file of this rank."""
         on_gpu = trainer.strategy.root_device.type == "cuda"
         peak = torch.cuda.max_memory_allocated() if on_gpu else _status("VmHWM")
         Path(f"{self.out}.{trainer.global_rank}").write_text(json.dumps({"base": self.base, "peak": peak}), "utf-8")
 
 
 def measure_run(arguments: Sequence[object], processes: int) -> list[dict[str, int]]:
-    """Memory of every process of a run of ``STEPS`` steps.
+    """Measures the memory of every process of a run of ``STEPS`` steps.
 
     Args:
         arguments: Arguments of ``firefly-fit fit``.
-        processes: Processes of the run, all on this machine.
+        processes: Number of processes of the run, all on this machine.
 
     Returns:
-        By rank, ``base`` and ``peak`` in bytes.
+        For each rank, its ``base`` and ``peak`` in bytes.
 
     Raises:
-        FireflyError: If the run ends with an error; the message has the run's own.
+        FireflyError: If the run ends with an error; the message contains the run's own.
     """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "memory"
@@ -96,7 +98,7 @@ def measure_run(arguments: Sequence[object], processes: int) -> list[dict[str, i
 
 
 def _environments(processes: int) -> list[dict[str, str]]:
-    """Variables of each rank, as ``torchrun`` sets them; none for a single process."""
+    """Environment variables of each rank, as ``torchrun`` sets them; none for a single process."""
     if processes == 1:
         return [{}]
     with socket.socket() as free:
@@ -108,13 +110,13 @@ def _environments(processes: int) -> list[dict[str, str]]:
 
 
 def _same_package() -> dict[str, str]:
-    """Has a child import the package that this process has, wherever it comes from."""
+    """Environment variables that make a child process import the same copy of this package as this process."""
     here = str(Path(firefly_lightning.__file__).parents[1])
     return {"PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))}
 
 
 def _give_back() -> None:
-    """Memory that was freed and that glibc has kept would hide what is taken next."""
+    """Makes glibc give back the freed memory that it has kept, which would hide what is taken next."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except OSError:  # another C library
@@ -122,7 +124,7 @@ def _give_back() -> None:
 
 
 def _status(name: str) -> int:
-    """Bytes that a field of ``/proc/self/status`` says."""
+    """Value of a field of ``/proc/self/status``, in bytes."""
     lines = Path("/proc/self/status").read_text("ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 

@@ -1,9 +1,9 @@
-"""Memory of a training step by arithmetic: what every strategy holds on a device, at the moments when it holds most.
+"""Computes the memory of a training step: what each strategy holds on a device at the moments when it holds most.
 
 Sources: Rajbhandari et al. 2020 (ZeRO), where a stage splits states, then gradients, then weights; Zhao et al. 2023
-(FSDP); Fang et al. 2021 (PatrickStar, Gemini's chunks); and what the engines in fact keep beside that: DeepSpeed its
-buffers and a float32 copy of a process's weights, DDP its buckets, autocast its copies of the weights. The optimizer is
-AdamW, dropout is off, as in Bloom's own configuration.
+(FSDP); Fang et al. 2021 (PatrickStar, Gemini's chunks). Beyond these it counts what the engines keep in practice:
+DeepSpeed its buffers and a float32 copy of a process's weights, DDP its buckets, autocast its copies of the weights.
+The optimizer is AdamW, and dropout is off, as in Bloom's own configuration.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,28 +13,30 @@ from firefly_lightning.planning.activations import activations, autocast_copies,
 from firefly_lightning.planning.runs import Run, check
 
 PARTS = ("weights", "master copy", "moments", "gradients", "buffers", "activations", "logits")
-"""What memory is taken by; buffers are an engine's own, gathered weights, and working copies of an optimizer's step."""
+"""Parts of memory. Buffers are those of an engine, gathered weights, and working copies of an optimizer's step."""
 
 BUCKET = 200_000_000
-"""Numbers in a buffer of DeepSpeed's for gradients, as Lightning sets it."""
+"""Numbers that a buffer of DeepSpeed for gradients holds, as Lightning sets it."""
 
 REUSED_WITHIN = 1_000_000_000
+"""ZeRO-3 keeps gathered weights that it uses again before so many other numbers, by DeepSpeed's default."""
+
 PREFETCHED = 50_000_000
-"""Numbers, by DeepSpeed's defaults: ZeRO-3 keeps gathered weights that it needs again so soon, and gathers ahead."""
+"""Numbers of weights that ZeRO-3 gathers ahead, by DeepSpeed's default."""
 
 CHUNK = 32 * 2**20
-"""Numbers in a chunk of Gemini's at least; an eighth of a smaller model."""
+"""Numbers that a chunk of Gemini holds at least; for a smaller model, an eighth of its parameters."""
 
 Parts = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on a device at the moments of a step that may need most, and on the host.
+    """Memory on a device, at the moments of a step that may need most, and on the host.
 
     Attributes:
-        moments: Bytes by part, by the name of the moment.
-        host: Parts that a process keeps in host memory, for its own device.
+        moments: Bytes of each part on the device, by the name of the moment.
+        host: Bytes of each part that a process keeps in host memory.
     """
 
     moments: Mapping[str, Parts]
@@ -42,25 +44,25 @@ class Estimate:
 
     @property
     def peak_at(self) -> str:
-        """The moment that needs most."""
+        """Name of the moment that needs most memory on the device."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
     def parts(self) -> Parts:
-        """Bytes by part at the moment that needs most."""
+        """Bytes of each part on the device at the moment that needs most."""
         return self.moments[self.peak_at]
 
     @property
     def peak(self) -> float:
-        """Bytes at the moment that needs most."""
+        """Bytes on the device at the moment that needs most."""
         return sum(self.parts.values())
 
 
 def estimate(run: Run) -> Estimate:
-    """Memory of a run, from its second step on.
+    """Computes the memory of a run, from its second step on.
 
     Raises:
-        FireflyError: If a strategy or a precision is not known, or the strategy cannot split the model so.
+        FireflyError: If strategy or precision is not known, or the strategy cannot split the model over these devices.
     """
     check(run)
     moments, host = _ARITHMETIC[run.entry.memory](run)
@@ -68,10 +70,10 @@ def estimate(run: Run) -> Estimate:
 
 
 def adam_workspace(run: Run, numbers: float, largest: float) -> float:
-    """Bytes that PyTorch's unfused AdamW makes in a step: two more of each tensor, or on a GPU one of all at once.
+    """Bytes that PyTorch's unfused AdamW takes for a step: two copies of one tensor at a time, or one of all at once.
 
     Args:
-        run: Says which; PyTorch takes DTensors one by one on a GPU too.
+        run: The run. PyTorch takes tensors one by one on a CPU, and DTensors on a GPU too.
         numbers: Numbers that the process updates.
         largest: Numbers of the largest tensor among them.
     """
@@ -80,12 +82,12 @@ def adam_workspace(run: Run, numbers: float, largest: float) -> float:
 
 
 def _whole(run: Run) -> tuple[dict[str, Parts], Parts]:
-    """One device and DDP. Gradients of a step are freed only after the next forward pass, as Lightning has it."""
+    """One device, and DDP. Lightning frees the gradients of a step only after the next forward pass."""
     count = run.model.parameters
     held = {"weights": 4.0 * count, "moments": 8.0 * count, "gradients": 4.0 * count}
     # DDP copies gradients into buckets of the same size.
     held["buffers"] = 4.0 * count if "rows" in run.entry.shards else 0.0
-    step = 4.0 * count if run.precision == "16-mixed" else 0.0  # AdamW is fused but for scaled gradients
+    step = 4.0 * count if run.precision == "16-mixed" else 0.0  # AdamW is fused unless gradients are scaled
     kept = activations(run) + autocast_copies(run)
     moments = {
         "forward": held | {"activations": kept, "logits": fused_logits(run)},
@@ -96,7 +98,7 @@ def _whole(run: Run) -> tuple[dict[str, Parts], Parts]:
 
 
 def _zero12(run: Run) -> tuple[dict[str, Parts], Parts]:
-    """ZeRO 1 and 2: gradients go through buffers, are flattened once more to be reduced, and a share is kept."""
+    """ZeRO 1 and 2. Gradients go through buffers, are flattened again to be reduced, and a share of them is kept."""
     count, size, share = run.model.parameters, run.weight_bytes, run.model.parameters / run.devices
     states = {"master copy": 4.0 * share, "moments": 8.0 * share}
     largest = float(size * run.model.embedding)
@@ -106,9 +108,9 @@ def _zero12(run: Run) -> tuple[dict[str, Parts], Parts]:
         host = states | {"gradients": 4.0 * share + summed, "buffers": size * share + largest}
     held: Parts = {"weights": float(size * count)} | ({} if host else states)
     own = 0.0 if host else float(size * share)
-    # Stage 1 accumulates whole gradients, stage 2 a share.
+    # Stage 1 accumulates whole gradients, stage 2 a share of them.
     gathered = 0.0 if run.micro_batches == 1 else own if "gradients" in run.entry.shards else float(size * count)
-    way_out = largest if host else 0.0  # of a gradient, to the host
+    way_out = largest if host else 0.0  # the copy of a gradient that goes to the host
     buffers = _written(run, 2 * BUCKET, count) * size + way_out
     reduced = min(BUCKET, count) * size
     step = adam_workspace(run, share, share)
@@ -139,9 +141,9 @@ def _zero12(run: Run) -> tuple[dict[str, Parts], Parts]:
 
 
 def _zero3(run: Run) -> tuple[dict[str, Parts], Parts]:
-    """ZeRO 3: layers are gathered as they are needed, and some stay until they are needed again."""
+    """ZeRO 3. Layers are gathered as they are needed, and some stay whole until they are needed again."""
     count, size, share = run.model.parameters, run.weight_bytes, run.model.parameters / run.devices
-    copied = run.mixed or run.device == "cpu"  # on a GPU float32 weights are their own master
+    copied = run.mixed or run.device == "cpu"  # float32 weights on a GPU are their own masters
     states: Parts = {
         "weights": float(size * share),
         "master copy": 4.0 * share if copied or run.entry.offloads else 0.0,
@@ -172,11 +174,11 @@ def _zero3(run: Run) -> tuple[dict[str, Parts], Parts]:
 
 
 def _gemini(run: Run) -> tuple[dict[str, Parts], Parts]:
-    """Gemini: gradients take the chunks of their weights; a few chunks are whole at a time."""
+    """Gemini. Gradients are put into the chunks of their weights; a few chunks are whole at a time."""
     count, size, share = run.model.parameters, run.weight_bytes, run.model.parameters / run.devices
     states: Parts = {"weights": float(size * share), "master copy": 4.0 * share, "moments": 8.0 * share}
     chunk = max(min(CHUNK, count / 8), run.model.embedding)
-    # The chunk at work, the next one, and that whose gradients are reduced; embedding and head are one of them.
+    # Whole chunks: one in use, the next, and one whose gradients are reduced; embedding and head are one chunk.
     buffers = 3.0 * size * chunk
     gradients = float(size * share) if run.micro_batches > 1 else 0.0
     held = {"buffers": buffers} if run.entry.offloads else states | {"buffers": buffers, "gradients": gradients}
@@ -190,12 +192,12 @@ def _gemini(run: Run) -> tuple[dict[str, Parts], Parts]:
 
 
 def _fsdp(run: Run) -> tuple[dict[str, Parts], Parts]:
-    """FSDP2: a share of all; two blocks at a time, and embedding, head and last norm all the time, are whole."""
+    """FSDP2. A device has a share of all; two blocks are whole at a time, and embedding, head and last norm always."""
     model, share = run.model, run.model.parameters / run.devices
     held = {"weights": 4.0 * share, "moments": 8.0 * share, "gradients": 4.0 * share}
     root = 4.0 * model.embedding
     gathered = root + 8.0 * model.block
-    # At the end the root's gradient is whole, beside its copy that is reduced, and gloo's of that.
+    # At the end the root's gradient is whole, beside a copy that is reduced and, on a CPU, gloo's copy.
     reduced = (4 if run.device == "cpu" else 3) * root - root / run.devices
     kept = activations(run) + autocast_copies(run)
     moments = {
@@ -207,13 +209,13 @@ def _fsdp(run: Run) -> tuple[dict[str, Parts], Parts]:
 
 
 def _tensor(run: Run) -> tuple[dict[str, Parts], Parts]:
-    """Tensor parallelism, by ColossalAI or PyTorch: a share of every matrix; norms and their inputs are whole."""
+    """Tensor parallelism, by ColossalAI or PyTorch: shares of every matrix; norms and their inputs are whole."""
     model, size = run.model, run.weight_bytes
     whole = model.n_layer * 6 * model.hidden_size + 4 * model.hidden_size  # norms, and biases after a sum
     share = (model.parameters - whole) / run.devices + whole
     held = {"weights": float(size * share), "moments": 8.0 * share, "gradients": float(size * share)}
     held["master copy"] = 4.0 * share if size == 2 else 0.0
-    # ColossalAI puts its model into DDP, with buckets.
+    # ColossalAI puts its model into DDP, which keeps buckets.
     held["buffers"] = float(size * share) if run.entry.engine.keeps_masters else 0.0
     kept = activations(run) + autocast_copies(run)
     workspace = adam_workspace(run, share, model.embedding / run.devices)
@@ -226,7 +228,7 @@ def _tensor(run: Run) -> tuple[dict[str, Parts], Parts]:
 
 
 def _written(run: Run, reserved: float, written: float) -> float:
-    """Numbers of a buffer that count: all on a GPU, on a CPU the pages that are written."""
+    """How many numbers of a reserved buffer take memory: on a GPU all, on a CPU those that are written."""
     return min(reserved, written) if run.device == "cpu" else reserved
 
 
@@ -249,4 +251,4 @@ _ARITHMETIC: dict[str, Callable[[Run], tuple[dict[str, Parts], Parts]]] = {
     "fsdp": _fsdp,
     "tensor": _tensor,
 }
-"""By the name that the catalogue of strategies has for each."""
+"""Functions that compute memory, by the names that the catalogue of strategies has for them."""

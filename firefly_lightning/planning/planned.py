@@ -1,4 +1,4 @@
-"""Runs that were planned, with what each takes, and all of them as JSON."""
+"""Planned runs, each with the memory it takes, and how they are written as JSON."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,10 +10,10 @@ from firefly_lightning.planning.runs import Run
 
 @dataclass(frozen=True)
 class Planned:
-    """A run and what it takes.
+    """A planned run and the memory it takes.
 
     Attributes:
-        run: How the model is trained.
+        run: The run: model, strategy, devices and precision.
         rows: Rows of a micro-batch.
         takes: Memory that the run takes.
     """
@@ -23,7 +23,7 @@ class Planned:
     takes: Estimate
 
     def fields(self) -> dict[str, Any]:
-        """The run as JSON has it; memory in bytes."""
+        """The run as ``plan.json`` has it, with memory in bytes."""
         return {
             "strategy": self.run.strategy,
             "devices": self.run.devices,
@@ -42,7 +42,13 @@ class Planned:
 
 
 def report(planned: Sequence[Planned], fits: Sequence[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
-    """The content of ``plan.json``; memory in bytes."""
+    """The content of ``plan.json``, with memory in bytes.
+
+    Args:
+        planned: All planned runs.
+        fits: The largest micro-batch that fits on each device, as ``largest`` gives it.
+        about: What is known of model, data and measured runs.
+    """
     model = planned[0].run.model
     return {
         "model": asdict(model) | {"parameters": model.parameters},

@@ -1,4 +1,4 @@
-"""Plans as a user sees them on the console: memory by part, by micro-batch, and what fits."""
+"""Prints plans on the console: memory by part and by micro-batch, and the largest micro-batch that fits."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,17 +9,26 @@ from firefly_lightning.planning.tables import gigabytes, grid_table, parts_table
 
 
 def devices(count: int) -> str:
-    """A number of devices in words."""
+    """A number of devices in words, such as ``2 devices``."""
     return "1 device" if count == 1 else f"{count} devices"
 
 
 def place(one: Planned) -> str:
-    """On how many devices a run is planned, and with micro-batches of how many rows."""
+    """Says on how many devices a run is planned, and how many rows its micro-batches have."""
     return f"{devices(one.run.devices)}, micro-batches of {one.rows} row{'s' if one.rows > 1 else ''}"
 
 
 def at_hand(settings: Settings, planned: Sequence[Planned], both: bool = False) -> list[Planned]:
-    """Planned runs with the configuration's own devices, micro-batch and checkpointing, as far as there are such."""
+    """The planned runs that have the devices, micro-batch and checkpointing of the configuration.
+
+    Args:
+        settings: The configuration.
+        planned: All planned runs.
+        both: Whether to return runs with and without checkpointing, whatever the configuration says.
+
+    Returns:
+        Runs on the first planned number of devices; with the most rows, if none has those of the configuration.
+    """
     first = [one for one in planned if one.run.devices == planned[0].run.devices]
     known = {one.rows for one in first}
     wanted = settings.own_rows("ddp", planned[0].run.devices)
@@ -35,7 +44,7 @@ def print_parts(settings: Settings, planned: Sequence[Planned]) -> None:
 
 
 def print_totals(settings: Settings, planned: Sequence[Planned]) -> None:
-    """Prints the memory of each strategy by rows of a micro-batch, a table a number of devices."""
+    """Prints the memory of each strategy by rows of a micro-batch, in a table for each number of devices."""
     for count in dict.fromkeys(one.run.devices for one in planned):
         here = [one for one in planned if one.run.devices == count]
         columns = sorted({one.rows for one in here})
@@ -48,7 +57,15 @@ def print_totals(settings: Settings, planned: Sequence[Planned]) -> None:
 
 
 def largest(planned: Sequence[Planned], limits: dict[str, float]) -> list[dict[str, Any]]:
-    """The largest micro-batch that fits, of those that are planned; 0 where none does."""
+    """The rows of the largest planned micro-batch that fits on a device, by memory, strategy and devices.
+
+    Args:
+        planned: All planned runs.
+        limits: Memory of devices in bytes, by name.
+
+    Returns:
+        For each combination the rows without checkpointing (``plain``) and with it; 0 where no micro-batch fits.
+    """
     kinds = dict.fromkeys((one.run.strategy, one.run.devices) for one in planned)
     return [
         {
@@ -74,7 +91,7 @@ def largest(planned: Sequence[Planned], limits: dict[str, float]) -> list[dict[s
 
 
 def print_largest(fits: Sequence[dict[str, Any]], limits: dict[str, float]) -> None:
-    """Prints the most rows of a micro-batch that fit, a table a size of memory."""
+    """Prints the most rows of a micro-batch that fit, in a table for each size of memory."""
     for text in limits:
         cells: dict[str, dict[str, str]] = {}
         here = [fit for fit in fits if fit["memory"] == text]

@@ -1,4 +1,4 @@
-"""What a plan is of: a configuration, the sizes of its model, and its rows where they are here."""
+"""What is to be planned: a configuration, the sizes of its model, and its rows if they are on this machine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from firefly_lightning.planning.runs import Load, ModelSize, Run, check, row_sha
 from firefly_lightning.planning.training_rows import TrainingRows, training_rows
 
 DEVICES = (1, 2, 4, 8)
-"""Numbers of devices to plan for, beside the configuration's own."""
+"""Numbers of devices to plan for by default, beside the number of the configuration."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a plan is of.
+    """What is to be planned.
 
     Attributes:
         arguments: Arguments of ``firefly-fit fit`` that make the configuration.
         fit: The configuration.
         model: Sizes of the model.
-        rows: Rows of the data, if they are here.
-        counts: Numbers of devices, the configuration's own first.
-        precision: Precision of all runs.
+        rows: Rows of the data; None if they are not on this machine.
+        counts: Numbers of devices to plan for, the one of the configuration first.
+        precision: Precision of all planned runs.
     """
 
     arguments: list[str]
@@ -47,22 +47,22 @@ class Settings:
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:
-        """Kind of device: a GPU, unless the configuration says otherwise."""
+        """Kind of device to plan for: a GPU, unless the configuration asks for a CPU."""
         return "cpu" if self.fit.trainer.accelerator == "cpu" else "cuda"
 
     def share(self, strategy: str, devices: int) -> int:
-        """Rows of a step that one device works on; 0 where the devices cannot share a step."""
+        """Rows of a step that one device works on; 0 where the devices cannot share the step evenly."""
         ranks = row_shares(strategy, devices)
         return 0 if self.batch_size % ranks else self.batch_size // ranks
 
     def sizes(self, strategy: str, devices: int, chosen: Sequence[int] | None) -> list[int]:
-        """Micro-batch sizes that divide the share."""
+        """Micro-batch sizes that divide a device's share of a step, of those that were chosen if any were."""
         share = self.share(strategy, devices)
         sizes = [size for size in range(1, share + 1) if share % size == 0]
         return [size for size in sizes if chosen is None or size in chosen]
 
     def own_rows(self, strategy: str, devices: int) -> int:
-        """Micro-batch size of the configuration, or the whole share."""
+        """Micro-batch size of the configuration, or a device's whole share of a step where it has none."""
         return int(self.fit.data.init_args.micro_batch_size or self.share(strategy, devices))
 
     def run(
@@ -74,7 +74,19 @@ class Settings:
         refuse: bool = False,
         load: Load | None = None,
     ) -> Run | None:
-        """A run; None where the strategy cannot, unless that is to be refused."""
+        """The run to plan, or None where the strategy cannot train the model like this.
+
+        Args:
+            strategy: Short name of the strategy.
+            devices: Number of devices.
+            rows: Rows of a micro-batch.
+            checkpointing: Whether activations are recomputed.
+            refuse: Whether to raise an error instead of returning None.
+            load: Tokens of a micro-batch; by default those of the largest one.
+
+        Raises:
+            FireflyError: If the strategy cannot train the model like this and ``refuse`` is set.
+        """
         share = self.share(strategy, devices) or rows
         length = int(self.fit.data.init_args.max_length)
         load = load or (self.rows.heaviest(rows) if self.rows else Load.full(rows, length))
@@ -88,7 +100,7 @@ class Settings:
         return run
 
     def planned(self, strategy: str, devices: int, rows: int, checkpointing: bool) -> Planned | None:
-        """A run and what it takes; None where the strategy cannot."""
+        """A run and the memory it takes; None where the strategy cannot train the model like this."""
         run = self.run(strategy, devices, rows, checkpointing)
         return Planned(run, rows, estimate(run)) if run else None
 
@@ -100,14 +112,14 @@ def read_settings(
     precision: str | None,
     devices: list[int] | None,
 ) -> Settings:
-    """A configuration, or its defaults, with what is said beside it.
+    """Reads what is to be planned from a configuration, or its defaults, and the options of the command.
 
     Args:
-        configs: YAML files.
-        model: Path of a model, in place of the configuration's.
-        sizes: Sizes of the model, by their names; all or none of them are given.
-        precision: Precision, in place of the configuration's.
-        devices: Numbers of devices, if not the usual ones.
+        configs: YAML files of the configuration.
+        model: Path of a model, to take in place of the configuration's.
+        sizes: Sizes of a model by name; either all of them are given or none.
+        precision: Precision to take in place of the configuration's.
+        devices: Numbers of devices to plan for in place of the usual ones.
 
     Raises:
         FireflyError: If the model is not known, or a value is wrong.
@@ -136,7 +148,7 @@ def _are_given(sizes: dict[str, int | None]) -> bool:
     """Whether the sizes of a model are given.
 
     Raises:
-        FireflyError: If only some are.
+        FireflyError: If only some of them are given.
     """
     missing = [name for name, size in sizes.items() if size is None]
     if missing and len(missing) < len(sizes):
@@ -145,7 +157,7 @@ def _are_given(sizes: dict[str, int | None]) -> bool:
 
 
 def _rows_here(data: Any) -> TrainingRows | None:
-    """Rows of the data; where they are not here, prints why."""
+    """Rows of the data; if they are not on this machine, prints why and returns None."""
     try:
         return training_rows(data)
     except FireflyError as error:
@@ -154,12 +166,12 @@ def _rows_here(data: Any) -> TrainingRows | None:
 
 
 def _precision(given: Any) -> str:
-    """Lightning's name of a precision, of those it understands."""
+    """Lightning's full name of a precision, of which it also understands short forms."""
     return {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(str(given), str(given))
 
 
 def sizes_line(settings: Settings) -> str:
-    """Parameters and precision of the model, as a line says them."""
+    """A line with the number of the model's parameters and the precision."""
     return f"{settings.model.parameters:,} parameters, {settings.precision}"
 
 
@@ -180,10 +192,10 @@ def describe(settings: Settings) -> dict[str, Any]:
 
 
 def plan_all(settings: Settings, strategies: Sequence[str], sizes: Sequence[int] | None) -> list[Planned]:
-    """Every combination of strategy, devices, micro-batch and checkpointing that goes together.
+    """Plans every combination of strategy, devices, micro-batch and checkpointing that is possible.
 
     Raises:
-        FireflyError: If none does.
+        FireflyError: If no combination is possible.
     """
     planned = [
         one

@@ -1,4 +1,4 @@
-"""What a configuration of ``firefly-fit`` says, read as ``firefly-fit`` reads it, with nothing built or loaded."""
+"""Reads a configuration as ``firefly-fit`` reads it, without building or loading anything."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from firefly_lightning.strategies.catalogue import name_of
 
 
 def read_fit(arguments: Sequence[str]) -> Any:
-    """The configuration that ``firefly-fit fit`` has with these arguments.
+    """Reads the configuration that ``firefly-fit fit`` has with these arguments.
 
     Raises:
         FireflyError: If a key or a value is wrong.
@@ -23,10 +23,13 @@ def read_fit(arguments: Sequence[str]) -> Any:
 
 
 def model_size(path: str) -> ModelSize:
-    """Sizes of the model of a folder, of a ``config.json``, or of the hub.
+    """Reads the sizes of a model.
+
+    Args:
+        path: Folder, ``config.json`` or hub name of the model.
 
     Raises:
-        FireflyError: If there is none.
+        FireflyError: If there is no such model.
     """
     file = Path(path).expanduser()
     try:
@@ -38,7 +41,7 @@ def model_size(path: str) -> ModelSize:
 
 
 def devices_of(trainer: Any) -> int:
-    """Processes of a run; where the trainer takes all there are, those of this machine."""
+    """Number of processes of a run; a trainer that takes all devices is counted with those of this machine."""
     devices = trainer.devices
     if isinstance(devices, list):
         count = len(devices)
@@ -53,7 +56,7 @@ def strategy_of(trainer: Any, devices: int) -> str:
     """The short name of a run's strategy.
 
     Raises:
-        FireflyError: If it has none that can be planned.
+        FireflyError: If the strategy cannot be planned.
     """
     given = trainer.strategy
     name = given if isinstance(given, str) else name_of(given.class_path, dict(given.get("init_args") or {}))

@@ -1,4 +1,4 @@
-"""What a plan is about: the sizes of a model, what a device works on at a time, and how it is trained."""
+"""A run to plan: the sizes of its model, what a device works on at a time, and how the model is trained."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,14 +9,14 @@ from firefly_lightning.errors import FireflyError
 from firefly_lightning.strategies.catalogue import BY_NAME, StrategyEntry
 
 STRATEGIES = tuple(BY_NAME)
-"""Names of those that can be planned."""
+"""Names of the strategies that can be planned."""
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Sizes of a Bloom, by the names of its configuration."""
+    """Sizes of a Bloom, named as in its configuration; ``tied`` says whether embedding and head share weights."""
 
     vocab_size: int
     hidden_size: int
@@ -26,40 +26,40 @@ class ModelSize:
 
     @classmethod
     def of(cls, config: BloomConfig) -> "ModelSize":
-        """Sizes that a model's configuration has."""
+        """Takes the sizes from a model's configuration."""
         sizes = (config.vocab_size, config.hidden_size, config.n_layer, config.n_head)
         return cls(*sizes, tied=bool(config.tie_word_embeddings))
 
     @property
     def embedding(self) -> int:
-        """Parameters of the word embeddings, and of a head that is tied to them."""
+        """Number of parameters of the word embeddings, which a tied head shares."""
         return self.vocab_size * self.hidden_size
 
     @property
     def matrices(self) -> int:
-        """Parameters of a block's four matrices: 3 + 1 + 4 + 4 times hidden_size squared."""
+        """Number of parameters of a block's four matrices: 3 + 1 + 4 + 4 times hidden_size squared."""
         return 12 * self.hidden_size**2
 
     @property
     def block(self) -> int:
-        """Parameters of a block: its matrices, their 3 + 1 + 4 + 1 biases, and two norms of two vectors."""
+        """Number of parameters of a block: its matrices, their 3 + 1 + 4 + 1 biases, and two norms of two vectors."""
         return self.matrices + 13 * self.hidden_size
 
     @property
     def parameters(self) -> int:
-        """Unique parameters: a tied head counts once; two norms are outside the blocks."""
+        """Number of parameters of the model; a tied head is not counted again, and two norms are outside the blocks."""
         heads = 1 if self.tied else 2
         return heads * self.embedding + self.n_layer * self.block + 4 * self.hidden_size
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a device works on at a time.
+    """A micro-batch: what a device works on at a time.
 
     Attributes:
-        tokens: Tokens of a micro-batch, without padding.
-        padded: Tokens with padding, which attention on a GPU computes.
-        longest: Tokens of its longest row.
+        tokens: Tokens of the micro-batch, without padding.
+        padded: Tokens of the micro-batch with padding, which attention on a GPU computes.
+        longest: Tokens of the longest row.
         targets: Learned tokens of the micro-batch.
     """
 
@@ -70,7 +70,7 @@ class Load:
 
     @classmethod
     def full(cls, rows: int, length: int) -> "Load":
-        """The most that so many rows can be: each of full length, all of it learned."""
+        """The largest micro-batch of ``rows`` rows: each has ``length`` tokens, all of them learned."""
         return cls(rows * length, rows * length, length, rows * length)
 
 
@@ -81,13 +81,13 @@ class Run:
     Attributes:
         model: Sizes of the model.
         strategy: One of ``STRATEGIES``.
-        devices: Processes, each with a device.
-        load: What a micro-batch holds.
+        devices: Number of processes, each with one device.
+        load: Tokens of a micro-batch.
         micro_batches: Micro-batches that a device takes for an optimizer step.
         precision: One of ``PRECISIONS``.
         checkpointing: Whether activations are recomputed.
-        device: Kind of device. On a CPU attention is computed in float32, buffers take what is written to them, and
-            gloo copies what it reduces.
+        device: Kind of device. On a CPU attention is computed in float32, buffers take only the memory that is written
+            to, and gloo copies what it reduces.
     """
 
     model: ModelSize
@@ -111,30 +111,30 @@ class Run:
 
     @property
     def entry(self) -> StrategyEntry:
-        """What the catalogue says of the strategy."""
+        """The strategy's entry in the catalogue of strategies."""
         return BY_NAME[self.strategy]
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of each number of the weights that are computed with, and of a gradient."""
+        """Bytes of each number of a gradient, and of the weights that the model computes with."""
         return 2 if self.mixed and self.entry.engine.keeps_masters else 4
 
     @property
     def layer_shares(self) -> int:
-        """Devices that share each layer; one has it alone where devices share the rows instead."""
+        """Number of devices that share each layer; 1 where devices share the rows instead."""
         return self.devices if self.entry.splits_layers else 1
 
 
 def row_shares(strategy: str, devices: int) -> int:
-    """Parts that the rows of a step are divided into: one where devices share each layer, and so see the same rows."""
+    """Number of parts that the rows of a step are divided into; 1 where devices share each layer, and so all rows."""
     return 1 if strategy in BY_NAME and BY_NAME[strategy].splits_layers else devices
 
 
 def check(run: Run) -> None:
-    """Refuses a run that cannot be.
+    """Refuses a run that is not possible.
 
     Raises:
-        FireflyError: If strategy or precision is not known, or they do not go with the model or the devices.
+        FireflyError: If strategy or precision is not known, or does not fit the model or the number of devices.
     """
     for name, value, known in (("strategy", run.strategy, STRATEGIES), ("precision", run.precision, PRECISIONS)):
         if value not in known:

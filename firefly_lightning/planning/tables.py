@@ -1,4 +1,4 @@
-"""A plan as tables on the terminal."""
+"""Tables of a plan for the terminal."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ GIGA = 1e9
 
 
 def parts_table(planned: Sequence[Planned], title: str) -> str:
-    """A table with a line a strategy: GB of each part at the moment that needs most, their sum, and the host's."""
+    """A table with a line for each run: GB of each part at the moment that needs most, their sum, and the host's."""
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("strategy", min_width=15)
     for heading in (*PARTS, "device", "host"):
@@ -27,16 +27,22 @@ def parts_table(planned: Sequence[Planned], title: str) -> str:
 
 
 def grid_table(cells: dict[str, dict[str, str]], title: str, first: str = "strategy") -> str:
-    """A table with a line a name and a column a heading."""
+    """A table with a line for each name and a column for each heading.
+
+    Args:
+        cells: Text of each cell, by name and heading.
+        title: Title of the table.
+        first: Heading of the column of names.
+    """
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column(first, min_width=15)
     for heading in dict.fromkeys(heading for row in cells.values() for heading in row):
         table.add_column(heading, justify="right")
     for name, row in cells.items():
         table.add_row(name, *row.values())
-    return f"{title}\n{render(table)}"  # a title of the table's would be as narrow as it
+    return f"{title}\n{render(table)}"  # rich would break its own title to the width of the table
 
 
 def gigabytes(size: float) -> str:
-    """A size in GB, with one digit after the point; a dot for nothing."""
+    """A size in bytes as GB with one digit after the point; a dot where that would be 0."""
     return f"{size / GIGA:,.1f}" if size >= 0.05 * GIGA else "·"

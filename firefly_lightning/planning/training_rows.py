@@ -1,4 +1,4 @@
-"""Rows of a run by their real lengths, where they are on this machine."""
+"""The real lengths of a run's rows, if the rows are on this machine."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,12 +18,12 @@ from firefly_lightning.planning.runs import Load
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """Rows of the first epoch, by their real lengths.
+    """The real lengths of the rows of a run's first epoch.
 
     Attributes:
-        plan: Which rows make a step.
-        lengths: (rows,) tokens of each row of the data.
-        targets: (rows,) learned tokens of each row.
+        plan: Says which rows make each step.
+        lengths: (rows,) Number of tokens of each row of the data.
+        targets: (rows,) Number of learned tokens of each row of the data.
     """
 
     plan: StepPlan
@@ -31,20 +31,26 @@ class TrainingRows:
     targets: npt.NDArray[np.integer[Any]]
 
     def counts(self) -> dict[str, int]:
-        """Steps, rows and tokens of the first epoch."""
+        """Numbers of steps, rows and tokens of the first epoch."""
         steps = self.plan.steps_per_epoch
         taken = np.concatenate([self.plan.rows(step) for step in range(steps)])
         tokens, targets = (int(of[taken].sum(dtype=np.int64)) for of in (self.lengths, self.targets))
         return {"steps": steps, "rows": len(taken), "tokens": tokens, "target_tokens": targets}
 
     def heaviest(self, rows: int) -> Load:
-        """The most that any micro-batch of so many rows can be."""
+        """An upper bound of any micro-batch of ``rows`` rows: the most tokens, and the most learned tokens."""
         lengths, targets = (of[:rows] for of in self._sorted)
         longest = int(lengths[0])
         return Load(int(lengths.sum()), longest * len(lengths), longest, int(targets.sum()))
 
     def of_steps(self, steps: int, world_size: int, rows: int) -> Load:
-        """The largest micro-batch of the first steps."""
+        """The micro-batch with most tokens in the first steps.
+
+        Args:
+            steps: Number of steps.
+            world_size: Number of processes that share the rows of a step.
+            rows: Rows of a micro-batch.
+        """
         ranks = (self.plan.micro_batches(step, world_size, rows) for step in range(steps))
         batches = [batch for step in ranks for rank in step for batch in rank if len(batch)]
         return max(map(self._load, batches), key=lambda load: load.tokens)
@@ -56,19 +62,19 @@ class TrainingRows:
 
     @cached_property
     def _sorted(self) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.integer[Any]]]:
-        """Lengths and learned tokens of the rows that training takes, each from the most down."""
+        """Tokens and learned tokens of the rows that training takes, each sorted from most to least."""
         taken = np.concatenate([source.rows for source in self.plan.sources])
         return np.sort(self.lengths[taken])[::-1], np.sort(self.targets[taken])[::-1]
 
 
 def training_rows(data: Any) -> TrainingRows:
-    """Rows of a run's data, tokenised if the cache lacks them; datasets of the hub are not fetched.
+    """Finds the lengths of a run's rows, tokenising them if the cache lacks them; fetches no datasets of the hub.
 
     Args:
-        data: What the configuration says of the data.
+        data: The part of the configuration that describes the data.
 
     Raises:
-        FireflyError: If files or the tokenizer are not there, or the rows are not those of this project's module.
+        FireflyError: If files or the tokenizer are missing, or the data module is not one of this project.
     """
     options = dict(data.init_args)
     files = options.get("train_files") or []

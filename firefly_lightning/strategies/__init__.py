@@ -1,6 +1,6 @@
 """Strategies: how one configuration trains on one device or many.
 
-Importing this makes their short names known to Lightning. Classes are imported when they are asked for.
+Importing this package makes their short names known to Lightning. Their classes are imported when they are asked for.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""What one process of a run cannot do ends all of them, which would else wait for it."""
+"""An error of one process of a run ends all of them; otherwise the others would wait for it forever."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 def agreed(act: Callable[[], T]) -> T:
-    """Acts on every process, which all call this; ``act`` itself must not wait for others.
+    """Calls ``act`` and returns its result; all processes call this together, and ``act`` must not wait for others.
 
     Raises:
-        FireflyError: If another process could not; what one's own ``act`` raises comes through.
+        FireflyError: If ``act`` failed on another process; what it raises on this process is raised as it is.
     """
     failure: Exception | None = None
     try:

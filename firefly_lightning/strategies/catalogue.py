@@ -1,6 +1,6 @@
 """Every strategy that a run can name, one entry each: what registration, export and plans know of it.
 
-Nothing but the standard library is imported, so that names are known long before PyTorch is there.
+This module imports the standard library only, so that the names are known before PyTorch is imported.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,17 +13,17 @@ Part = Literal["rows", "layers", "weights", "gradients", "optimizer states"]
 
 @dataclass(frozen=True)
 class Engine:
-    """What computes under a strategy.
+    """The library that does the computing under a strategy.
 
     Attributes:
-        name: That checkpoints in the engine's own form have as their writer's.
-        extra: The extra of this package that installs it; None where there is nothing to install.
-        reader: Module whose ``read_weights`` reads checkpoints in its own form, imported only then; None where these
-            are Lightning's plain files.
-        keeps_masters: Whether 16-bit weights with float32 masters are kept in mixed precision, where autocast keeps
-            float32 weights only.
+        name: The engine's name, which its own checkpoints give as their writer.
+        extra: The extra of this package that installs the engine; None where there is nothing to install.
+        reader: The module whose ``read_weights`` reads checkpoints in the engine's own form, imported only when one is
+            read; None where they are Lightning's plain files.
+        keeps_masters: Whether the engine keeps 16-bit weights and float32 masters of them in mixed precision; autocast
+            keeps float32 weights only.
         splits_tensors: Whether weights are PyTorch's DTensors, which its optimizers update one by one.
-        scales_gradients: Whether precision 16-mixed is possible.
+        scales_gradients: Whether the engine can train in precision 16-mixed, which scales the loss.
     """
 
     name: str
@@ -39,15 +39,15 @@ class StrategyEntry:
     """A strategy by its short name.
 
     Attributes:
-        name: What ``trainer.strategy`` calls it.
-        description: A line for Lightning's registry.
-        engine: What computes.
-        shards: What devices have a part of each, where a single device would have all.
-        memory: The arithmetic of ``planning/memory.py`` that counts what it holds.
-        class_path: Where its class is; None where Lightning chooses.
-        options: Arguments of the class.
-        offloads: Whether states of the optimizer are in host memory.
-        name_by: The short name by arguments of the class, where several names have the same one.
+        name: The short name, as ``trainer.strategy`` takes it.
+        description: One line about the strategy, for Lightning's registry.
+        engine: The library that does the computing.
+        shards: What the devices share, each holding a part of it; they hold everything else whole.
+        memory: Name of the arithmetic in ``planning/memory.py`` that counts the memory of the strategy.
+        class_path: Import path of the strategy's class; None where Lightning chooses the class.
+        options: Arguments with which the class is made.
+        offloads: Whether the states of the optimizer are in host memory.
+        name_by: Finds the short name from the arguments of the class, where several short names share one class.
     """
 
     name: str
@@ -62,12 +62,12 @@ class StrategyEntry:
 
     @property
     def class_name(self) -> str:
-        """The last part of the class path."""
+        """Name of the strategy's class: the last part of the class path."""
         return (self.class_path or "").rpartition(".")[2]
 
     @property
     def own(self) -> bool:
-        """Whether the class is one of this project."""
+        """Whether the strategy's class belongs to this project."""
         return (self.class_path or "").startswith("firefly_lightning.")
 
     @property
@@ -77,7 +77,7 @@ class StrategyEntry:
 
     @property
     def whole_weights(self) -> bool:
-        """Whether a device holds every weight as a whole, all the time."""
+        """Whether every device holds all weights whole, all the time."""
         return not self.shards & {"weights", "layers"}
 
 
@@ -169,16 +169,16 @@ CATALOGUE = (
         class_path=f"{_CLASSES}native.strategy.NativeTensorParallelStrategy",
     ),
 )  # fmt: skip
-"""All of them, in the order of tables and figures."""
+"""All strategies, in the order of tables and figures."""
 
 BY_NAME = {strategy.name: strategy for strategy in CATALOGUE}
 
 CLASS_PATHS = {strategy.class_name: str(strategy.class_path) for strategy in CATALOGUE if strategy.own}
-"""By name, where the classes of this project are."""
+"""Import paths of this project's strategy classes, by the name of the class."""
 
 
 def name_of(class_path: str, options: Mapping[str, Any]) -> str:
-    """The short name of a class with these arguments; the class path itself where it has none."""
+    """The short name of the strategy with this class and these arguments; the class path where it has no short name."""
     class_name = class_path.rpartition(".")[2]
     found = next((strategy for strategy in CATALOGUE if strategy.class_name == class_name), None)
     if found is None:
@@ -187,5 +187,5 @@ def name_of(class_path: str, options: Mapping[str, Any]) -> str:
 
 
 def reader_of(engine: object) -> str | None:
-    """Module that reads checkpoints in an engine's own form; None where no engine here has that name."""
+    """The module that reads the checkpoints of the engine with this name; None where no such engine is known."""
     return next((strategy.engine.reader for strategy in CATALOGUE if strategy.engine.name == engine), None)

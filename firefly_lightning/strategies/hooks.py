@@ -13,14 +13,14 @@ from firefly_lightning.errors import FireflyError
 
 
 class StrategyHooks:
-    """Mixed into a strategy that shards: it overrides what differs there.
+    """Answers for a strategy that keeps the whole model on every device; one that shards inherits and overrides them.
 
     Attributes:
         norm_follows_step: Whether the gradient's norm is known only after the optimizer's step, because the engine
             computes it there.
         generates_in_step: Whether ranks must call the model equally often, because a forward pass is collective.
-        whole_weights: Whether a process holds all weights as plain tensors all the time, and they may be used without
-            calling the modules they are of.
+        whole_weights: Whether a process holds all weights as plain tensors all the time, so that a weight may be used
+            without calling the module that it belongs to.
     """
 
     norm_follows_step = False
@@ -28,33 +28,33 @@ class StrategyHooks:
     whole_weights = False
 
     def check_model(self, config: BloomConfig) -> None:
-        """Refuses what this strategy cannot train; called before weights are loaded.
+        """Refuses a model that this strategy cannot train; called before weights are loaded.
 
         Args:
-            config: Of the model that is about to be loaded.
+            config: Configuration of the model that is about to be loaded.
 
         Raises:
-            FireflyError: If it cannot.
+            FireflyError: If the strategy cannot train the model.
         """
 
     def build_model(self, config: BloomConfig, build: Callable[[], BloomForCausalLM]) -> BloomForCausalLM:
         """The model with its weights, sharded where the strategy shards before the optimizer is made.
 
         Args:
-            config: Of the model.
-            build: Makes the whole model, on the calling process, in memory of the host.
+            config: Configuration of the model.
+            build: Makes the whole model in host memory of the process that calls it.
         """
         return build()
 
     def own_heads(self, count: int) -> slice:
-        """Which of the model's heads of attention this process computes."""
+        """Which of the model's ``count`` attention heads this process computes."""
         return slice(count)
 
     def convert_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """The engine's own kind of an optimizer, with the same parameters and settings.
+        """The engine's own optimizer of the same kind, with the same parameters and settings.
 
         Raises:
-            FireflyError: If the engine has none.
+            FireflyError: If the engine has no such optimizer.
         """
         return optimizer
 
@@ -68,14 +68,14 @@ class StrategyHooks:
 
 
 def check_accumulation(strategy: Strategy, micro_batches: int) -> None:
-    """Refuses Lightning's own DeepSpeed strategies where gradients are accumulated: both divide them.
+    """Refuses Lightning's own DeepSpeed strategies where gradients are accumulated, since these divide them twice.
 
     Args:
-        strategy: Of the run.
-        micro_batches: That make a step on one rank.
+        strategy: Strategy of the run.
+        micro_batches: Number of micro-batches that make an optimizer step on one rank.
 
     Raises:
-        FireflyError: If it is one of those and accumulates.
+        FireflyError: If the strategy is one of Lightning's for DeepSpeed and a step has several micro-batches.
     """
     ours = isinstance(strategy, StrategyHooks)
     if isinstance(strategy, DeepSpeedStrategy) and not ours and micro_batches > 1:
@@ -87,7 +87,7 @@ def check_accumulation(strategy: Strategy, micro_batches: int) -> None:
 
 
 def hooks_of(strategy: Strategy | None) -> StrategyHooks:
-    """A strategy's own answers, or the plain ones."""
+    """A strategy's own hooks, or those of one device and DDP where the strategy has none."""
     if isinstance(strategy, StrategyHooks):
         return strategy
     hooks = StrategyHooks()

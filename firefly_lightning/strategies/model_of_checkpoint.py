@@ -1,4 +1,4 @@
-"""The model in a checkpoint, whichever strategy wrote it: what ``firefly export`` makes a folder of."""
+"""Reads the model in a checkpoint, whichever strategy wrote it, for ``firefly export``."""
 
 from importlib import import_module
 from pathlib import Path
@@ -19,10 +19,11 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The description of a checkpoint's model, and its weights by their Hugging Face names.
 
     Args:
-        path: A checkpoint, file or folder.
+        path: The checkpoint, a file or a folder.
 
     Raises:
-        FireflyError: If it is damaged, not one of Firefly's, or its weights are not those of the model it describes.
+        FireflyError: If the checkpoint is damaged or not one of this project's, or if its weights do not fit the model
+            that it describes.
     """
     checkpoint = _read_folder(path) if path.is_dir() else load_file(path, "cpu")
     missing = [key for key in ("state_dict", DESCRIPTION_KEY) if not isinstance(checkpoint.get(key), dict)]
@@ -34,7 +35,7 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:
-    """The checkpoint of any strategy that saves a folder, in the form of Lightning's own files."""
+    """Reads a checkpoint that is a folder, of any strategy, into the form that Lightning's own files have."""
     if PortableReader.is_at(folder):
         reader = PortableReader(folder)
         return reader.trainer() | {"state_dict": {name: reader.weight(name) for name in reader.names()}}

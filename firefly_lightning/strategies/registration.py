@@ -1,7 +1,7 @@
 """Makes Lightning know this project's strategies by name; their classes are imported when one is built.
 
-Lightning has no entry point for strategies. So ``import firefly_lightning`` registers them where Lightning's are
-imported already, and else has them registered as soon as these are: neither is imported for it.
+Lightning has no entry point for strategies. So ``import firefly_lightning`` registers this project's strategies at once
+where Lightning's own are imported already, and otherwise as soon as Lightning's are imported. It imports neither.
 """
 
 import contextlib
@@ -17,12 +17,13 @@ from typing import Any
 from firefly_lightning.strategies.catalogue import CATALOGUE, CLASS_PATHS
 
 REGISTRY_MODULE = "lightning.pytorch.strategies"
-"""Where Lightning's ``StrategyRegistry`` is made. That of the package ``pytorch_lightning`` is another one, of other
-classes, which take no module of ``lightning``'s."""
+"""The module that makes Lightning's ``StrategyRegistry``.
+
+The package ``pytorch_lightning`` has another registry and other classes, which take no module of ``lightning``."""
 
 
 def register(registry: Any) -> None:
-    """Registers each strategy with a function that makes it.
+    """Registers each strategy of this project, with a function that makes it.
 
     Args:
         registry: Lightning's ``StrategyRegistry``.
@@ -37,7 +38,7 @@ def register(registry: Any) -> None:
 
 
 def load_class(class_path: str) -> Any:
-    """Imports a class; what engines print meanwhile does not go to standard output, which belongs to answers."""
+    """Imports a class; what engines print meanwhile goes to standard error, since standard output is for answers."""
     module, _, name = class_path.rpartition(".")
     with contextlib.redirect_stdout(sys.stderr):
         return getattr(import_module(module), name)
@@ -50,11 +51,11 @@ def load_classes() -> None:
 
 
 def register_when_imported() -> None:
-    """Registers at once or later, see above; further calls change nothing."""
+    """Registers the strategies now, or once Lightning's own are imported; further calls change nothing."""
     if _AFTER_IMPORT in sys.meta_path:
         return
     if REGISTRY_MODULE in sys.modules:
-        register(import_module(REGISTRY_MODULE).StrategyRegistry)  # waits for another thread that imports it now
+        register(import_module(REGISTRY_MODULE).StrategyRegistry)  # waits where another thread is importing it
     sys.meta_path.insert(0, _AFTER_IMPORT)
 
 
@@ -63,7 +64,10 @@ def _make(class_path: str, **options: Any) -> Any:
 
 
 class _AfterImport(MetaPathFinder):
-    """Has the other finders find the module, and registers once it has run; also where it is reloaded."""
+    """Import hook that registers the strategies once the module of the registry has run, also when it is reloaded.
+
+    It leaves finding the module to the other import finders.
+    """
 
     def __init__(self) -> None:
         self._asking = False
@@ -71,7 +75,10 @@ class _AfterImport(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Asked before all others. A finder of this kind that is not ours asks all finders, us too, in its turn."""
+        """The module's spec from the other finders, with a loader that registers; None for any other module.
+
+        Python asks this finder first. Another package's finder of this kind may in turn ask all finders, this one too.
+        """
         if fullname != REGISTRY_MODULE or self._asking:
             return None
         self._asking = True
@@ -86,7 +93,7 @@ class _AfterImport(MetaPathFinder):
 
 
 class _RegisteringLoader(Loader):
-    """Loads as another loader does, which is the module's from then on."""
+    """Loads the module by its own loader, which it leaves in the module, and registers the strategies."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -95,11 +102,11 @@ class _RegisteringLoader(Loader):
         return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Leaves it to the other."""
+        """Has the module's own loader create the module."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Runs the module and registers."""
+        """Runs the module, then registers the strategies."""
         module.__loader__ = self._loader
         if module.__spec__:
             module.__spec__.loader = self._loader

@@ -1,4 +1,4 @@
-"""Checkpoints of strategies that hold a model in parts: portable ones, and an engine's own."""
+"""Checkpoints of strategies that hold a model in parts: portable checkpoints, and those in an engine's own form."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -33,70 +33,79 @@ from firefly_lightning.strategies.agreement import agreed
 
 
 class ShardedCheckpoints(Strategy):
-    """Mixed into a strategy that shards. Either kind of checkpoint is a folder, whole or absent.
+    """Mixed into a strategy that shards: saves and loads its checkpoints, each a folder that is whole or absent.
 
-    A portable one goes on under any strategy, an engine's own under the same strategy and number of processes; the
-    ``portable`` of the trainer's ``AtomicCheckpointIO`` says which is written.
+    Any strategy resumes from a portable checkpoint, and only the same strategy on as many processes from one in the
+    engine's own form. The ``portable`` of the trainer's ``AtomicCheckpointIO`` says which kind is written.
     """
 
     _reader: PortableReader | None = None
 
     @abstractmethod
     def portable_states(self) -> Iterator[tuple[str, States]]:
-        """All parameters, each once, one after another, by their names in the ``LightningModule``.
+        """Yields every parameter once: its name in the ``LightningModule``, its weight and its optimizer states.
 
-        Called by all processes together, each of which gets every tensor whole, in memory of its own that the next
-        parameter does not reuse. Weights are the float32 masters where there are any, without rows that only pad the
-        vocabulary; states of the optimizer are there while fitting.
+        All processes call this together, and each gets every tensor whole, in memory of its own that the next parameter
+        does not reuse. Weights are the float32 masters where there are any, without rows that only pad the vocabulary.
+        Optimizer states are there only while fitting.
         """
 
     @abstractmethod
     def optimizer_steps(self) -> int:
-        """Steps that the optimizer has done, for each parameter."""
+        """Number of steps that the optimizer has done; it is the same for all parameters."""
 
     @abstractmethod
     def load_portable(self, reader: PortableReader, fitting: bool) -> None:
-        """Sets what :meth:`portable_states` gave, on whatever strategy; called by all processes.
+        """Sets what :meth:`portable_states` gave, whichever strategy saved it; called by all processes.
 
         Args:
-            reader: Reads the checkpoint; each process reads whole tensors and keeps its part.
-            fitting: Whether there is an optimizer, whose states and number of steps are set too.
+            reader: Reads the checkpoint; each process reads whole tensors and keeps its part of them.
+            fitting: Whether there is an optimizer; its states and number of steps are then set too.
         """
 
     def scaler_state(self) -> dict[str, Any]:
-        """What the scaler of a float16 loss has learned, keyed as by ``GradScaler``; empty where nothing scales."""
+        """What the scaler of the loss has learned, by the keys of ``GradScaler``; empty where no loss is scaled."""
         return {}
 
     def load_scaler_state(self, state: dict[str, Any]) -> None:
-        """Sets what :meth:`scaler_state` gave, on whatever strategy, or what a ``GradScaler`` saved."""
+        """Sets the state that :meth:`scaler_state` of any strategy gave, or that a ``GradScaler`` saved."""
 
     def whole_tensors(self) -> dict[str, Tensor]:
-        """What every process holds whole beside :meth:`portable_states`, by name: buffers that are to be saved."""
+        """Tensors to save, by name, that every process holds whole and that are not parameters: the buffers."""
         return dict(_kept_buffers(self.lightning_module))
 
     @abstractmethod
     def save_shards(self, folder: Path) -> None:
-        """Writes weights and, while fitting, optimizer states; called by all processes with the same folder."""
+        """Writes weights and, while fitting, optimizer states in the engine's own form; all processes call it together.
+
+        Args:
+            folder: The folder to write into, the same for all processes.
+        """
 
     @abstractmethod
     def load_shards(self, folder: Path, fitting: bool) -> None:
-        """Reads what :meth:`save_shards` wrote, optimizer states only if ``fitting``; called by all processes."""
+        """Reads what :meth:`save_shards` wrote; all processes call it together.
+
+        Args:
+            folder: The folder that was written.
+            fitting: Whether to read the optimizer states too.
+        """
 
     @abstractmethod
     def writer(self) -> dict[str, Any]:
-        """What must be the same where an engine's own checkpoint is read: plain values by name."""
+        """Settings, by name, that must be the same when a checkpoint in the engine's own form is read: plain values."""
 
     @property
     def saves_portable(self) -> bool:
-        """Whether :meth:`save_checkpoint` writes a portable checkpoint: unless the trainer's plugin says otherwise."""
+        """Whether saved checkpoints are portable; they are unless the trainer's plugin says otherwise."""
         io = self.checkpoint_io
         return io.portable if isinstance(io, AtomicCheckpointIO) else True
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Fills a hidden folder beside ``filepath``, then gives it that name."""
+        """Fills a hidden folder beside ``filepath``, then renames it to ``filepath``."""
         target = Path(self.broadcast(str(filepath)))
-        with ExitStack() as folder:  # which the first process begins and ends; all fill it meanwhile
+        with ExitStack() as folder:  # the first process makes the folder and renames it; all fill it
             self._on_first(lambda: folder.enter_context(whole_folder(target)))
             partial = partial_path(target)
             trainer, files = self._fill(partial, checkpoint)
@@ -111,11 +120,12 @@ class ShardedCheckpoints(Strategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads what Lightning saved; the shards follow once hooks have seen that.
+        """Reads what Lightning saved; weights and optimizer states are read later, in :meth:`load_model_state_dict`.
 
         Raises:
-            MissingFileError: If there is none.
-            FireflyError: If it is no such checkpoint, or an engine's own of another strategy or number of processes.
+            MissingFileError: If there is no checkpoint at that path.
+            FireflyError: If it is not a checkpoint of this strategy or a portable one, or if it is in the engine's own
+                form and was saved by another strategy or number of processes.
         """
         self._folder = Path(checkpoint_path)
         self._reader = None
@@ -148,17 +158,17 @@ class ShardedCheckpoints(Strategy):
     @property
     @override
     def lightning_restore_optimizer(self) -> bool:
-        """Not: it is done with the weights."""
+        """False: :meth:`load_model_state_dict` restores the optimizer together with the weights."""
         return False
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Nothing: :meth:`save_checkpoint` writes the weights."""
+        """Empty: :meth:`save_checkpoint` writes the weights."""
         return {}
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Nothing: :meth:`save_checkpoint` writes it."""
+        """Empty: :meth:`save_checkpoint` writes the optimizer's state."""
         return {}
 
     @property
@@ -167,7 +177,7 @@ class ShardedCheckpoints(Strategy):
         return True
 
     def _fill(self, folder: Path, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, FileEntry] | None]:
-        """Writes the tensors; returns what ``trainer.ckpt`` is to hold, and the files of a portable checkpoint."""
+        """Writes the tensors; returns the contents of ``trainer.ckpt`` and the files of a portable checkpoint."""
         kept = {name: value for name, value in checkpoint.items() if name not in TENSOR_KEYS}
         if self.optimizers and (scaler := self.scaler_state()):
             kept[SCALER_KEY] = scaler
@@ -179,17 +189,17 @@ class ShardedCheckpoints(Strategy):
         return kept | {WRITER_KEY: self.writer()}, None
 
     def _on_first(self, act: Callable[[], Any]) -> None:
-        """Acts on the first process; what it cannot do ends all."""
+        """Calls ``act`` on the first process only; an error of it ends all processes."""
         agreed(act if self.is_global_zero else _nothing)
 
     def _write_tensors(self, folder: Path) -> dict[str, FileEntry]:
-        """Every process writes each so many-th parameter; returns what all of them wrote."""
+        """Writes a portable checkpoint's tensors, the processes taking turns; returns the files of all of them."""
         writer, failure = PortableWriter(folder, dist.get_rank()), None
         for number, (name, states) in enumerate(self.portable_states()):
             if number % dist.get_world_size() == dist.get_rank() and failure is None:
                 try:
                     writer.add(name, states)
-                except Exception as error:  # raised below: the others wait in this process's next gathering
+                except Exception as error:  # raised below: the others still wait for this process to gather
                     failure = error
 
         def close() -> dict[str, FileEntry]:

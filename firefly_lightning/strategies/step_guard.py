@@ -1,4 +1,4 @@
-"""What watches the optimizer steps of a training: it logs them, and ends the run before a bad one does harm."""
+"""Watches the optimizer steps of a training: logs them, and ends the run before a bad step does harm."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ from firefly_lightning.errors import FireflyError
 from firefly_lightning.strategies.hooks import hooks_of
 
 NAMED_ROWS = 32
-"""Rows that a message about a bad step names; the published batch sizes are 16 and 8."""
+"""How many rows a message about a bad step names at most; the published batch sizes are 16 and 8."""
 
 _BEFORE = "still those before it"
 _AFTER = "not to be trusted, the last checkpoint is"
@@ -22,7 +22,8 @@ _AFTER = "not to be trusted, the last checkpoint is"
 class StepGuard:
     """Gathers the losses of a step's micro-batches, and checks and logs the step.
 
-    A module holds one and tells it what happens, so that it works under any ``Trainer``, without a callback.
+    A ``LightningModule`` holds one and calls it from its hooks, so that it works under any ``Trainer``, without a
+    callback.
     """
 
     def __init__(self) -> None:
@@ -30,27 +31,32 @@ class StepGuard:
         self._step, self._loss = 0, 0.0
 
     def add(self, loss: Tensor) -> None:
-        """Notes the loss of a micro-batch, scaled so that the mean over micro-batches and ranks is that of the step."""
+        """Notes the loss of a micro-batch.
+
+        Args:
+            loss: Scaled so that the mean of all micro-batches of all ranks is the loss of the step.
+        """
         self._losses.append(loss.detach())
 
     def forget(self) -> None:
-        """Forgets the micro-batches of a step that does not come to its end."""
+        """Forgets the losses of a step that was begun and will not be finished."""
         self._losses.clear()
 
     def before_step(self, module: L.LightningModule, optimizer: Optimizer) -> None:
         """Logs the loss of the step, the learning rate and, where it is known, the gradient's norm before clipping.
 
         Args:
-            module: Of whose hook this is a part; it logs.
-            optimizer: The one that is about to step.
+            module: The module whose hook calls this; the values are logged by it.
+            optimizer: The optimizer that is about to step.
 
         Raises:
-            FireflyError: If loss or gradient is not finite; before the weights are touched, naming the step's rows.
+            FireflyError: If loss or gradient is not finite. The weights are untouched then, and the message names the
+                rows of the step.
         """
         trainer: Any = module.trainer
         strategy = trainer.strategy
         if strategy.handles_gradient_accumulation and len(self._losses) < trainer.accumulate_grad_batches:
-            return  # such an engine is asked to step after every micro-batch, and knows which is the last
+            return  # Lightning asks such an engine to step after each micro-batch; it knows which is last
         loss = strategy.reduce(torch.stack(self._losses).mean(), reduce_op="mean")
         self._losses.clear()
         self._step, self._loss = module.global_step, float(loss)
@@ -62,10 +68,10 @@ class StepGuard:
             self._log_norm(module, weights=_BEFORE)
 
     def after_micro_batch(self, module: L.LightningModule) -> None:
-        """Logs the gradient's norm where the engine has computed it in its step, and this was the step's last.
+        """Logs the gradient's norm after the last micro-batch of a step, where the engine computes it in its step.
 
         Raises:
-            FireflyError: If it is not finite.
+            FireflyError: If the norm is not finite.
         """
         if hooks_of(module.trainer.strategy).norm_follows_step and not self._losses:
             self._log_norm(module, weights=_AFTER)

@@ -1,4 +1,4 @@
-"""What several tests need: running the real commands, and modules that record or kill."""
+"""Helpers of several tests: they run the real commands, and have modules that record gradients or kill processes."""
 
 import contextlib
 import csv
@@ -35,10 +35,10 @@ from tests.support.ranks import BIN, bare, lean, run_rank
 ROOT = Path(__file__).parents[2]
 
 PATIENCE = 1800
-"""Seconds until a process is taken to hang; a slow machine that compiles what DeepSpeed needs does not."""
+"""Seconds after which a process counts as hanging; enough for a slow machine that compiles what DeepSpeed needs."""
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(  # what is imported late in a run, too; the last three by engines
+FORKS.set_forkserver_preload(  # also modules that a run imports late; engines import the last three
     [
         "tests.support.ranks", "pandas", "torch.utils.tensorboard", "matplotlib.figure",
         "matplotlib.backends.backend_agg", "functorch.compile", "torch._inductor.lowering", "torch.utils.cpp_extension",
@@ -47,7 +47,7 @@ FORKS.set_forkserver_preload(  # what is imported late in a run, too; the last t
 
 
 def run(*command: object, check: bool = True, process: bool = False, cwd: Path = ROOT, how=None):
-    """Runs an installed command as a user would: its entry point here, or, if asked for, in a process of its own."""
+    """Runs an installed command as a user would: its entry point in this process or, with ``process``, in its own."""
     name, *args = (str(part) for part in command)
     result = (how or (run_process if process else run_here))(name, args, cwd)
     if check and result.returncode:
@@ -56,7 +56,10 @@ def run(*command: object, check: bool = True, process: bool = False, cwd: Path =
 
 
 def run_process(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """One thread a process; the tests' own modules, and those in its folder, can be named on the command line."""
+    """Runs a command in a process of its own, with one thread.
+
+    Its command line can name modules of the tests and of the folder ``cwd``.
+    """
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{cwd}", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [str(BIN / name), *args], capture_output=True, text=True, cwd=cwd, env=os.environ | own, timeout=PATIENCE
@@ -64,9 +67,9 @@ def run_process(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.Comp
 
 
 def run_forked(name: str, args: list[str], cwd: Path = ROOT, whole: bool = False) -> subprocess.CompletedProcess:
-    """In as many processes as it has devices, as `torchrun` starts them, but forked from one with all imports.
+    """Runs a command in as many processes as it has devices, as `torchrun` does, but forked from one with all imports.
 
-    What the first prints, and the errors of all.
+    The result has the output of the first process and the errors of all.
     """
     count = int(args[len(args) - args[::-1].index("--trainer.devices")])
     with tempfile.TemporaryDirectory() as folder:
@@ -82,14 +85,14 @@ def run_forked(name: str, args: list[str], cwd: Path = ROOT, whole: bool = False
 
 
 def forked(function: Callable[..., None], *args: object) -> BaseProcess:
-    """A process of its own that has begun to run a function of a module."""
+    """Starts a process that runs a function of a module, and returns it."""
     process = FORKS.Process(target=function, args=args)
     process.start()
     return process
 
 
 def wait_for_ends(processes: Iterable[int], seconds: float = 60) -> None:
-    """Until processes that others started have ended."""
+    """Waits until processes, given by their ids, have ended, whoever started them."""
     end = time.monotonic() + seconds
     while any(map(alive, processes)):
         assert time.monotonic() < end
@@ -105,9 +108,9 @@ def alive(process: int) -> bool:
 
 
 def run_here(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """The same without the seconds that importing torch takes.
+    """Runs a command's entry point in this process, which saves the seconds of importing torch.
 
-    Engines leave ranks and ports in the environment; the processes that later tests start would take them for theirs.
+    The environment is restored: engines leave ranks and ports in it, which processes of later tests would use.
     """
     (script,) = entry_points(group="console_scripts", name=name)
     out, err, code = io.StringIO(), io.StringIO(), 0
@@ -124,14 +127,14 @@ def run_here(name: str, args: list[str], cwd: Path = ROOT) -> subprocess.Complet
             script.load()()
         except SystemExit as end:
             code = end.code or 0
-        finally:  # a command leaves signals to the system at its end, which this process survives
+        finally:  # at its end a command gives signals back to the system, but this process goes on
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     return subprocess.CompletedProcess([name, *args], code, out.getvalue(), err.getvalue())
 
 
 def run_benchmark(name: str, *args: object) -> str:
-    """Runs a benchmark's command here; returns what it prints. Processes that it measures are forked, as ranks are."""
+    """Runs a benchmark in this process, but forks the processes that it measures; returns what it prints."""
     module = importlib.import_module(f"benchmarks.{name}")
     out = io.StringIO()
     with (
@@ -147,14 +150,14 @@ def run_benchmark(name: str, *args: object) -> str:
 
 
 def json_lines(text: str) -> list[dict]:
-    """Of what a benchmark prints."""
+    """The JSON lines among what a benchmark prints."""
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
 def fit(
     model: Path, rows: Path, root: Path, *args: object, figures: bool = False, check: bool = True, process: bool = False
 ):
-    """`firefly-fit fit` on a CPU; in its own processes where the run has several or does not survive."""
+    """Runs `firefly-fit fit` on a CPU; in processes of its own where it has several, or `process` asks for it."""
     common = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.devices", "1"]
     own = ["--model.path", model, "--data.train_files", rows, "--trainer.default_root_dir", root]
     command = bare(["fit", *common, *own, *args])
@@ -166,7 +169,7 @@ def fit(
 def run_ranks(world_size: int, *commands: list[object], timeout: float = PATIENCE) -> str:
     """Runs commands one after another in the same processes, as `torchrun` starts them; returns what they print.
 
-    The processes are forked from one that has imported what they need. A name that begins with a dash may fail.
+    The processes are forked from one that has imported all they need. A command whose name begins with a dash may fail.
     """
     written = [[str(part) for part in command] for command in commands]
     with tempfile.TemporaryDirectory() as folder:
@@ -180,13 +183,13 @@ def run_ranks(world_size: int, *commands: list[object], timeout: float = PATIENC
 
 
 def rank_environments(world_size: int) -> list[dict[str, str]]:
-    """What `torchrun` tells each rank."""
+    """The environment variables that `torchrun` sets for each rank."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world_size), "NODE_RANK": "0"}
     return [address | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
 
 def run_to_the_end(ranks: Iterable[tuple], timeout: float = PATIENCE) -> list[int | None]:
-    """Exit codes of processes that are given these arguments; the others end soon after one that failed."""
+    """Starts processes with these arguments and returns their exit codes; once one fails, the others are ended soon."""
     own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     processes = []
     for commands, environment, *places in ranks:
@@ -198,7 +201,7 @@ def run_to_the_end(ranks: Iterable[tuple], timeout: float = PATIENCE) -> list[in
             break
         time.sleep(0.1)
     for one in processes:
-        one.join(timeout=5)  # long enough for the others to say what they met
+        one.join(timeout=5)  # long enough for the others to print their errors
         if one.is_alive():
             one.kill()
             one.join()
@@ -212,7 +215,7 @@ def free_port() -> str:
 
 
 def one_line(result) -> str:
-    """The error line of a failed command; there must be no other output that looks like one."""
+    """The error line of a failed command, which must have printed only this one error and no traceback."""
     assert result.returncode not in (0, None), result.stdout + result.stderr
     assert "Traceback" not in result.stderr, result.stderr
     lines = [line for line in result.stderr.splitlines() if ": error: " in line]
@@ -234,13 +237,13 @@ def raised_line(raised) -> str:
 
 
 def logged(root: Path, name: str = "train_loss", version: int = 0) -> dict[int, str]:
-    """Step to value, digit for digit, from the metrics.csv of a run."""
+    """Values by step, digit for digit, from the metrics.csv of a run."""
     with (root / "lightning_logs" / f"version_{version}" / "metrics.csv").open() as file:
         return {int(row["step"]): row[name] for row in csv.DictReader(file) if row.get(name)}
 
 
 class Recording(FireflyModule):
-    """Writes the gradients of every step into the run's folder, before the optimizer sees them."""
+    """A module that writes the gradients of every step into the run's folder, before the optimizer sees them."""
 
     def on_before_optimizer_step(self, optimizer):
         super().on_before_optimizer_step(optimizer)
@@ -249,7 +252,7 @@ class Recording(FireflyModule):
 
 
 class Killed(FireflyModule):
-    """Kills its own process in the middle of a step."""
+    """A module that kills its own process in the middle of a step."""
 
     def __init__(self, kill_step: int, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -262,7 +265,7 @@ class Killed(FireflyModule):
 
 
 class KilledRank(Killed):
-    """Kills one of several ranks, and leaves a file that says when."""
+    """A module that kills one of several ranks, and just before leaves a file that shows it."""
 
     def __init__(self, kill_rank: int, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -276,7 +279,7 @@ class KilledRank(Killed):
 
 
 class OnAFullDisk(FireflyModule):
-    """Lets no file grow past 100 kB once training has begun."""
+    """A module that lets no file grow past 100 kB once training has begun, as on a full disk."""
 
     def on_train_start(self):
         import resource
@@ -286,7 +289,7 @@ class OnAFullDisk(FireflyModule):
 
 
 class Stopping(FireflyModule):
-    """Asks the trainer to stop in the middle of a step, as a time limit does."""
+    """A module that asks the trainer to stop in the middle of a step, as a time limit does."""
 
     def __init__(self, stop_step: int, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -298,7 +301,7 @@ class Stopping(FireflyModule):
 
 
 class NotingRows(FireflyModule):
-    """Writes down which rows a rank is given for every step."""
+    """A module that writes down which rows its rank is given for every step."""
 
     def on_train_batch_start(self, batch, batch_idx):
         super().on_train_batch_start(batch, batch_idx)
@@ -307,14 +310,16 @@ class NotingRows(FireflyModule):
 
 
 class RenamedData(FireflyDataModule):
-    """The same, under a name that no checkpoint knows."""
+    """The usual data module, under a class name that no checkpoint knows."""
 
 
 @contextlib.contextmanager
 def memory_taken(seconds: float, trims: bool = False) -> Iterator[list[int]]:
-    """Looks every so often; the one number given is how many bytes more than before there were at the peak.
+    """Measures memory in the background; its list has one number, the bytes at the peak beyond those at the start.
 
-    Where it trims, what has been freed meanwhile does not count, however small it was.
+    Args:
+        seconds: Time between two measurements.
+        trims: Whether to make freed memory not count before each measurement, however small its pieces are.
     """
     give_memory_back()
     before, taken, done = anonymous_memory(), [0], threading.Event()
@@ -335,22 +340,23 @@ def memory_taken(seconds: float, trims: bool = False) -> Iterator[list[int]]:
 
 
 def give_memory_back() -> None:
-    """Makes what is freed, before and from here on, no longer count."""
+    """Gives freed memory back to the system, now and whenever more is freed, so that it does not count."""
     libc, m_mmap_threshold = ctypes.CDLL(None), -3
     libc.mallopt(m_mmap_threshold, 65536)
     libc.malloc_trim(0)
 
 
 def anonymous_memory() -> int:
-    """Bytes of this process that no file backs; weights that are only mapped do not count."""
+    """Bytes of this process's memory that no file backs; weights that are only mapped do not count."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
 
 
 def share_blocks(monkeypatch) -> list[range]:
-    """A file system that shares blocks of files, as XFS does, but by writing them; which bytes of which it was asked.
+    """Imitates a file system that shares blocks of files, as XFS does; the list gets the ranges of bytes to share.
 
-    ioctl_ficlonerange(2): a source, a place in it, a size and a place in the file, all multiples of the block.
+    The bytes are copied instead. Arguments of the call are as in ioctl_ficlonerange(2): a source, a place in it, a size
+    and a place in the file, the last three multiples of the block size.
     """
     shared = []
 

@@ -1,4 +1,4 @@
-"""Blooms to prune: the demo's with its real vocabulary, and a small one with the oddities of real folders."""
+"""Blooms to prune: the demo's model with its real vocabulary, and a small one with the oddities of real folders."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ from demo.large_bloom import make_large_bloom
 EMBEDDING = "transformer.word_embeddings.weight"
 
 VOCABULARY = 1000
-"""Rows of the small Bloom's embedding; its tokenizer has fewer tokens, as Bloom's own."""
+"""Rows of the small Bloom's embedding; its tokenizer has fewer tokens, as Bloom's own tokenizer has."""
 
 
 def package_file(package: str, *parts: str) -> Path:
@@ -49,7 +49,11 @@ def large_bloom(base: Path) -> Path:
 
 @cache
 def small_bloom(base: Path) -> Path:
-    """Special tokens behind the vocabulary and in no good order, string merges, a template, a class that is gone."""
+    """A small Bloom whose tokenizer has the oddities of real folders.
+
+    Its special tokens come after the vocabulary in an odd order, its merges are strings, it has a template that adds
+    special tokens, and its class no longer exists.
+    """
     folder = base / "small_bloom"
     folder.mkdir()
     _save_small_tokenizer(folder)
@@ -85,7 +89,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def save_weights(tensors: dict[str, torch.Tensor], folder: Path, suffix: str, shards: int) -> None:
-    """Replaces the weights of a folder, in one file or several with an index."""
+    """Replaces the weights in a folder, by one file or by several ``shards`` with an index."""
     for old in [*folder.glob("*.safetensors*"), *folder.glob("*.bin*")]:
         old.unlink()
     stem = {"safetensors": "model", "bin": "pytorch_model"}[suffix]

@@ -1,6 +1,7 @@
-"""Files of tests as a queue that several processes of pytest take from, so that no core waits; and how long each takes.
+"""A queue of test files that several processes of pytest take from, so that no core waits, and the time of each file.
 
-`bin/test` gives `--queue=FOLDER` to all processes of a stack. Who makes the folder of a file in it runs the file.
+`bin/test` gives `--queue=FOLDER` to all processes of a stack. The process that makes a file's folder in it runs the
+file.
 """
 
 from collections.abc import Iterator
@@ -15,14 +16,16 @@ LONGEST = (
     "tests/integration/test_launching.py", "tests/strategies/deepspeed/test_strategy.py",
     "tests/integration/test_readme.py", "tests/strategies/native/test_strategy.py", "tests/integration/test_resume.py",
 )  # fmt: skip
-"""Begun first: a long one that begins last leaves a core without work."""
+"""Files to begin first, since a long one that begins last leaves a core without work."""
 
 LARGEST_SHARE = 0.12
-"""Of the time of all files of `bin/test --divided`, both stacks together, that one may take. Two cores share that time,
-so it is a quarter of what one waits for, and what one core may be late by. A longer one is divided, or made shorter."""
+"""Share of the time of all files of `bin/test --divided`, both stacks together, that one file may take.
+
+Two cores share that time, so this is a quarter of the time that one waits for them, and how late one core may be. A
+longer file has to be divided or made shorter."""
 
 LEAST_SECONDS = 180
-"""Which a file may take whatever its share is: that of a run of few files says nothing."""
+"""Seconds that a file may take whatever its share is, since the share in a run of few files says nothing."""
 
 
 def pytest_addoption(parser):
@@ -34,7 +37,7 @@ def pytest_configure(config):
 
 
 class Files:
-    """Those of this process, with the time of each; where there is a queue, of all processes that take from it."""
+    """A plugin of pytest that takes files from the queue, if there is one, and notes the time of each file it runs."""
 
     def __init__(self, queue: Path | None):
         self.queue, self.seconds = queue, {}
@@ -45,11 +48,11 @@ class Files:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session):
-        """As pytest's own, but for files that another process has taken."""
+        """Runs the tests as pytest does, without the files that another process has taken."""
         if self.queue is None or session.config.option.collectonly or session.testsfailed:
             return None
         for items in self.taken(session):
-            # After the last test of a file what is of the session stays: which file follows is not known yet.
+            # Fixtures of the session stay after the last test of a file, since the next file is not known yet.
             for item, following in zip(items, [*items[1:], session], strict=True):
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
                 if session.shouldfail:
@@ -82,7 +85,7 @@ class Files:
         self.seconds[name] = self.seconds.get(name, 0.0) + report.duration
 
     def too_long(self) -> list[str]:
-        """Of those of this process: another one tells of its own."""
+        """Messages about files of this process that took too long; each process reports its own files."""
         times = [float(path.read_text()) for path in self.queue.parent.glob("*/*/seconds")] if self.queue else []
         whole = sum(times or self.seconds.values())
         return [
@@ -107,7 +110,7 @@ class Files:
 
 
 def whole_run(config: pytest.Config) -> bool:
-    """Whether this is all of a divided run, which shares are of."""
+    """Whether all tests of a divided run are run; only then do shares of its time mean something."""
     chosen = config.option.keyword or config.option.markexpr
     return config.getoption("--divided") and config.args_source == config.ArgsSource.TESTPATHS and not chosen
 

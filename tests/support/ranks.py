@@ -1,4 +1,4 @@
-"""One rank of several: runs the commands it is given, one after another. Started by `run_ranks`.
+"""Runs commands one after another in one of several ranks, which `run_ranks` starts.
 
 A command whose name begins with a dash may end with an error, as in a makefile; the next one is run all the same.
 """
@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
-# Imported for those that follow: every rank is forked from a process that has it already.
+# Imported for the ranks: each is forked from a process that has imported this module.
 from firefly_lightning import cli
 from firefly_lightning.callbacks import run_report as report
 from firefly_lightning.callbacks import throughput
@@ -34,47 +34,56 @@ def run_rank(
     folder: Path,
     whole: bool = False,
 ) -> None:
-    """The life of a rank: its own environment, what it prints in files, the exit code of its last command.
+    """Runs the commands of a rank in this process, which ends with the exit code of the last one.
 
-    The tests' own modules, and those in its folder, can be named on the command line. Commands are lean unless they are
-    asked to be whole.
+    The command lines can name modules of the tests and of ``folder``.
+
+    Args:
+        commands: Names and arguments of the commands.
+        environment: Environment variables of the rank.
+        output: File for what the rank prints.
+        errors: File for what the rank prints to standard error.
+        folder: Working folder of the commands.
+        whole: Whether to run commands as a user does, with the parts that :func:`lean` leaves out.
     """
     os.environ.update(environment)
     os.chdir(folder)
     sys.path[:0] = [str(folder), str(ROOT)]
     rank = next((environment[name] for name in ("RANK", "SLURM_PROCID") if name in environment), 0)
-    rank_zero_only.rank = int(rank)  # Lightning asks when it is imported
+    rank_zero_only.rank = int(rank)  # Lightning reads the rank when it is imported
     for number, path in ((1, output), (2, errors)):
         with path.open("a") as file:
             os.dup2(file.fileno(), number)
     torch.set_num_threads(1)
-    gc.freeze()  # what was forked with it is never garbage: to look through it takes longer than some steps
+    gc.freeze()  # what was forked with it is never garbage; going through it takes longer than some steps
     for name, *args in commands:
         (script,) = entry_points(group="console_scripts", name=name.removeprefix("-"))
         args = args if whole else bare(args)
-        sys.argv = [str(BIN / name), *args]  # Lightning starts other ranks with it
+        sys.argv = [str(BIN / name), *args]  # Lightning starts other ranks with this command line
         print("$", name, *args, flush=True)
         if whole:
             script.load()()
         elif name.startswith("-"):
             with contextlib.suppress(SystemExit), lean(args):
                 script.load()()
-        else:  # the configuration is checked again and again; what is wrong in these would fail later
+        else:  # without checking the configuration again and again; a wrong one would fail later
             with lean(args), mock.patch.object(LightningArgumentParser, "validate"):
                 script.load()()
         gc.collect()
 
 
 def bare(args: Sequence[str]) -> Sequence[str]:
-    """Without sample answers, which take longer than the steps between them; who wants them names their prompts."""
+    """Arguments of a run without sample answers, which take longer than the steps, unless they name prompts."""
     trains = args and args[0] == "fit" and "--samples.prompts" not in args
     return [*args, "--samples.prompts", "[]"] if trains else args
 
 
 @contextlib.contextmanager
 def lean(args: Sequence[str]) -> Iterator[None]:
-    """Without what takes longer than the training of a tiny model: figures, what the device can do at most, and parsers
-    of others or made anew."""
+    """A context in which a command leaves out what takes longer than the training of a tiny model.
+
+    It draws no figures, does not measure the device's peak, and makes only the parser of its own subcommand, once.
+    """
     own = {args[0]: SUBCOMMANDS[args[0]]}
     with (
         mock.patch.object(throughput, "measure_peak", return_value=1e11),
@@ -93,7 +102,7 @@ _parsers: dict[str, tuple[LightningArgumentParser, list[str]]] = {}
 
 
 def _parser_of(self: cli.FireflyCLI, trainer_class: type, name: str, **kwargs: Any) -> LightningArgumentParser:
-    """The parser of a subcommand, which depends on nothing else; made once in a process."""
+    """The parser of a subcommand, made once in a process, since it depends on nothing but the subcommand."""
     if name not in _parsers:
         _parsers[name] = _prepare(self, trainer_class, name, **kwargs), self._subcommand_method_arguments[name]
     parser, self._subcommand_method_arguments[name] = _parsers[name]

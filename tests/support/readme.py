@@ -1,4 +1,4 @@
-"""The READMEs and the pages of the documentation as the tests see them: their blocks of code, in the reader's order."""
+"""Reads the READMEs and the pages of the documentation for tests: their blocks of code, in the reader's order."""
 
 import re
 from pathlib import Path
@@ -20,26 +20,28 @@ NOT_HERE = (
     "hf download ",
     "python -c 'from modelscope ",
 )
-"""Commands that need a network or minutes: .ci/run runs the scripts, which install the package and build the pages."""
+"""Beginnings of commands that tests leave out, since they need a network or minutes.
+
+`.ci/run` runs the scripts among them, which install the package and build the pages."""
 
 
 class Block(NamedTuple):
-    """A fenced block: its language, and its lines without comments."""
+    """A fenced block of code: its language, the file it belongs to, and its lines without comments."""
 
     language: str
-    path: str | None  # of the file that a first line "# path" names
+    path: str | None  # the path that a first line "# path" names
     code: str
 
 
 def pages(language: str) -> list[Path]:
-    """Of the documentation, in the order of the navigation; there must be no others."""
+    """Pages of the documentation in a language, in the order of the navigation, which must name all of them."""
     found = [DOCS / language / name for name in listed(yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"])]
     assert sorted(found) == sorted((DOCS / language).glob("**/*.md"))
     return found
 
 
 def listed(navigation: list | dict | str) -> list[str]:
-    """Pages of a part of the navigation."""
+    """Names of the pages in a part of the navigation, in its order."""
     if isinstance(navigation, str):
         return [navigation]
     parts = navigation.values() if isinstance(navigation, dict) else navigation
@@ -47,12 +49,12 @@ def listed(navigation: list | dict | str) -> list[str]:
 
 
 def documents(language: str) -> list[Path]:
-    """The README and the pages."""
+    """The README and the pages of the documentation in a language."""
     return [READMES[language], *pages(language)]
 
 
 def page(name: str, language: str = "en") -> str:
-    """The text of a page."""
+    """The text of a page of the documentation."""
     return (DOCS / language / f"{name}.md").read_text("utf-8")
 
 
@@ -70,7 +72,7 @@ def commands(blocks: list[Block]) -> list[str]:
 
 
 def write_file(box: Path, block: Block) -> None:
-    """A block that begins with the name of its file; a configuration must be one that firefly-fit takes."""
+    """Writes a block into its file in the folder ``box``; a configuration must be one that firefly-fit takes."""
     path = box / block.path
     path.parent.mkdir(exist_ok=True)
     path.write_text(block.code, "utf-8")

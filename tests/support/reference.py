@@ -1,4 +1,4 @@
-"""What training must give: stock Bloom, one row at a time, and PyTorch's own AdamW in one process."""
+"""The results that training must give: of stock Bloom, one row at a time, and PyTorch's own AdamW in one process."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from firefly_lightning.huggingface import load_tokenizer
 
 
 def labelled(folder: Path, rows_file: Path) -> list[tuple[list[int], list[int]]]:
-    """Token ids and labels of every row of a file, put together here."""
+    """Token ids and labels of every row of a file, put together here and not by the code under test."""
     tokenizer = load_tokenizer(str(folder))
 
     def encode(text: str) -> list[int]:
@@ -29,7 +29,11 @@ def labelled(folder: Path, rows_file: Path) -> list[tuple[list[int], list[int]]]
 
 
 def backward(model: BloomForCausalLM, rows: Sequence[tuple[list[int], list[int]]]) -> float:
-    """The loss of a step by stock logits and a masked cross-entropy, row by row; gradients are left in the model."""
+    """Computes loss and gradients of a step from stock logits and a masked cross-entropy, row by row.
+
+    Returns:
+        The loss; the gradients are left in the model.
+    """
     count = sum(label != -100 for _, labels in rows for label in labels)
     total = 0.0
     for ids, labels in rows:
@@ -41,7 +45,13 @@ def backward(model: BloomForCausalLM, rows: Sequence[tuple[list[int], list[int]]
 
 
 class Trained:
-    """A stock Bloom trained on given rows a step; ``losses`` and ``norms`` (before clipping) by step, and ``model``."""
+    """A stock Bloom that is trained on the given rows in each step.
+
+    Attributes:
+        model: The trained model.
+        losses: Loss of each step.
+        norms: Norm of the gradient before clipping, of each step.
+    """
 
     def __init__(self, folder: Path, rows_file: Path, steps: Sequence[Sequence[int]], lr, warmup, clip, eps):
         self.model = BloomForCausalLM.from_pretrained(folder).float().train()

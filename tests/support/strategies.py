@@ -1,4 +1,4 @@
-"""What the tests of all strategies share: a model that is awkward to split, and what training it must give."""
+"""Fixtures of the tests of all strategies: a model that is awkward to split, and the results its training must give."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP, CLIP = 20, 8, 1e-3, 3, 0.1
 
 @pytest.fixture(scope="session")
 def odd_folder(tmp_path_factory, reviews) -> Path:
-    """Two ranks do not divide its vocabulary; they divide its six heads, which are no power of two."""
+    """A model whose vocabulary two ranks do not divide evenly; they divide its six heads, which are no power of two."""
     folder = tmp_path_factory.mktemp("odd")
     tokenizer = train_tokenizer(reviews, 1499)
     tokenizer.save_pretrained(folder)
@@ -35,7 +35,7 @@ def odd_folder(tmp_path_factory, reviews) -> Path:
 
 @pytest.fixture(scope="session")
 def planned_rows(odd_folder, rows_file, tmp_path_factory) -> list[list[int]]:
-    """Numbers of the rows of every step; the plan is tested elsewhere."""
+    """Numbers of the rows of every step, as the plan of steps gives them; other tests check the plan."""
     data = FireflyDataModule(
         str(odd_folder), str(rows_file), batch_size=BATCH_SIZE, cache_dir=str(tmp_path_factory.mktemp("cache"))
     )
@@ -46,7 +46,7 @@ def planned_rows(odd_folder, rows_file, tmp_path_factory) -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def expected(odd_folder, rows_file, planned_rows) -> dict[float, Trained]:
-    """By Adam's eps."""
+    """The results that training must give, by Adam's eps."""
     trained = {
         eps: Trained(odd_folder, rows_file, planned_rows, LEARNING_RATE, WARMUP, CLIP, eps) for eps in (1e-4, 1e-8)
     }
@@ -56,7 +56,7 @@ def expected(odd_folder, rows_file, planned_rows) -> dict[float, Trained]:
 
 @pytest.fixture(scope="session")
 def fit_args(odd_folder, rows_file):
-    """Arguments of a run that `expected` foretells, up to the strategy."""
+    """Makes the arguments of a run that must give the results of `expected`; the strategy is to be added."""
 
     def make(root: Path, eps: float, *more: object) -> list[object]:
         return [

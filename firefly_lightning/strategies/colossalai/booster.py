@@ -35,24 +35,24 @@ from firefly_lightning.strategies.colossalai.engine_precision import EnginePreci
 from firefly_lightning.strategies.hooks import StrategyHooks
 
 PRECISIONS = {"32-true": "fp32", "bf16-mixed": "bf16", "16-mixed": "fp16"}
-"""Lightning's name of a precision to ColossalAI's."""
+"""ColossalAI's names of precisions, by Lightning's names."""
 
 NO_CLIPPING = 1e30
-"""A norm that no gradient exceeds: ColossalAI computes the norm only where it may have to clip."""
+"""A limit that no gradient's norm exceeds, set because ColossalAI computes the norm only where it may have to clip."""
 
 
 class BoosterStrategy(StrategyHooks, BoosterCheckpoints, DDPStrategy):
-    """Boosts the inner ``BloomForCausalLM`` in place, the one class that ColossalAI knows.
+    """Has ColossalAI boost the module's ``BloomForCausalLM`` in place; it knows this class, not the module around it.
 
     Every step of the module runs inside the forward pass of the wrapper that ColossalAI puts around the model.
 
     Args:
         plugin_options: Further options of ColossalAI's plugin, by name.
-        process_group_backend: Such as nccl; by the device by default.
-        timeout: Of collective operations.
+        process_group_backend: Backend of the process group, such as nccl; by default the usual one of the device.
+        timeout: Time after which a collective operation fails.
 
     Attributes:
-        own_options: Options of the plugin that are not the user's to set.
+        own_options: Names of the options of the plugin that only the strategy may set.
     """
 
     norm_follows_step = True
@@ -71,23 +71,23 @@ class BoosterStrategy(StrategyHooks, BoosterCheckpoints, DDPStrategy):
 
     @abstractmethod
     def plugin_class(self) -> Any:
-        """The plugin, imported."""
+        """Imports ColossalAI's plugin and returns its class."""
 
     @abstractmethod
     def options(self, config: BloomConfig) -> dict[str, Any]:
-        """Options of the plugin that follow from the strategy's arguments, the model and the run."""
+        """Options for the plugin by name, from the strategy's arguments, the model and the run."""
 
     def adapt(self, bloom: BloomForCausalLM) -> None:
-        """Changes what it must in the boosted model."""
+        """Changes the boosted model where the strategy needs it; by default nothing."""
 
     @property
     def simulated(self) -> bool:
-        """Whether a CPU stands in for the device."""
+        """Whether the device is simulated on a CPU."""
         return self.root_device.type == "cpu"
 
     @property
     def fitting(self) -> bool:
-        """Whether there is an optimizer."""
+        """Whether the run trains, and so has an optimizer."""
         return bool(self.trainer.state.fn == TrainerFn.FITTING)
 
     @property
@@ -97,13 +97,13 @@ class BoosterStrategy(StrategyHooks, BoosterCheckpoints, DDPStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        """Keeps the name only: Lightning's own would cast and scale a second time."""
+        """Keeps only the name of the precision: Lightning's own plugin would cast and scale a second time."""
         name = precision_plugin and precision_plugin.precision
         if name and name not in PRECISIONS:
             raise FireflyError(
                 f"{self.name}: ColossalAI cannot do precision {name}; take one of {', '.join(PRECISIONS)}"
             )
-        # One that is there from the start would win over `trainer.precision`.
+        # A plugin that is there from the start would win over `trainer.precision`.
         self._precision_plugin = EnginePrecision(name) if name else None
 
     @override
@@ -111,7 +111,7 @@ class BoosterStrategy(StrategyHooks, BoosterCheckpoints, DDPStrategy):
         """Starts the process group, imports ColossalAI and refuses what it cannot do.
 
         Raises:
-            FireflyError: If it cannot be imported, or has no such precision or option.
+            FireflyError: If ColossalAI cannot be imported, or does not have the precision or an option.
         """
         super().setup_environment()
         if self.simulated and self.precision_plugin.precision == "16-mixed":
@@ -133,10 +133,10 @@ class BoosterStrategy(StrategyHooks, BoosterCheckpoints, DDPStrategy):
         self.check_options()
 
     def check_options(self) -> None:
-        """Looks at ``plugin_options``.
+        """Checks the names in ``plugin_options``.
 
         Raises:
-            FireflyError: If one does not exist, or is the strategy's to set.
+            FireflyError: If an option does not exist, or only the strategy may set it.
         """
         known = inspect.signature(self.plugin_class().__base__).parameters
         for option in self.plugin_options:
@@ -157,7 +157,7 @@ class BoosterStrategy(StrategyHooks, BoosterCheckpoints, DDPStrategy):
         """Boosts the model and, while fitting, the optimizer.
 
         Raises:
-            FireflyError: If the module is not one around a Bloom, with one optimizer that ColossalAI knows.
+            FireflyError: If the module does not hold a Bloom, or its optimizer is not one that ColossalAI knows.
         """
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
@@ -190,10 +190,10 @@ class BoosterStrategy(StrategyHooks, BoosterCheckpoints, DDPStrategy):
         return self._evaluate("predict_step", *args, **kwargs)
 
     def check_adam(self, optimizer: Optimizer) -> None:
-        """Refuses an optimizer that is neither Adam nor AdamW, or with more to it.
+        """Refuses every optimizer but plain Adam and AdamW.
 
         Raises:
-            FireflyError: If so.
+            FireflyError: If it is another optimizer, or has ``amsgrad`` or ``maximize``.
         """
         if type(optimizer) not in (Adam, AdamW):
             raise FireflyError(f"{self.name}: cannot do {type(optimizer).__name__}; take torch.optim.AdamW or Adam")
@@ -203,16 +203,16 @@ class BoosterStrategy(StrategyHooks, BoosterCheckpoints, DDPStrategy):
 
     @override
     def gradient_norm(self, parameters: Iterable[Parameter]) -> Tensor:
-        """As the optimizer computed it in its last step; not a number where a first step was skipped."""
+        """The norm that the optimizer computed in its last step; NaN where its first step was skipped."""
         return torch.tensor(self.step_norm(self.optimizers[0]))
 
     @abstractmethod
     def step_norm(self, optimizer: Any) -> float:
-        """The norm before clipping, without the scale of the loss."""
+        """Norm of the gradient in the optimizer's last step, before clipping and without the scale of the loss."""
 
     @override
     def teardown(self) -> None:
-        """Leaves the model where it is: its weights are in parts, and some of them without memory."""
+        """Tears down all but the model, which stays where it is: its weights are in parts, and some have no memory."""
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()
@@ -222,7 +222,7 @@ class BoosterStrategy(StrategyHooks, BoosterCheckpoints, DDPStrategy):
 
     @property
     def trainer(self) -> L.Trainer:
-        """The one that runs."""
+        """The trainer that runs the module."""
         assert self.lightning_module is not None
         return self.lightning_module.trainer
 
@@ -231,7 +231,7 @@ class BoosterStrategy(StrategyHooks, BoosterCheckpoints, DDPStrategy):
         """The model inside the module, boosted or not.
 
         Raises:
-            FireflyError: If there is another.
+            FireflyError: If the module's ``model`` is not a Bloom.
         """
         model = getattr(self.lightning_module, "model", None)
         if not isinstance(model, BloomForCausalLM):
@@ -270,7 +270,7 @@ class BoosterStrategy(StrategyHooks, BoosterCheckpoints, DDPStrategy):
         _BOOSTED.add(bloom)
 
     def _check_boosted(self) -> None:
-        """A trainer that goes from training to evaluation keeps what it has; nothing else works on a model in parts."""
+        """Refuses a model that was boosted already, unless the trainer that boosted it now only evaluates."""
         if self.wrapper is None or self.fitting:
             raise FireflyError(f"{self.name}: the model was split by an earlier run; give the trainer a new module")
 
@@ -280,14 +280,14 @@ class BoosterStrategy(StrategyHooks, BoosterCheckpoints, DDPStrategy):
         simulated_device.install(self.simulated_memory)
 
     def _move_all_but(self, bloom: BloomForCausalLM) -> None:
-        """Moves the rest of the module to the device; where the model goes is the engine's business."""
+        """Moves everything in the module but the model to the device; the engine places the model."""
         module: Any = self.lightning_module
         module.model = None
         module.to(self.root_device)
         module.model = bloom
 
     def _inside(self, step: str, *args: Any, **kwargs: Any) -> Any:
-        """Runs a step where the wrapper calls the model, so that its hooks see every use of a weight."""
+        """Runs a step of the module inside the wrapper's forward pass, so that its hooks see every use of a weight."""
         bloom = self.bloom
         forward = bloom.forward
 
@@ -308,14 +308,14 @@ class BoosterStrategy(StrategyHooks, BoosterCheckpoints, DDPStrategy):
 
 
 OUTDATED = ("TypedStorage is deprecated", "`torch.distributed.* is deprecated")
-"""What PyTorch says of ColossalAI's calls, on every process; no user can act on it."""
+"""Warnings of PyTorch about ColossalAI's calls, which every process prints and no user can act on."""
 
 _BOOSTED: WeakSet[BloomForCausalLM] = WeakSet()
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps to itself what ColossalAI and what it imports say of optional packages; later it warns as ever."""
+    """Silences what ColossalAI and its imports say of optional packages when imported; later they warn again."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints of ColossalAI's ``Booster``: the weights as one, the optimizer's states as each process has them."""
+"""Checkpoints in the form of ColossalAI's ``Booster``: whole weights, and the optimizer states of each process."""
 
 import contextlib
 from abc import abstractmethod
@@ -24,11 +24,11 @@ from firefly_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
 
 
 class BoosterCheckpoints(ShardedCheckpoints):
-    """Mixed into a strategy around a ``Booster``.
+    """Mixed into a strategy around a ``Booster``: saves and loads its checkpoints.
 
     Attributes:
-        name: The strategy's.
-        booster: ColossalAI's.
+        name: Short name of the strategy.
+        booster: ColossalAI's ``Booster``.
         wrapper: The boosted model.
     """
 
@@ -38,11 +38,11 @@ class BoosterCheckpoints(ShardedCheckpoints):
 
     @abstractmethod
     def full_precision(self) -> contextlib.AbstractContextManager[None]:
-        """While it lasts, weights that are saved or loaded are the float32 masters."""
+        """A context in which the weights that ColossalAI saves and loads are the float32 masters."""
 
     @abstractmethod
     def layout(self) -> dict[str, Any]:
-        """What must be the same where an optimizer's states are read again; the model is boosted."""
+        """Settings, by name, that must be the same when optimizer states are read; called once the model is boosted."""
 
     @override
     def optimizer_steps(self) -> int:
@@ -64,14 +64,14 @@ class BoosterCheckpoints(ShardedCheckpoints):
 
     @override
     def whole_tensors(self) -> dict[str, Tensor]:
-        """Also the weights around the model, which ColossalAI leaves alone."""
+        """Also the weights in the module but outside the model, which ColossalAI leaves alone."""
         module: Any = self.lightning_module
         around = {name: parameter for name, parameter in module.named_parameters() if not name.startswith(MODEL_PREFIX)}
         return super().whole_tensors() | around
 
     @property
     def boosted_optimizer(self) -> Any:
-        """ColossalAI's; None while evaluating."""
+        """ColossalAI's optimizer around the module's; None while evaluating."""
         return self.optimizers[0] if self.optimizers else None
 
     @override
@@ -79,14 +79,14 @@ class BoosterCheckpoints(ShardedCheckpoints):
         with self.full_precision():
             self.booster.save_model(self.wrapper, str(folder / COLOSSALAI_WEIGHTS), shard=True, use_safetensors=True)
         if self.optimizers:
-            # ColossalAI would gather them, one weight after another, on the first process.
+            # ColossalAI itself would gather the states of one weight after another on the first process.
             torch.save(self.boosted_optimizer.optim.state_dict(), folder / self._states_file)
 
     @override
     def load_shards(self, folder: Path, fitting: bool) -> None:
         try:
             with self.full_precision():
-                # Not strict: the tied head is one name more than there are weights.
+                # Not strict: the tied head is a name without a weight of its own.
                 self.booster.load_model(self.wrapper, str(folder / COLOSSALAI_WEIGHTS), strict=False)
         except (SafetensorError, OSError, ValueError) as error:
             raise FireflyError(f"{folder}: damaged ({reason(error)}); use an earlier one") from error
@@ -105,17 +105,17 @@ class BoosterCheckpoints(ShardedCheckpoints):
 
 
 def read_weights(folder: Path, trainer: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights of a checkpoint, without what was added to the vocabulary.
+    """The weights of a checkpoint, without rows that only pad the vocabulary.
 
     Args:
         folder: The checkpoint.
-        trainer: What its ``trainer.ckpt`` holds.
+        trainer: Contents of the checkpoint's ``trainer.ckpt``.
 
     Returns:
         Weights by name, as in a ``LightningModule``.
 
     Raises:
-        FireflyError: If they are damaged.
+        FireflyError: If a file of weights is damaged.
     """
     weights: dict[str, Tensor] = {}
     try:

@@ -1,4 +1,4 @@
-"""Precision that an engine takes care of itself."""
+"""A precision plugin for engines that cast, scale and clip by themselves."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ class EnginePrecision(Precision):
     """Leaves casting, scaling and clipping to an engine whose optimizer does all of it.
 
     Args:
-        precision: Lightning's name of it.
+        precision: Lightning's name of the precision.
     """
 
     def __init__(self, precision: Any) -> None:
@@ -20,14 +20,14 @@ class EnginePrecision(Precision):
 
     @override
     def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Has the optimizer do it, which knows what gradients go through."""
+        """Has the optimizer run the backward pass, since it scales the loss and handles the gradients."""
         optimizer.backward(tensor)
 
     @override
-    def optimizer_step(  # type: ignore[override]  # as all of Lightning's own
+    def optimizer_step(  # type: ignore[override]  # as Lightning's own plugins do
         self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
-        """Steps after, not around, the closure: the engine's optimizers take none."""
+        """Calls the closure before the step, since the engine's optimizers take no closure."""
         loss = closure()
         self._after_closure(model, optimizer)
         optimizer.step()
@@ -35,4 +35,4 @@ class EnginePrecision(Precision):
 
     @override
     def clip_gradients(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the optimizer clips in its step."""
+        """Does nothing: the optimizer clips in its step."""

@@ -1,4 +1,4 @@
-"""What ColossalAI 0.5.0 does wrong or not at all, by subclass. Importing this imports ColossalAI."""
+"""Subclasses that mend or add what ColossalAI 0.5.0 does wrong or not at all. Importing this imports ColossalAI."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,24 +17,24 @@ from typing_extensions import override
 
 
 class Float32Gemini(GeminiDDP):  # type: ignore[misc]
-    """Gemini that computes in float32: it can, but it and its optimizer insist on being told a 16-bit type."""
+    """Gemini in float32, in which it can compute although it and its optimizer insist on being told a 16-bit type."""
 
     claims_bfloat16 = False
 
     @property
     def mixed_precision(self) -> torch.dtype:
-        """What weights and inputs are cast to."""
+        """The type that weights and inputs are cast to."""
         return torch.bfloat16 if self.claims_bfloat16 else torch.float32
 
     @mixed_precision.setter
     def mixed_precision(self, dtype: torch.dtype) -> None:
-        """Nothing: ``GeminiDDP.__init__`` sets what its assertion lets pass."""
+        """Ignores the type, which ``GeminiDDP.__init__`` sets to one that its assertion allows."""
 
 
 class ClippingGeminiOptimizer(GeminiOptimizer):  # type: ignore[misc]
     """Gemini's optimizer that clips bfloat16 gradients on the host too, and keeps the norm before clipping.
 
-    ``HybridAdam`` divides gradients by ``div_scale`` except bfloat16 ones on a CPU: these it takes as they are.
+    ``HybridAdam`` divides gradients by ``div_scale``, but takes bfloat16 gradients on a CPU as they are.
     """
 
     gradient_norm = float("nan")
@@ -50,7 +50,7 @@ class ClippingGeminiOptimizer(GeminiOptimizer):  # type: ignore[misc]
 
 
 class FractionsOfChunks(StaticPlacementPolicy):  # type: ignore[misc]
-    """Gemini's ``static`` placement with fractions of all memory: it counts a chunk once for each of its weights."""
+    """Gemini's ``static`` placement, counting each chunk once; its own class counts it once for each of its weights."""
 
     @override
     def setup_grads_device(self, params: list[Tensor], grads_device_map: dict[Tensor, torch.device]) -> None:
@@ -62,11 +62,11 @@ PlacementPolicyFactory.policies["static"] = FractionsOfChunks
 
 
 class FixedGeminiPlugin(GeminiPlugin):  # type: ignore[misc]
-    """Makes the classes above.
+    """ColossalAI's plugin for Gemini with the mended classes of this module.
 
     Args:
         precision: ``fp32``, ``bf16`` or ``fp16``.
-        options: Of ``GeminiPlugin``.
+        options: Options of ``GeminiPlugin``.
     """
 
     def __init__(self, precision: str, **options: Any) -> None:
@@ -74,7 +74,7 @@ class FixedGeminiPlugin(GeminiPlugin):  # type: ignore[misc]
         super().__init__(precision="bf16" if precision == "fp32" else precision, **options)
 
     def configure(self, model: Any, optimizer: Optimizer | None = None, *rest: Any, **named: Any) -> tuple[Any, ...]:
-        """The wrapped model and optimizer; the other things that can be boosted are not."""
+        """Wraps the model and the optimizer; returns None for criterion, loader and schedule, which are not boosted."""
         info = get_param_info(optimizer)
         wrapper = self.wrapper(
             model, **self.gemini_config, zero_group=self.zero_group, extra_dp_group=self.extra_dp_group
@@ -90,28 +90,30 @@ class FixedGeminiPlugin(GeminiPlugin):  # type: ignore[misc]
 
 
 class FixedHybridPlugin(HybridParallelPlugin):  # type: ignore[misc]
-    """Also does ZeRO in float32: its optimizer can, and only an assertion that compares with ``fp32`` forbids it.
+    """ColossalAI's plugin for tensor parallelism, which also does ZeRO in float32.
+
+    Its optimizer can do that; only an assertion that compares the precision with ``fp32`` forbids it.
 
     Args:
         precision: ``fp32``, ``bf16`` or ``fp16``.
-        options: Of ``HybridParallelPlugin``.
+        options: Options of ``HybridParallelPlugin``.
     """
 
     def __init__(self, precision: str, **options: Any) -> None:
         super().__init__(precision=precision, **options)
         if precision == "fp32":
-            self.precision = "float32"  # neither 16-bit type nor what the assertion knows: nothing is cast
+            self.precision = "float32"  # no 16-bit type, and not the name that the assertion forbids: nothing is cast
 
 
 def loss_scale(optimizer: Any) -> float:
-    """What the loss is multiplied with before the backward pass; 1 except in float16."""
+    """The factor that the loss is multiplied with before the backward pass; 1 except in float16."""
     return float(getattr(_mixin(optimizer), "loss_scale", 1.0))
 
 
 def scaler_state(optimizer: Any) -> dict[str, Any]:
-    """All that the scaler of the loss has learned, as PyTorch's ``GradScaler`` says it; empty where nothing scales.
+    """What the scaler of the loss has learned, by the keys of ``GradScaler``; empty where no loss is scaled.
 
-    ColossalAI's own ``state_dict`` leaves out its counters.
+    The ``state_dict`` of ColossalAI's scaler leaves out its counters.
     """
     scaler = getattr(_mixin(optimizer), "grad_scaler", None)
     if scaler is None:
@@ -127,7 +129,7 @@ def scaler_state(optimizer: Any) -> dict[str, Any]:
 
 
 def load_scaler_state(optimizer: Any, state: dict[str, Any]) -> None:
-    """Sets scale and counters that any strategy's scaler has learned."""
+    """Sets the scale and the counters that the scaler of any strategy has learned."""
     scaler = getattr(_mixin(optimizer), "grad_scaler", None)
     if scaler is not None and state:
         scaler._scale.fill_(state["scale"])
@@ -139,7 +141,7 @@ def load_scaler_state(optimizer: Any, state: dict[str, Any]) -> None:
 def gemini_masters(wrapper: Any) -> Iterator[None]:
     """Has Gemini save and load float32 masters as they are.
 
-    It would round them to the 16-bit type, and where gradients accumulate take the 16-bit weights instead.
+    By itself it rounds masters to the 16-bit type and, where gradients accumulate, takes the 16-bit weights instead.
     """
     manager = wrapper.chunk_manager
     reused, dtype = manager.reuse_fp16_chunk, wrapper.mixed_precision
@@ -152,12 +154,12 @@ def gemini_masters(wrapper: Any) -> Iterator[None]:
 
 @contextmanager
 def hybrid_masters(parameters: Iterable[Parameter], optimizer: Any, group: dist.ProcessGroup) -> Iterator[None]:
-    """Puts float32 masters in the place of 16-bit weights: the plugin saves these alone, and loads masters from them.
+    """Puts float32 masters in the place of 16-bit weights, since the plugin saves and loads only the latter.
 
     Args:
-        parameters: Of the model.
-        optimizer: Boosted; None where there is none.
-        group: The data-parallel processes, over which ZeRO spreads masters.
+        parameters: Parameters of the model.
+        optimizer: The boosted optimizer; None where there is none.
+        group: The data-parallel processes, over which ZeRO spreads the masters.
     """
     masters = (optimizer and optimizer.get_working_to_master_map()) or {}
     weights = [(parameter, parameter.data) for parameter in parameters if id(parameter) in masters]
@@ -180,6 +182,6 @@ def _whole(master: Tensor, parameter: Parameter, group: dist.ProcessGroup) -> Te
 
 
 def _mixin(optimizer: Any) -> Any:
-    """ColossalAI's optimizers call what knows about precision by three names."""
+    """The object that handles precision, for which ColossalAI's optimizers have three names; None if there is none."""
     names = ("mix_precision_mixin", "mixed_precision_mixin", "mixed_precision")
     return next((getattr(optimizer, name) for name in names if hasattr(optimizer, name)), None)

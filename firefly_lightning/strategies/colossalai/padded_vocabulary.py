@@ -1,4 +1,4 @@
-"""A vocabulary that processes divide evenly: rows of zeros are added to it, and left out of whatever is shown."""
+"""Pads a vocabulary with rows of zeros so that processes divide it evenly, and hides these rows again."""
 
 import torch
 from torch import Tensor, nn
@@ -6,15 +6,15 @@ from torch.nn import Parameter
 from transformers import BloomForCausalLM
 
 NAMES = ("model.transformer.word_embeddings.weight", "model.lm_head.weight")
-"""The weights with a row for each token, as a ``LightningModule`` calls them."""
+"""Names of the weights that have a row for each token, as they are in a ``LightningModule``."""
 
 
 def pad(bloom: BloomForCausalLM, multiple: int) -> None:
-    """Adds rows up to a multiple; the configuration keeps the true size.
+    """Adds rows to embedding and head up to a multiple; the configuration keeps the true size of the vocabulary.
 
     Args:
-        bloom: Not yet split.
-        multiple: Such as the number of processes.
+        bloom: The model, not yet split.
+        multiple: A divisor that the padded size must have, such as the number of processes.
     """
     excess = -bloom.config.vocab_size % multiple
     if not excess:
@@ -27,18 +27,18 @@ def pad(bloom: BloomForCausalLM, multiple: int) -> None:
 
 
 def hide(bloom: BloomForCausalLM) -> None:
-    """Ends logits where the true vocabulary does; call it once the head is the one that is used."""
+    """Cuts logits off at the true size of the vocabulary; call it once the model is boosted and has its final head."""
     vocab_size = bloom.config.vocab_size
     bloom.lm_head.register_forward_hook(lambda head, inputs, logits: logits[..., :vocab_size])
 
 
 def strip(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
-    """A weight of a ``LightningModule``, or what is shaped like it, without the rows that were added, if any were."""
+    """A weight of a ``LightningModule``, or a tensor of its shape, without the rows that pad the vocabulary, if any."""
     return tensor[:vocab_size].clone() if name in NAMES and len(tensor) > vocab_size else tensor
 
 
 def fill_up(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """A tensor of fewer rows than ``shape`` with rows of zeros up to it."""
+    """A tensor with rows of zeros added until it has as many rows as ``shape``."""
     return nn.functional.pad(tensor, (0, 0, 0, shape[0] - len(tensor))) if len(tensor) < shape[0] else tensor
 
 

@@ -1,7 +1,7 @@
-"""A device that is not there, so that ColossalAI runs on CPUs: the dry run of a configuration meant for a cluster.
+"""Simulates a device, so that ColossalAI runs on CPUs: for the dry run of a configuration meant for a cluster.
 
-Its memory is the host's. ColossalAI is told that ``cpu:0`` is the device and ``cpu`` the host, so that what it gathers,
-shards and moves between the two really happens. Import this only where the engine is wanted: it imports ColossalAI.
+The device's memory is the host's. ColossalAI is told that ``cpu:0`` is the device and ``cpu`` the host, so that it
+really gathers and shards tensors and moves them between the two. Importing this module imports ColossalAI.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from torch import Tensor
 from typing_extensions import override
 
 DEVICE = torch.device("cpu", 0)
-"""The device, where the host is ``torch.device("cpu")``; tensors on either say ``cpu``."""
+"""The simulated device; the host is ``torch.device("cpu")``, and tensors on either say that they are on ``cpu``."""
 
 
 def install(capacity: int | None = None) -> None:
-    """Makes ColossalAI take this process's CPU for its device; a second time only the capacity changes.
+    """Makes ColossalAI take this process's CPU for its device; further calls change only the capacity.
 
     Args:
-        capacity: Bytes that the device has; all of the machine's memory by default.
+        capacity: Bytes of memory that the device has; by default all of the machine's memory.
     """
     set_accelerator(SimulatedAccelerator())
     memory.colo_set_cpu_memory_capacity(capacity or psutil.virtual_memory().total)
@@ -37,7 +37,7 @@ def install(capacity: int | None = None) -> None:
 
 
 class _Stream:
-    """Work on a CPU is done when the call returns: there is nothing to wait for."""
+    """A stream that never waits, since work on a CPU is done when the call returns."""
 
     def wait_stream(self, stream: Any) -> None:
         pass
@@ -47,11 +47,11 @@ class _Stream:
 
 
 class SimulatedAccelerator(CpuAccelerator):  # type: ignore[misc]
-    """Answers like a GPU with one stream; ColossalAI's own CPU accelerator raises at most of this."""
+    """Answers like a GPU with one stream; ColossalAI's own CPU accelerator raises an error at most of these calls."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._name = "cuda"  # what ZeRO and Gemini insist on
+        self._name = "cuda"  # ZeRO and Gemini insist on this name
 
     @override
     def get_current_device(self) -> torch.device:
@@ -103,7 +103,7 @@ class SimulatedAccelerator(CpuAccelerator):  # type: ignore[misc]
 
 
 class NoActivations(MemoryMonitor):  # type: ignore[misc]
-    """Tells Gemini's ``auto`` placement that only the model needs memory: torch does not count a CPU's tensors."""
+    """Tells Gemini's ``auto`` placement that only the model needs memory: torch does not count tensors on a CPU."""
 
     @override
     def start(self) -> None:
@@ -115,7 +115,7 @@ class NoActivations(MemoryMonitor):  # type: ignore[misc]
 
 
 class _AdamKernel:
-    """ColossalAI's kernel of CPUAdam, in torch."""
+    """The kernel of ColossalAI's CPUAdam, written in PyTorch."""
 
     def __init__(self, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool) -> None:
         self.decoupled = decoupled
@@ -136,7 +136,7 @@ class _AdamKernel:
 
 
 class _TorchAdam:
-    """What a kernel's loader wants to know."""
+    """Stands for a built kernel where ColossalAI's loader of kernels looks for one."""
 
     CPUAdamOptimizer = _AdamKernel
     priority = 0
@@ -152,7 +152,7 @@ class _TorchAdam:
 
 
 class _LikeCuda:
-    """Passes for any CUDA device: chunks ask a device for its type, which is ``cpu`` for ``DEVICE`` as for the host."""
+    """Passes for the simulated device where chunks ask for a type: ``DEVICE`` itself says ``cpu``, as the host does."""
 
     type = "cuda"
 
@@ -169,7 +169,7 @@ _shard_move_to, _close = Chunk.shard_move, Chunk.close_chunk
 def _shard_move(chunk: Any, device: torch.device, *args: Any, **kwargs: Any) -> None:
     if device != DEVICE:
         _shard_move_to(chunk, device, *args, **kwargs)
-    elif chunk.cuda_shard is None:  # else it is there already
+    elif chunk.cuda_shard is None:  # otherwise the shard is on the device already
         _shard_move_to(chunk, _LikeCuda(), *args, **kwargs)
 
 

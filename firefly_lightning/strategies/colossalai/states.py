@@ -1,6 +1,6 @@
-"""Models that ColossalAI trains, one whole parameter after another, as portable checkpoints hold them.
+"""Reads and sets models that ColossalAI trains, one whole parameter after another, as portable checkpoints hold them.
 
-ColossalAI's own access to what is split does the work. Importing this imports ColossalAI.
+ColossalAI's own functions gather and split the tensors. Importing this module imports ColossalAI.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,17 +31,17 @@ STEP = "step"
 
 
 def steps_done(optimizer: Any) -> int:
-    """Steps of a boosted optimizer; 0 before the first, and where there is none."""
+    """Steps that a boosted optimizer has done; 0 before its first step, and where there is no optimizer."""
     states = optimizer.optim.state.values() if optimizer else ()
     return int(max((float(state.get(STEP, 0)) for state in states), default=0))
 
 
 def read_gemini(wrapper: Any, optimizer: Any) -> Iterator[tuple[str, States]]:
-    """Weights, float32 masters where there are any, and states of the optimizer.
+    """Yields each parameter's name, with its weight, the float32 master if there is one, and its optimizer states.
 
     Args:
         wrapper: The boosted model.
-        optimizer: Boosted; None where there is none.
+        optimizer: The boosted optimizer; None where there is none.
     """
     numbers = {id(parameter): number for number, parameter in optimizer.id_to_real_params.items()} if optimizer else {}
     with gemini_masters(wrapper):
@@ -53,14 +53,14 @@ def read_gemini(wrapper: Any, optimizer: Any) -> Iterator[tuple[str, States]]:
                 number = numbers.get(id(parameter))
                 states = {} if number is None else optimizer.collect_states(number, only_rank_0=False)
                 kept = {key: state for key, state in states.items() if key != STEP}
-                # A clone: the weight is a part of the chunk, and a bias that waits for its file would keep all of it.
+                # A clone: the weight is a view of its chunk, and a bias not yet written would keep the chunk alive.
                 yield MODEL_PREFIX + wrapper.param2name[parameter], {WEIGHT: weight.clone(), **kept}
 
 
 def write_gemini(wrapper: Any, optimizer: Any, reader: PortableReader) -> None:
-    """Sets what :func:`read_gemini` gives."""
+    """Sets weights and optimizer states, which :func:`read_gemini` gives, to those of a checkpoint."""
     with gemini_masters(wrapper):
-        # Not strict: the tied head is one name more than there are weights.
+        # Not strict: the tied head is a name without a weight of its own.
         wrapper.load_state_dict(_Weights(reader), strict=False)
     if not optimizer:
         return
@@ -74,7 +74,7 @@ def write_gemini(wrapper: Any, optimizer: Any, reader: PortableReader) -> None:
 
 
 class _Weights(Mapping[str, Tensor]):
-    """Weights of a Bloom by name, each read when Gemini asks for it; of a ``state_dict`` it needs no more."""
+    """Stands for a ``state_dict``: the weights of a Bloom by name, each read when Gemini asks for it."""
 
     def __init__(self, reader: PortableReader) -> None:
         self._reader = reader
@@ -83,7 +83,7 @@ class _Weights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._reader.weight(MODEL_PREFIX + name)
 
-    def __contains__(self, name: object) -> bool:  # without reading it
+    def __contains__(self, name: object) -> bool:  # without reading the weight
         return name in self._names
 
     def __iter__(self) -> Iterator[str]:
@@ -93,17 +93,17 @@ class _Weights(Mapping[str, Tensor]):
         return len(self._names)
 
     def copy(self) -> "_Weights":
-        """Itself: nothing in it changes."""
+        """Returns itself, since nothing in it can be changed."""
         return self
 
 
 def read_hybrid(bloom: BloomForCausalLM, optimizer: Any, plugin: Any) -> Iterator[tuple[str, States]]:
-    """Weights, float32 masters where there are any, and states of the optimizer, without what pads the vocabulary.
+    """Yields each parameter as :func:`read_gemini` does, without rows that only pad the vocabulary.
 
     Args:
-        bloom: Boosted.
-        optimizer: Likewise; None where there is none.
-        plugin: The one that boosted them.
+        bloom: The boosted model.
+        optimizer: The boosted optimizer; None where there is none.
+        plugin: The plugin that boosted them.
     """
     for name, parameter in bloom.named_parameters():
         with hybrid_masters([parameter], optimizer, plugin.dp_group):
@@ -125,13 +125,13 @@ def read_hybrid(bloom: BloomForCausalLM, optimizer: Any, plugin: Any) -> Iterato
 def write_hybrid(
     bloom: BloomForCausalLM, optimizer: Any, plugin: Any, files: HybridParallelCheckpointIO, reader: PortableReader
 ) -> None:
-    """Sets what :func:`read_hybrid` gives.
+    """Sets weights and optimizer states, which :func:`read_hybrid` gives, to those of a checkpoint.
 
     Args:
-        bloom: Boosted.
-        optimizer: Likewise; None where there is none.
-        plugin: The one that boosted them.
-        files: The plugin's, which knows how states are split.
+        bloom: The boosted model.
+        optimizer: The boosted optimizer; None where there is none.
+        plugin: The plugin that boosted them.
+        files: The plugin's object for checkpoints, which knows how states are split.
         reader: Reads the checkpoint.
     """
     trainer = reader.trainer() if optimizer else {}
@@ -157,7 +157,7 @@ def write_hybrid(
 
 
 def _master(optimizer: Any, parameter: Parameter) -> Tensor:
-    """What the optimizer steps on; the parameter itself where it has no master."""
+    """The tensor that the optimizer steps on: the parameter's master, or the parameter itself where it has none."""
     masters: dict[int, Tensor] = optimizer.get_working_to_master_map() or {}
     return masters.get(id(parameter), parameter)
 
@@ -172,7 +172,7 @@ def _whole_shape(parameter: Parameter) -> torch.Size:
 
 
 def _part(whole: Tensor, parameter: Parameter) -> Tensor:
-    """This process's part of a weight."""
+    """This process's part of a whole weight, split as ``parameter`` is."""
     whole = whole.to(parameter.device)
     if not is_distributed_tensor(parameter):
         return whole

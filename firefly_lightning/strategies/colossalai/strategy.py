@@ -1,6 +1,6 @@
 """ColossalAI's Gemini and its tensor parallelism: ``gemini``, ``gemini_offload``, ``tensor_parallel``.
 
-They need the extra ``colossalai``, which is imported only when one of them is used.
+They need ColossalAI, which the extra ``colossalai`` installs and which is imported only when one of them is used.
 
 Longer than 300 lines, since the two classes are read side by side: each hook of one has its twin.
 """
@@ -28,19 +28,21 @@ MEBI = 2**20
 
 
 class GeminiStrategy(BoosterStrategy):
-    """Weights, gradients and moments in chunks, spread over the processes and, as told, between device and host.
+    """Gemini keeps weights, gradients and moments in chunks, spread over processes and between device and host.
 
     Args:
-        placement_policy: ``static`` by the fractions below; ``auto`` moves chunks to the host when the device is full.
+        placement_policy: ``static`` places chunks by the fractions below; ``auto`` moves chunks to the host when the
+            device is full.
         shard_param_frac: Share of the weights that processes hold in parts between uses, from 0 (all whole) to 1.
-        offload_optim_frac: Share of masters, gradients and moments that stay on the host.
-        offload_param_frac: Share of the weights that stay on the host; only where the other two are 1.
-        min_chunk_size_m: Least weights of a chunk, in units of 2^20; by default 32, or an eighth of a smaller model.
-        tp_size: 1; ColossalAI's Gemini computes wrong gradients in tensor parallel, and it is refused.
-        simulated_memory_gb: On a CPU, what the simulated device holds, in GB, for ``auto``; all there is by default.
+        offload_optim_frac: Share of masters, gradients and moments that stay on the host, from 0 to 1.
+        offload_param_frac: Share of the weights that stay on the host; it needs the other two fractions to be 1.
+        min_chunk_size_m: Weights that a chunk holds at least, in units of 2^20; by default 32, or an eighth of a
+            smaller model.
+        tp_size: Only 1 is allowed, since ColossalAI's Gemini computes wrong gradients with tensor parallelism.
+        simulated_memory_gb: GB of memory of the device that a CPU simulates, for ``auto``; all there is by default.
         plugin_options: Further options of ColossalAI's ``GeminiPlugin``, by name.
-        process_group_backend: Such as nccl; by the device by default.
-        timeout: Of collective operations.
+        process_group_backend: Backend of the process group, such as nccl; by default the usual one of the device.
+        timeout: Time after which a collective operation fails.
 
     Raises:
         FireflyError: If ColossalAI is not installed, or the arguments contradict each other.
@@ -97,7 +99,7 @@ class GeminiStrategy(BoosterStrategy):
             "min_chunk_size_m": least / MEBI,
             "search_range_m": min(32, least / MEBI),
             "hidden_dim": config.hidden_size,
-            # Both need CUDA: streams, and memory that is pinned for it.
+            # Both need CUDA: the first its streams, the second its pinned memory.
             "enable_async_reduce": not self.simulated,
             "pin_memory": not self.simulated,
         }
@@ -125,7 +127,7 @@ class GeminiStrategy(BoosterStrategy):
 
     @override
     def convert_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """``HybridAdam``, which steps both on the device and on the host."""
+        """Turns Adam or AdamW into ColossalAI's ``HybridAdam``, which steps both on the device and on the host."""
         from colossalai.nn.optimizer import CPUAdam, FusedAdam, HybridAdam
 
         if type(optimizer) in (HybridAdam, CPUAdam, FusedAdam):
@@ -139,7 +141,7 @@ class GeminiStrategy(BoosterStrategy):
 
     @override
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
-        with contextlib.redirect_stdout(sys.stderr):  # `auto` prints what it has counted
+        with contextlib.redirect_stdout(sys.stderr):  # `auto` prints figures of its memory
             return super().backward(*args, **kwargs)
 
     @override
@@ -170,7 +172,7 @@ class GeminiStrategy(BoosterStrategy):
         return {"tp_size": 1, "chunk_size": int(chunk_size)}
 
     def _placement(self) -> dict[str, Any]:
-        if self.placement_policy == "auto" and not self.fitting:  # nothing to learn from: the host takes all of it
+        if self.placement_policy == "auto" and not self.fitting:  # no training step to learn from: all goes to the host
             return {"placement_policy": "static", **dict.fromkeys(self.fractions, 1.0)}
         return {"placement_policy": self.placement_policy, **self.fractions}
 
@@ -189,19 +191,20 @@ class GeminiStrategy(BoosterStrategy):
 
 
 class TensorParallelStrategy(BoosterStrategy):
-    """Every weight matrix split over ``tp_size`` processes that work on the same rows; the others share the rows.
+    """Tensor parallelism splits every weight matrix over ``tp_size`` processes, which work on the same rows.
 
-    A vocabulary that ``tp_size`` does not divide gets rows of zeros, which neither losses nor exports show.
+    Groups of such processes share the rows. A vocabulary that ``tp_size`` does not divide gets rows of zeros, which
+    neither losses nor exports show.
 
     Args:
-        tp_size: Processes that share a row; all of a node by default.
+        tp_size: Processes that share each row; by default all processes of a node.
         zero_stage: 1 also spreads the optimizer's states over the processes that share the rows.
         plugin_options: Further options of ColossalAI's ``HybridParallelPlugin``, by name.
-        process_group_backend: Such as nccl; by the device by default.
-        timeout: Of collective operations.
+        process_group_backend: Backend of the process group, such as nccl; by default the usual one of the device.
+        timeout: Time after which a collective operation fails.
 
     Raises:
-        FireflyError: If ColossalAI is not installed, or the arguments are none.
+        FireflyError: If ColossalAI is not installed, or ``tp_size`` is less than 1.
     """
 
     name = "tensor_parallel"
@@ -228,7 +231,7 @@ class TensorParallelStrategy(BoosterStrategy):
 
     @property
     def tp_size(self) -> int:
-        """Processes that share a row; neighbours in rank."""
+        """Number of processes that share each row; their ranks follow one another."""
         return self._tp_size or self.num_processes
 
     @property
@@ -255,7 +258,7 @@ class TensorParallelStrategy(BoosterStrategy):
             "pp_size": 1,
             "zero_stage": self.zero_stage,
             "parallel_output": False,
-            "make_vocab_size_divisible_by": 1,  # it is padded already; done there, checkpoints fail
+            "make_vocab_size_divisible_by": 1,  # padded already; ColossalAI's own padding breaks checkpoints
             "broadcast_buffers": False,
             "overlap_communication": not self.simulated,  # on a stream of its own
         }
@@ -286,7 +289,7 @@ class TensorParallelStrategy(BoosterStrategy):
 
     @override
     def convert_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """The same: PyTorch's own Adam works on parts of weights as on the whole."""
+        """Returns the optimizer unchanged: PyTorch's own Adam works on parts of weights as on whole ones."""
         self.check_adam(optimizer)
         return optimizer
 
@@ -327,10 +330,10 @@ class TensorParallelStrategy(BoosterStrategy):
 
 
 def _give_mask(transformer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Rows without padding get a mask of ones.
+    """Gives rows without padding an attention mask of ones.
 
-    transformers 5 generates without one then, and takes ALiBi's slopes for as many heads as this process has, past what
-    ColossalAI has put in the place of ``build_alibi_tensor``.
+    transformers 5 generates without a mask for such rows. It then does not call ``build_alibi_tensor``, which
+    ColossalAI has replaced, and takes ALiBi's slopes for a model that has only the heads of this process.
     """
     if kwargs.get("attention_mask") is None:
         ids, past = args[0] if args else kwargs["input_ids"], kwargs.get("past_key_values")
@@ -340,6 +343,6 @@ def _give_mask(transformer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any
 
 
 def _plain_output(module: nn.Module, inputs: Any, logits: Tensor) -> Tensor:
-    """Ends Gemini's subclass of Tensor, which would spread into losses, metrics and logs."""
+    """Turns logits of Gemini's subclass of Tensor into plain ones, or it would spread into losses, metrics and logs."""
     with torch._C.DisableTorchFunctionSubclass():
         return logits.as_subclass(Tensor)

@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoints: one file a rank, which hold what ranks hold, in formats that may hold code."""
+"""Reads DeepSpeed's checkpoints, in which every rank has files for its shards, in formats that may hold code."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ def read_weights(folder: Path, trainer: dict[str, Any]) -> dict[str, Tensor]:
 
     Args:
         folder: The checkpoint.
-        trainer: Contents of its ``trainer.ckpt``.
+        trainer: Contents of the checkpoint's ``trainer.ckpt``.
 
     Raises:
         FireflyError: If shards are missing or damaged, or DeepSpeed is not installed.
@@ -34,10 +34,10 @@ def read_weights(folder: Path, trainer: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def read_lazily(folder: Path) -> dict[str, Any]:
-    """Whole weights by name: tensors, or what ``contiguous()`` makes one."""
+    """Whole weights by name, each a tensor or an object whose ``contiguous()`` gives the tensor."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with plain_values_only(folder), contextlib.redirect_stdout(io.StringIO()):  # it tells its progress there
+    with plain_values_only(folder), contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its progress
         weights: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
             str(folder), DEEPSPEED_FOLDER, lazy_mode=True
         )
@@ -50,15 +50,16 @@ def fill_sharded(module: nn.Module, weights: dict[str, Any]) -> None:
     DeepSpeed cannot load its own checkpoint into a module that it does not train.
 
     Args:
-        module: To fill.
-        weights: What :func:`read_lazily` gave on rank 0; each is whole only while it is copied. Empty elsewhere.
+        module: The module to fill.
+        weights: On rank 0 what :func:`read_lazily` gave, where each weight is whole only while it is copied; empty on
+            the other ranks.
     """
     import deepspeed
 
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if name in weights:  # frozen ones may have been left out
+                if name in weights:  # the checkpoint may have been saved without frozen weights
                     parameter.copy_(weights[name].contiguous())
         for name, buffer in module.named_buffers():
             buffer.copy_(weights.get(name, buffer))
@@ -67,10 +68,10 @@ def fill_sharded(module: nn.Module, weights: dict[str, Any]) -> None:
 
 @contextmanager
 def plain_values_only(folder: Path) -> Iterator[None]:
-    """Lets DeepSpeed read its shards without running what code they may hold, which its own way of loading would.
+    """Lets DeepSpeed read its shards without running code that they may hold, as its own way of loading them would.
 
     Raises:
-        FireflyError: If they hold any, or are missing or damaged.
+        FireflyError: If the shards hold code, or are missing or damaged.
     """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -82,7 +83,7 @@ def plain_values_only(folder: Path) -> Iterator[None]:
     try:
         with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
             yield
-    except Exception as error:  # of many types, by what is missing or where a file is cut
+    except Exception as error:  # its type depends on what is missing or where a file is cut
         raise FireflyError(f"{folder}: the shards cannot be read ({reason(error)}); use an earlier one") from error
     finally:
         os.environ.pop(forced)

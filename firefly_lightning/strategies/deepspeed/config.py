@@ -1,4 +1,4 @@
-"""A DeepSpeed configuration beside a plan and a trainer: what both say must agree, and is checked before loading."""
+"""Makes a DeepSpeed configuration agree with the plan of steps and the trainer, and checks it before loading."""
 
 import json
 import os
@@ -8,11 +8,11 @@ from typing import Any
 from firefly_lightning.errors import FireflyError, describe_os_error, reason
 
 AUTO = "auto"
-"""What files written for Hugging Face's trainer say where that trainer is to fill in its own value."""
+"""A value in files written for Hugging Face's trainer, which puts its own value in the place of it."""
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The configuration of a JSON file.
+    """Reads a DeepSpeed configuration from a JSON file.
 
     Raises:
         FireflyError: If there is no such file, or it holds no JSON object.
@@ -29,7 +29,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def without_auto(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy without what is left to the trainer; an optimizer or schedule that is partly so goes as a whole."""
+    """A copy of a configuration without ``auto`` values; an optimizer or scheduler with one is left out as a whole."""
     left = {name for name in ("optimizer", "scheduler") if AUTO in json.dumps(config.get(name))}
     return _without_auto({name: value for name, value in config.items() if name not in left})
 
@@ -40,16 +40,16 @@ def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def settle(config: dict[str, Any], name: str, value: Any, whose: str) -> None:
-    """Sets a value that follows from elsewhere.
+    """Sets a value of a configuration that is decided elsewhere.
 
     Args:
-        config: What to complete.
-        name: Which key.
-        value: What it must be.
-        whose: Who says so.
+        config: The configuration to complete.
+        name: The key to set.
+        value: The value that it must have.
+        whose: What decides the value, for the message of the error.
 
     Raises:
-        FireflyError: If the configuration says otherwise.
+        FireflyError: If the configuration has another value for the key.
     """
     if config.setdefault(name, value) != value:
         raise FireflyError(
@@ -58,10 +58,10 @@ def settle(config: dict[str, Any], name: str, value: Any, whose: str) -> None:
 
 
 def settle_precision(config: dict[str, Any], precision: str) -> None:
-    """Completes ``fp16`` and ``bf16`` where the configuration has them; Lightning adds what is not there.
+    """Completes the sections ``fp16`` and ``bf16`` of a configuration; Lightning adds those that are missing.
 
     Raises:
-        FireflyError: If they say otherwise than ``trainer.precision``.
+        FireflyError: If they contradict ``trainer.precision``.
     """
     wanted = {"bf16": precision.startswith("bf16"), "fp16": precision.startswith("16")}
     for name, enabled in wanted.items():
@@ -74,10 +74,10 @@ def settle_precision(config: dict[str, Any], precision: str) -> None:
 
 
 def check_zero(config: dict[str, Any]) -> None:
-    """Refuses stages and kinds of offloading that DeepSpeed has not.
+    """Refuses a stage of ZeRO or a kind of offloading that DeepSpeed does not have.
 
     Raises:
-        FireflyError: If it has such.
+        FireflyError: If the configuration asks for such a stage or kind of offloading.
     """
     zero = config.get("zero_optimization") or {}
     stage = zero.get("stage", 0)
@@ -94,7 +94,7 @@ def check_zero(config: dict[str, Any]) -> None:
 
 
 def device_of(zero: dict[str, Any], name: str) -> str:
-    """Where ``offload_optimizer`` or ``offload_param`` puts things; ``none`` where it is off."""
+    """The device that ``offload_optimizer`` or ``offload_param`` moves tensors to; ``none`` where it is off."""
     return str((zero.get(name) or {}).get("device", "none"))
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face models under ZeRO-3, whose parameters are sharded, and look empty, from the moment they are made."""
+"""Makes Hugging Face models under ZeRO-3, where parameters are sharded and look empty as soon as they are made."""
 
 import functools
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from torch.nn import Parameter
 
 @contextmanager
 def sharded_hugging_face(config: dict[str, Any]) -> Iterator[None]:
-    """Lets ``from_pretrained`` fill, and constructors initialise, models made under ``deepspeed.zero.Init``.
+    """Makes ``from_pretrained`` and constructors work for models that are made under ``deepspeed.zero.Init``.
 
     Args:
-        config: DeepSpeed's, with stage 3.
+        config: DeepSpeed's configuration, with stage 3.
     """
     from transformers.integrations import HfDeepSpeedConfig
 
-    # While it lives, every from_pretrained is collective: rank 0 reads a tensor, each rank keeps its part.
+    # While this object lives, every from_pretrained is collective: rank 0 reads a tensor, each rank keeps its part.
     alive = HfDeepSpeedConfig(config)
     with _initialised_whole():
         yield
@@ -27,11 +27,12 @@ def sharded_hugging_face(config: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _initialised_whole() -> Iterator[None]:
-    """Gathers the weights of a module while a constructor of transformers draws them.
+    """Gathers the weights of a module while a constructor of transformers draws them at random.
 
-    It draws them once all modules exist, and by then they are sharded. transformers 5 fills tensors of no elements,
-    and what PyTorch's modules drew for themselves stays, with embeddings fifty times too wide. In transformers 4
-    DeepSpeed gathers a module's own, but not its children's, which some models draw with it.
+    transformers draws weights once all modules exist, and by then they are sharded. transformers 5 then fills tensors
+    without elements, so that the weights which PyTorch's modules drew for themselves stay, embeddings with a deviation
+    fifty times too large. In transformers 4 DeepSpeed gathers the weights of a module, but not those of its children,
+    which some models draw together with it.
     """
     import deepspeed
     from transformers import PreTrainedModel
@@ -63,7 +64,7 @@ def _initialised_whole() -> Iterator[None]:
 
 
 def _sharded_parameters(module: nn.Module) -> list[Parameter]:
-    """A module's own and its children's, which some models initialise with it, as far as nobody has gathered them."""
+    """Parameters of a module and its children, which some models initialise with it, that nobody has gathered yet."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from transformers import PreTrainedModel
 

@@ -1,4 +1,4 @@
-"""DeepSpeed on a machine: whether it is installed, where it computes and logs, and what it compiles."""
+"""DeepSpeed on this machine: whether it is installed, where it computes and logs, and what it compiles."""
 
 import logging
 import os
@@ -18,19 +18,19 @@ from firefly_lightning.errors import FireflyError, reason
 
 
 def require_deepspeed() -> None:
-    """Checks that the extra is installed.
+    """Checks that the packages of the extra ``deepspeed`` are installed.
 
     Raises:
-        FireflyError: If it is not.
+        FireflyError: If one of them is not installed.
     """
-    for package in ("deepspeed", "accelerate"):  # transformers loads sharded weights by way of accelerate
+    for package in ("deepspeed", "accelerate"):  # transformers loads sharded weights with accelerate
         if find_spec(package) is None:
             raise FireflyError(f'{package} is not installed; run pip install "firefly-lightning[deepspeed]"')
 
 
 def keep_quiet() -> None:
-    """Keeps DeepSpeed's warnings off standard output, which belongs to results, and leaves out what nobody can mend."""
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its own use of it
+    """Moves DeepSpeed's warnings to standard error, and leaves out those that a user can do nothing about."""
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed calls it
     logger = logging.getLogger("DeepSpeed")
     logger.addFilter(_is_news)
     import deepspeed  # noqa: F401  (gives the logger its handler)
@@ -44,9 +44,9 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def compute_on_cpu() -> None:
-    """Makes DeepSpeed compute on the processor, on a machine with GPUs too.
+    """Makes DeepSpeed compute on the CPU, also on a machine with GPUs.
 
-    It decides when it is imported, which is before a trainer can say; ``DS_ACCELERATOR`` overrules both.
+    DeepSpeed chooses its device when it is imported, before a trainer can tell it; ``DS_ACCELERATOR`` overrules both.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator, set_accelerator
@@ -54,15 +54,15 @@ def compute_on_cpu() -> None:
 
     if get_accelerator().device_name() != "cpu" and "DS_ACCELERATOR" not in os.environ:
         set_accelerator(CPU_Accelerator())
-    # Would be compiled by every process that begins, and serves inference only.
+    # Every process that starts would compile this operation, which only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def cpu_adam(optimizer: Optimizer) -> Optimizer:
-    """PyTorch's Adam or AdamW as the ``DeepSpeedCPUAdam`` that steps where offloaded states are.
+    """Turns PyTorch's Adam or AdamW into a ``DeepSpeedCPUAdam``, which steps in host memory, on offloaded states.
 
     Raises:
-        FireflyError: If it is another optimizer or variant, or the machine cannot compile DeepSpeed's.
+        FireflyError: If it is another optimizer or variant of Adam, or DeepSpeed's Adam cannot be compiled here.
     """
     if type(optimizer).__name__ == "DeepSpeedCPUAdam":
         return optimizer
@@ -89,10 +89,10 @@ def _announce() -> None:
 
 @contextmanager
 def _build_tools() -> Iterator[None]:
-    """DeepSpeed compiles this optimizer when it is first used: with ``ninja``, which an environment has in its own bin.
+    """Lets DeepSpeed find ``ninja``, which lies beside the interpreter, to compile its Adam when it is first used.
 
     Raises:
-        FireflyError: If it cannot.
+        FireflyError: If DeepSpeed cannot compile its Adam.
     """
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join([before, str(Path(sys.executable).parent)])

@@ -1,6 +1,6 @@
-"""A model that ZeRO trains, one whole parameter after another, as portable checkpoints hold it.
+"""Reads and sets the model that ZeRO trains, one whole parameter after another, as portable checkpoints hold it.
 
-DeepSpeed's own access to what is sharded does the work; it must be imported by then.
+DeepSpeed's own functions read and set the sharded tensors. Import this module only after DeepSpeed itself.
 """
 
 from collections.abc import Iterator
@@ -26,11 +26,11 @@ from firefly_lightning.checkpoints.unsharded import check_states, is_scalar, sca
 
 
 def read_states(zero: Any, module: nn.Module) -> Iterator[tuple[str, States]]:
-    """Float32 masters and states of the optimizer; of what it does not train, the weights.
+    """Yields each parameter's name, with its float32 master and optimizer states, or its weight if it is not trained.
 
     Args:
         zero: The engine's optimizer; None where there is none.
-        module: The one that the engine trains.
+        module: The module that the engine trains.
     """
     keys = [key for key, value in _any_state(zero).items() if not is_scalar(value)]
     for name, parameter in module.named_parameters():
@@ -44,16 +44,16 @@ def read_states(zero: Any, module: nn.Module) -> Iterator[tuple[str, States]]:
 
 
 def steps_done(zero: Any) -> int:
-    """Steps of the optimizer; 0 before the first, and where there is none."""
+    """Steps that the optimizer has done; 0 before its first step, and where there is no optimizer."""
     return int(_any_state(zero).get("step", 0))
 
 
 def write_states(zero: Any, module: nn.Module, reader: PortableReader) -> None:
-    """Sets masters, states of the optimizer and weights before the first step.
+    """Sets masters, states of the optimizer and weights to those of a checkpoint, before the first step.
 
     Args:
         zero: The engine's optimizer.
-        module: The one that the engine trains.
+        module: The module that the engine trains.
         reader: Reads the checkpoint.
     """
     if example := next((name for name, _ in module.named_parameters() if reader.keys(name)), None):
@@ -69,13 +69,13 @@ def write_states(zero: Any, module: nn.Module, reader: PortableReader) -> None:
 
 
 def write_weights(module: nn.Module, reader: PortableReader) -> None:
-    """Sets the weights of a module without an optimizer, sharded or not."""
+    """Sets the weights of a module that has no optimizer, sharded or not, to those of a checkpoint."""
     for name, parameter in module.named_parameters():
         write_weight(parameter, reader, name)
 
 
 def write_weight(parameter: Parameter, reader: PortableReader, name: str) -> None:
-    """Sets a weight that has no master; where it is sharded, the first process reads it for all."""
+    """Sets a weight without a master to that of a checkpoint; a sharded one is read by the first process for all."""
     sharded = _is_sharded(parameter)
     with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=sharded):
         if not sharded or torch.distributed.get_rank() == 0:
@@ -83,7 +83,7 @@ def write_weight(parameter: Parameter, reader: PortableReader, name: str) -> Non
 
 
 def scaler_state(zero: Any) -> dict[str, Any]:
-    """What the scaler of the loss has learned, as PyTorch's ``GradScaler`` says it; empty where nothing scales."""
+    """What the scaler of the loss has learned, by the keys of ``GradScaler``; empty where no loss is scaled."""
     scaler: Any = getattr(zero, "loss_scaler", None)
     if not getattr(scaler, "dynamic", False):
         return {}
@@ -101,7 +101,7 @@ def scaler_state(zero: Any) -> dict[str, Any]:
 
 
 def load_scaler_state(zero: Any, state: dict[str, Any]) -> None:
-    """Sets scale and counters that any strategy's scaler has learned."""
+    """Sets the scale and the counters that the scaler of any strategy has learned."""
     scaler: Any = getattr(zero, "loss_scaler", None)
     if getattr(scaler, "dynamic", False) and state:
         scaler.cur_scale = state["scale"]
@@ -114,14 +114,14 @@ def _is_sharded(parameter: Parameter) -> bool:
 
 
 def _is_trained(zero: Any, parameter: Parameter) -> bool:
-    """Whether the optimizer has a master of it: neither frozen nor left out."""
+    """Whether the optimizer has a master of the parameter, which is then neither frozen nor left out."""
     if _is_sharded(parameter):
         return parameter.requires_grad and zero.get_param_id(parameter) in getattr(zero, "grad_position", ())
     return hasattr(parameter, "_hp_mapping")
 
 
 def _masters(zero: Any) -> list[Tensor]:
-    """The long tensors that the optimizer steps on, with all of this process's parts."""
+    """The long tensors that the optimizer steps on, which hold this process's parts of all parameters."""
     sharded = getattr(zero, "fp32_partitioned_groups_flat", None)
     if sharded is not None:
         return list(sharded)
@@ -129,22 +129,22 @@ def _masters(zero: Any) -> list[Tensor]:
 
 
 def _any_state(zero: Any) -> dict[str, Any]:
-    """What the optimizer keeps for one of its masters; empty before the first step."""
+    """The state that the optimizer keeps for one of its masters; empty before the first step."""
     inner = getattr(zero, "optimizer", None)
     return next(iter(inner.state.values()), {}) if inner else {}
 
 
 def _make_states(zero: Any, reader: PortableReader, example: str) -> None:
-    """Makes the states that would exist after a first step; DeepSpeed sets only what is there.
+    """Makes the optimizer states that would exist after a first step, since DeepSpeed sets only existing ones.
 
     Args:
         zero: The engine's optimizer.
-        reader: Reads the checkpoint, which says which states there are.
-        example: Name of a parameter that has some.
+        reader: Reads the checkpoint, which says what states there are.
+        example: Name of a parameter that has states in the checkpoint.
     """
     inner, scalars = zero.optimizer, scalars_of(reader.trainer(), example)
     check_states(inner, reader.states_like_weights())
-    if "DeepSpeed" in type(inner).__name__:  # its C++ takes a number
+    if "DeepSpeed" in type(inner).__name__:  # its C++ takes the step as a number
         scalars = {name: int(value) for name, value in scalars.items()}
     for number, master in enumerate(_masters(zero)):
         swapped = hasattr(zero, "_swappable_optimizer_subgroup") and zero._swappable_optimizer_subgroup(number)
@@ -163,7 +163,7 @@ def _set(parameter: Parameter, value: Tensor, key: str | None = None) -> None:
         setter = safe_set_full_fp32_param if key is None else safe_set_full_optimizer_state
         setter(parameter, value, *([] if key is None else [key]))
         return
-    # DeepSpeed's setter of the whole reads past its end where the processes do not divide it.
+    # DeepSpeed's setter of whole tensors reads past the end of one that the processes do not divide evenly.
     part = _part(parameter, value)
     setter = safe_set_local_fp32_param if key is None else safe_set_local_optimizer_state
     setter(parameter, part, *([] if key is None else [key]))
@@ -176,7 +176,7 @@ def _part(parameter: Any, value: Tensor) -> Tensor:
 
 
 def _pass_on(zero: Any) -> None:
-    """Gives the model what the masters hold, as a step does at its end."""
+    """Copies the masters into the weights of the model, as the optimizer does at the end of a step."""
     if hasattr(zero, "update_lp_params"):
         zero.update_lp_params()
         return

@@ -38,15 +38,15 @@ from firefly_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
 
 
 class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
-    """Lightning's ``DeepSpeedStrategy``, on CPU processes too, with exact accumulation and initialisation.
+    """Lightning's ``DeepSpeedStrategy``, which also runs on CPUs and accumulates and initialises exactly.
 
     Args:
-        kwargs: Those of Lightning's strategy; among them ``config``, a DeepSpeed configuration or the JSON file of
-            one, which holds in place of the others. What follows from the plan and the trainer (rows at a time,
-            accumulation, clipping, precision) need not be in it.
+        kwargs: Arguments of Lightning's strategy. One is ``config``, a DeepSpeed configuration or its JSON file, which
+            holds in place of all other arguments. Settings that the plan of steps and the trainer decide (rows of a
+            micro-batch, accumulation, clipping, precision) need not be in it.
 
     Raises:
-        FireflyError: If DeepSpeed is not installed, or has not what is asked for.
+        FireflyError: If DeepSpeed is not installed, or does not have a stage or offloading that is asked for.
     """
 
     norm_follows_step = True
@@ -65,23 +65,23 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
 
     @property
     def generates_in_step(self) -> bool:  # type: ignore[override]
-        """Stage 3 gathers the weights of a layer from all ranks while it computes."""
+        """True for stage 3, which gathers the weights of a layer from all ranks while it computes."""
         return self.zero_stage_3
 
     @property
     def whole_weights(self) -> bool:  # type: ignore[override]
-        """Stages 1 and 2 shard what belongs to the optimizer only."""
+        """True for stages 1 and 2, which shard only what belongs to the optimizer."""
         return not self.zero_stage_3
 
     @property
     @override
     def root_device(self) -> torch.device:
-        # DeepSpeed asks for the number of the device, and Lightning's CPU has none.
+        # DeepSpeed asks for the index of the device, and Lightning's CPU device has none.
         return torch.device("cpu", self.local_rank) if self._on_cpu else super().root_device
 
     @override
     def setup_environment(self) -> None:
-        # Each run has a plan of its own; Lightning would complete the configuration once.
+        # Each run has its own plan of steps; Lightning would complete the configuration for the first run only.
         self.config, self._config_initialized = deepcopy(self._given), False
         if self._on_cpu:
             compute_on_cpu()
@@ -101,7 +101,7 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
     @contextmanager
     @override
     def model_sharded_context(self) -> Iterator[None]:
-        """Shards parameters as they are made, and initialises or loads them rightly, under stage 3."""
+        """Under stage 3, shards parameters as they are made, and has them initialised or loaded correctly."""
         self._init_config_if_needed()
         if not self.zero_stage_3:
             yield
@@ -124,11 +124,11 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
     @override
     def gradient_norm(self, parameters: Iterable[Parameter]) -> Tensor:
         norm = torch.as_tensor(self.deepspeed_engine.get_global_grad_norm() or 0.0, dtype=torch.float32)
-        return norm if norm >= 0 else torch.full((), torch.inf)  # DeepSpeed says -1 for what is not finite
+        return norm if norm >= 0 else torch.full((), torch.inf)  # DeepSpeed gives -1 for a norm that is not finite
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        # Lightning has divided by the number of micro-batches already; DeepSpeed would do so again.
+        # Lightning has divided the loss by the number of micro-batches already; DeepSpeed would do so again.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     @override
@@ -195,7 +195,7 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
 
     @property
     def _zero(self) -> Any:
-        """DeepSpeed's optimizer around the module's; None while evaluating, where stage 3 has something else there."""
+        """DeepSpeed's optimizer around the module's; None while evaluating, when stage 3 has another object there."""
         module: Any = self.lightning_module
         return self.deepspeed_engine.optimizer if module.trainer.state.fn == TrainerFn.FITTING else None
 
@@ -228,7 +228,7 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
 
     @override
     def _format_batch_size_and_grad_accum_config(self) -> None:
-        """What follows from the plan and the trainer; an evaluation has neither steps nor gradients."""
+        """Sets batch sizes, accumulation and clipping as the plan of steps and the trainer have them, while fitting."""
         module: Any = self.lightning_module
         trainer, config = module.trainer, self.config
         if trainer.state.fn != TrainerFn.FITTING:
@@ -248,15 +248,15 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
     def _auto_select_batch_size(self) -> int:
         try:
             return super()._auto_select_batch_size()
-        except AttributeError:  # a loader whose data set makes the batches itself; the number is for logs only
+        except AttributeError:  # the data set makes the batches itself; DeepSpeed only logs this number
             return 1
 
     @override
     def _init_optimizers(self) -> tuple[Optimizer, Any]:
-        """Those of the module; without offload any, with it DeepSpeed's own only.
+        """The module's optimizer and schedule; where its states are offloaded it must be DeepSpeed's own Adam.
 
         Raises:
-            FireflyError: If it is another.
+            FireflyError: If it is another optimizer and its states are offloaded.
         """
         optimizer, scheduler = super()._init_optimizers()
         if self._needs_cpu_adam and type(optimizer).__name__ != "DeepSpeedCPUAdam":

@@ -1,4 +1,4 @@
-"""Checkpoints of models that PyTorch holds in parts: one file of the whole, or a folder of everyone's parts."""
+"""Checkpoints of models that PyTorch holds in parts: one file of the whole model, or a folder of all parts."""
 
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
@@ -22,9 +22,11 @@ from firefly_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
 
 
 class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
-    """Saves what every strategy reads or, of its own, one file like that of one device, or a folder; reads all three.
+    """Saves and loads the checkpoints of PyTorch's own parallelism, which have three forms.
 
-    Lightning's own folders are pickles, which run whatever code they hold, and are not whole or absent.
+    These are a portable folder, which every strategy reads; one file, like that of a run on one device; and a folder
+    into which every process writes its parts. Lightning's own folders are not used: they are pickles, which run
+    whatever code they hold, and a save that is cut short leaves an incomplete folder.
     """
 
     _folder: Any = None
@@ -43,7 +45,7 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a folder of parts, or the file of any strategy that saves one."""
+        """Reads a checkpoint that is a folder, or the file of any strategy that saves one file."""
         if Path(checkpoint_path).is_dir():
             return super().load_checkpoint(checkpoint_path, weights_only)
         self._folder = None
@@ -52,7 +54,7 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
     @property
     @override
     def lightning_restore_optimizer(self) -> bool:
-        return self._folder is None  # else `load_shards` does
+        return self._folder is None  # a folder's optimizer is loaded with its weights
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -133,9 +135,10 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
         return self.saves_portable or self._save_distributed_checkpoint
 
     def _named_parts(self) -> list[tuple[str, Parameter]]:
-        """The parameters that the optimizer steps on, by name.
+        """The parameters that the optimizer steps on, with their names.
 
-        FSDP2 leaves whole ones in their place when a forward pass is not followed by a backward one, as in validation.
+        FSDP2 leaves whole parameters in the place of these after a forward pass without a backward pass, as in
+        validation; they are split again first.
         """
         module: Any = self.lightning_module
         for owner in module.modules():
@@ -150,21 +153,21 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
         return next((dict(one.state[parameter]) for one in self.optimizers if parameter in one.state), {})
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        """The whole of a tensor in host memory of its own."""
+        """A copy of the whole tensor in host memory; all processes call this together."""
         return whole(tensor.detach()).to("cpu", copy=True)
 
     def _state(self) -> dict[str, Any]:
-        """The parameters themselves, by name; two names of one share it."""
+        """The parameters and buffers themselves, not copies, by name; a tied weight is there under both its names."""
         module: Any = self.lightning_module
         state: dict[str, Any] = module.state_dict(keep_vars=True)
         return state
 
     def _gather(self, value: Any) -> Any:
-        """The whole of a tensor in the first process's memory of the host; the others only help."""
+        """The whole tensor in host memory of the first process, None on others; what is no tensor stays as it is."""
         if not isinstance(value, Tensor):
             return value
         gathered = whole(value.detach())
-        # A copy, because one that does not divide evenly comes back as a view of more.
+        # A copy: a tensor that does not divide evenly comes back as a view of a larger one.
         return gathered.to("cpu", copy=True) if self.is_global_zero else None
 
     def _load_weights(self, saved: Mapping[str, Any], part: "Part", strict: bool) -> None:
@@ -175,15 +178,15 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
 
 
 Part = Callable[[Tensor, Tensor], Tensor]
-"""This process's part of what was saved, given the tensor that it belongs to."""
+"""Takes this process's part of a saved tensor: given the saved tensor and the parameter that it is loaded into."""
 
 
 def read_weights(folder: Path, trainer: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The whole weights of a folder that :meth:`NativeCheckpoints.save_shards` filled, by their names in the module.
+    """The whole weights in a folder that :meth:`NativeCheckpoints.save_shards` filled, by their names in the module.
 
     Args:
         folder: The checkpoint.
-        trainer: What its ``trainer.ckpt`` holds.
+        trainer: Contents of the checkpoint's ``trainer.ckpt``.
 
     Raises:
         FireflyError: If a part is missing or damaged.
@@ -203,23 +206,23 @@ def _own_part(value: Any) -> Any:
 
 
 def _like(saved: Any, like: Any, part: Part) -> Any:
-    """What was saved as a tensor that is split as ``like`` is; anything that does not belong to it stays."""
+    """Turns a saved tensor into one that is split as ``like`` is; what does not fit ``like`` is returned as it is."""
     if not isinstance(saved, Tensor) or not isinstance(like, Tensor):
         return saved
     own = part(saved, like) if saved.dim() == like.dim() else saved
     if own.shape != local(like).shape:
         return saved
-    return with_parts(own.clone(), like)  # a view would keep the whole, which lies in the checkpoint's file, alive
+    return with_parts(own.clone(), like)  # a view would keep the whole tensor of the checkpoint's file alive
 
 
 def _each_once(state: Mapping[str, Any], read: Callable[[Any], Any]) -> dict[str, Any]:
-    """Reads every tensor of a state; one that has two names once, so that it is stored once."""
+    """Calls ``read`` on every value of a state, only once for a tensor with two names, so that it is stored once."""
     values = {key: read(value) for key, value in {id(value): value for value in state.values()}.items()}
     return {name: values[id(value)] for name, value in state.items()}
 
 
 def _with_state(state_dict: dict[str, Any], change: Callable[[int, Any], Any]) -> dict[str, Any]:
-    """An optimizer's ``state_dict`` with every value changed, given the parameter's number and the value."""
+    """An optimizer's ``state_dict`` with every value replaced by ``change(number of the parameter, value)``."""
     states = state_dict["state"].items()
     changed = {number: {name: change(number, value) for name, value in own.items()} for number, own in states}
     return state_dict | {"state": changed}

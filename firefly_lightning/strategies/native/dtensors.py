@@ -1,4 +1,4 @@
-"""Tensors that processes hold in parts (DTensor): their parts, the whole of them, and a norm over a mixture."""
+"""Tensors that processes hold in parts (DTensor): taking a part, joining parts, and norms over mixed tensors."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,19 +8,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 AXES = ("data_parallel", "tensor_parallel")
-"""Of the mesh of processes, as Lightning names them; ranks count along the last one first."""
+"""Axes of the mesh of processes, as Lightning names them; ranks count along the last axis first."""
 
 Split = list[tuple[int, int]]
-"""Which axis splits a tensor along which dimension; each splits what those before it have left."""
+"""Pairs of a mesh axis and the dimension that it splits; each splits what the pairs before it have left of a tensor."""
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, sharing its memory."""
+    """This process's part of a tensor, sharing its memory; a plain tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, put together from all processes, which call this together."""
+    """The whole tensor, put together from the parts of all processes, which call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -43,7 +43,7 @@ def part_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def with_parts(part: Tensor, like: Tensor) -> Tensor:
-    """The tensor of which every process gives its part, split as ``like`` is."""
+    """The tensor that is split as ``like`` is and of which every process gives its ``part``."""
     part = part.to(like.device)
     if not isinstance(like, DTensor):
         return part
@@ -56,9 +56,9 @@ def join(parts: Sequence[Tensor], split: Split, mesh: Sequence[int]) -> Tensor:
     """A whole tensor from its parts.
 
     Args:
-        parts: Of every rank.
-        split: As :func:`split_of` gave it.
-        mesh: Sizes of the axes.
+        parts: The tensor's parts, one of each rank.
+        split: How the tensor is split, as :func:`split_of` gives it.
+        mesh: Sizes of the axes of the mesh.
     """
 
     def joined(place: tuple[int, int], remaining: Split) -> Tensor:
@@ -72,9 +72,9 @@ def join(parts: Sequence[Tensor], split: Split, mesh: Sequence[int]) -> Tensor:
 
 
 def norm(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Euclidean norm of tensors together, some in parts and some held by every process, in one reduction.
+    """Euclidean norm of all tensors together, of which processes hold some in parts and some whole, in one reduction.
 
-    PyTorch's own refuses the mixture, and reduces tensor by tensor.
+    PyTorch's own function refuses such a mixture, and makes a reduction for each tensor.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     for tensor in tensors:

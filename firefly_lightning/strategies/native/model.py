@@ -1,4 +1,4 @@
-"""Splitting a Bloom over processes with PyTorch's own means, and bringing the weights there."""
+"""Splits a Bloom over processes with PyTorch's own functions, and gives every process its part of the weights."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -22,11 +22,13 @@ BLOCK_PLAN: dict[str, type[ParallelStyle]] = {
     "mlp.dense_h_to_4h": ColwiseParallel,
     "mlp.dense_4h_to_h": RowwiseParallel,
 }
-"""How tensor parallelism splits a block: whole heads and the wide layer, with a sum at the end of each pair."""
+"""How tensor parallelism splits a block: attention by whole heads, the feed-forward part by its wide layer.
+
+The second matrix of each pair ends with a sum over processes."""
 
 
 def split_tensors(model: BloomForCausalLM, mesh: DeviceMesh) -> None:
-    """Tensor parallelism over a mesh of one axis; the model may be empty.
+    """Splits a model by tensor parallelism over a mesh of one axis; its weights need not be in memory yet.
 
     Embedding and head are both split along the vocabulary, which need not divide evenly: every logit is then the same
     sum as on one device.
@@ -40,11 +42,13 @@ def split_tensors(model: BloomForCausalLM, mesh: DeviceMesh) -> None:
 
 
 def fully_shard(model: BloomForCausalLM, mesh: DeviceMesh) -> Callable[[Callable[[], Any]], Any]:
-    """FSDP2 over a mesh of one axis, block by block, around what tensor parallelism has left; the model may be empty.
+    """Applies FSDP2 block by block over a mesh of one axis, after tensor parallelism if that is used too.
+
+    The weights need not be in memory yet.
 
     Returns:
-        Calls a function as the model's forward pass: its root then holds embedding, head and last norm whole. These are
-        one group, because embedding and head are one tensor: in groups of their own the tie breaks.
+        A function that calls another one as the model's forward pass: embedding, head and last norm are then whole.
+        FSDP2 gathers these as one group, because embedding and head are one tensor; two groups would break the tie.
     """
     fsdp = import_module(f"torch.distributed.{'fsdp' if torch.__version__ >= '2.6' else '_composable.fsdp'}")
     for block in model.transformer.h:
@@ -57,7 +61,7 @@ def fully_shard(model: BloomForCausalLM, mesh: DeviceMesh) -> Callable[[Callable
 
 
 def tie(model: BloomForCausalLM) -> None:
-    """Makes head and embedding one tensor again; splitting and materialising give each its own."""
+    """Makes head and embedding one tensor again, since splitting a model and giving it memory make two of them."""
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.transformer.word_embeddings.weight
 
@@ -65,7 +69,7 @@ def tie(model: BloomForCausalLM) -> None:
 def fill(model: BloomForCausalLM, source: BloomForCausalLM | None) -> None:
     """Gives every process its part of every weight of the first process's whole model, one weight at a time.
 
-    PyTorch's ``set_model_state_dict`` keeps all of them whole on every process until the last is there (torch 2.5).
+    PyTorch's ``set_model_state_dict`` keeps all weights whole on every process until the last has come (torch 2.5).
     """
     weights = dict(source.named_parameters()) if source is not None else {}
     for name, parameter in model.named_parameters():
@@ -84,9 +88,9 @@ def _call(function: Callable[[], Any]) -> Any:
 
 
 def _split_embedding(embedding: Any, mesh: DeviceMesh) -> None:
-    """Every process looks up the tokens it has; the sum of all is the embedding.
+    """Splits the embedding by tokens: every process looks up the tokens it has, and the results are summed.
 
-    DTensor's own look-up keeps the mask of missing tokens where a later one does not find it (torch 2.5).
+    DTensor's own look-up keeps the mask of missing tokens where a later look-up does not find it (torch 2.5).
     """
     embedding.weight = Parameter(distribute_tensor(embedding.weight.detach(), mesh, [Shard(0)]))
     first = mesh.get_local_rank() * -(-embedding.num_embeddings // mesh.size())

@@ -22,19 +22,19 @@ from firefly_lightning.strategies.native.dtensors import AXES, local, norm
 from firefly_lightning.strategies.native.model import fill, fully_shard, split_tensors, tie
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
-"""What Lightning allows its own ModelParallelStrategy; it does not look at strategies of another name."""
+"""Precisions that Lightning allows for its own ModelParallelStrategy; it does not check strategies of other names."""
 
 
 class NativeStrategy(StrategyHooks, NativeCheckpoints):
-    """A Bloom that PyTorch itself splits; what its two kinds share.
+    """Trains a Bloom that PyTorch itself splits over processes: what FSDP2 and tensor parallelism share.
 
     Args:
         data_parallel_size: Processes that share the rows, or "auto".
         tensor_parallel_size: Processes that share each row, or "auto".
-        save_distributed_checkpoint: Save a folder, every process its part, not one file of the whole. Only the same
-            strategy on as many processes resumes from a folder.
-        process_group_backend: Such as nccl; by the device by default.
-        timeout: Of collective operations.
+        save_distributed_checkpoint: Save a folder into which every process writes its part, not one file of the whole
+            model. Only the same strategy on as many processes resumes from such a folder.
+        process_group_backend: Backend of the process group, such as nccl; by default the usual one of the device.
+        timeout: Time after which a collective operation fails.
     """
 
     def __init__(
@@ -53,19 +53,19 @@ class NativeStrategy(StrategyHooks, NativeCheckpoints):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What messages call it."""
+        """Short name of the strategy, for messages."""
 
     @property
     @abstractmethod
     def fully_sharded(self) -> bool:
-        """Whether FSDP2 has a part in it."""
+        """Whether FSDP2 splits the weights, alone or around tensor parallelism."""
 
     @override
     def setup_environment(self) -> None:
-        """Refuses what cannot be done, then starts the process group.
+        """Refuses precisions and versions of PyTorch that do not work, then starts the process group.
 
         Raises:
-            FireflyError: If it is refused.
+            FireflyError: If the strategy cannot train in this precision or with this PyTorch.
         """
         if self.precision_plugin.precision not in PRECISIONS:
             raise FireflyError(f"{self.name}: cannot do precision {self.precision_plugin.precision}; take bf16-mixed")
@@ -82,7 +82,7 @@ class NativeStrategy(StrategyHooks, NativeCheckpoints):
         """Builds the whole model on the first process only, and gives every process its part, tensor by tensor.
 
         Raises:
-            FireflyError: On all processes, if the first cannot build it.
+            FireflyError: On all processes, if the first one cannot build the model.
         """
         source = agreed(lambda: build() if self.is_global_zero else None)
         configs: Any = self.broadcast(None if source is None else (source.config, source.generation_config))
@@ -96,7 +96,7 @@ class NativeStrategy(StrategyHooks, NativeCheckpoints):
         return model
 
     def split_model(self, model: BloomForCausalLM) -> None:
-        """Applies FSDP2 to what tensor parallelism, if any, has left; the model may be empty."""
+        """Splits the model by FSDP2 where it is used; the weights need not be in memory yet."""
         if self.fully_sharded:
             self._in_forward = fully_shard(model, self.device_mesh[AXES[0]])
 
@@ -106,7 +106,7 @@ class NativeStrategy(StrategyHooks, NativeCheckpoints):
 
     @override
     def setup_precision_plugin(self) -> None:
-        """Has gradients clipped here: PyTorch's functions refuse tensors of which only some are in parts."""
+        """Has this class clip gradients: PyTorch's functions refuse gradients of which only some are split."""
         super().setup_precision_plugin()
         vars(self.precision_plugin).update(clip_grad_by_norm=self._clip_by_norm, clip_grad_by_value=_clip_by_value)
 
@@ -150,9 +150,10 @@ class FSDP2Strategy(NativeStrategy):
     Gradients are reduced after every micro-batch, so that no process holds them whole.
 
     Args:
-        save_distributed_checkpoint: As :class:`NativeStrategy` takes it.
-        process_group_backend: Likewise.
-        timeout: Likewise.
+        save_distributed_checkpoint: Save a folder into which every process writes its part, not one file of the whole
+            model. Only the same strategy on as many processes resumes from such a folder.
+        process_group_backend: Backend of the process group, such as nccl; by default the usual one of the device.
+        timeout: Time after which a collective operation fails.
     """
 
     name = "fsdp2"
@@ -175,7 +176,7 @@ class FSDP2Strategy(NativeStrategy):
 class NativeTensorParallelStrategy(NativeStrategy):
     """PyTorch's tensor parallelism: processes hold parts of the heads, the wide layers and the vocabulary.
 
-    Those of a node share each row by default; where there are more, FSDP2 is put around it.
+    By default the processes of a node share each row. FSDP2 is put around them where the run has more processes.
     """
 
     name = "native_tp"
@@ -190,7 +191,7 @@ class NativeTensorParallelStrategy(NativeStrategy):
         """Refuses sizes that do not make up the number of processes.
 
         Raises:
-            FireflyError: If they do not, or the strategy cannot be used here.
+            FireflyError: If the sizes do not make up that number, or if the strategy cannot be used here.
         """
         world_size = self.num_nodes * self.num_processes
         if self._tensor_parallel_size == "auto":
