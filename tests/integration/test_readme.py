@@ -218,7 +218,7 @@ def check_page(command: list[str], box: Path) -> None:
     finally:
         os.kill(server.pid, signal.SIGINT)
         server.join(timeout=30)
-    assert server.exitcode == 0
+    assert server.exitcode == 128 + signal.SIGINT
 
 
 def check_moved(name: str, steps: range):
