@@ -133,7 +133,7 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
     axes = figure.add_subplot()
     colours = ["tab:blue" if "goal" in line else "tab:gray" for line in lines]
     bars = axes.barh([line["command"] for line in lines], [line["seconds"] for line in lines], color=colours)
-    axes.bar_label(bars, padding=3)
+    axes.bar_label(bars, padding=3, zorder=3, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     goals = [(line["goal"], at) for at, line in enumerate(lines) if "goal" in line]
     axes.plot(*zip(*goals, strict=True), "|", color="tab:red", markersize=16, markeredgewidth=2, label="goal")
     axes.set(xlabel="seconds until it is seen")
