@@ -169,15 +169,14 @@ class _Watch:
 
     def _watch(self) -> None:
         """Waits for a signal that our handler takes, then for a second one or ``GRACE`` seconds; ends the process."""
-        first, received = 0, 0
+        first = 0
         while not first:
             told = self._told.recv(1)
             if not told:
                 return
             first = self._ours(told[0])
-            received += told[0] < _HANDLED
         self._told.settimeout(0.05)
-        deadline = time.monotonic() + GRACE
+        deadline, received = time.monotonic() + GRACE, 1
         while time.monotonic() < deadline and received < 2:
             with suppress(TimeoutError):
                 told = self._told.recv(1)
