@@ -34,7 +34,7 @@ WEATHER = "今天很好，" * 20
 def places(tmp_path_factory, model_folder, rows_file) -> dict[str, Path]:
     """What the commands read: enough rows that no part of them is over at once."""
     folder = tmp_path_factory.mktemp("signals")
-    rows = [{"kind": "NLI", "input": f"第{number}天：{WEATHER}", "target": f"好{number}"} for number in range(12000)]
+    rows = [{"kind": "NLI", "input": f"第{number}天：{WEATHER}", "target": f"好{number}"} for number in range(6000)]
     raw = [{"text": f"{row['input']}", "label": "positive"} for row in rows]
     run = {
         "model": {"path": str(model_folder)},
@@ -58,7 +58,7 @@ COMMANDS = {
     "prune": "firefly prune --model {model} --corpus {rows} --out {out} ",
     "plan": "firefly plan --config {config} --out {out}",
     "validate": "firefly-fit validate --config {config} --trainer.default_root_dir {out}",
-    "predict": "firefly-fit predict --config {config} --trainer.default_root_dir {out}",
+    "predict": "firefly-fit predict --config {config} --trainer.limit_predict_batches 15 --trainer.default_root_dir {out}",
 }
 
 

@@ -1,4 +1,4 @@
-"""Every strategy trains like one process of plain PyTorch: same first loss, same twenty losses, same weights.
+"""Every strategy trains like one process of plain PyTorch: same first loss, same losses of all steps, same weights.
 
 Here those of PyTorch; `test_engine_parity.py` has those of DeepSpeed and ColossalAI.
 """
@@ -48,6 +48,9 @@ SPELLED_OUT = {"zero3": sharded(), "zero3_offload": sharded(**OFFLOADED)}
 
 CONFIGS = ROOT / "configs" / "strategy"
 
+EVERY = STEPS // 2 - 1
+"""Steps between validations: two of them, none at the end."""
+
 # What torch itself cannot do without a GPU, and what is said then.
 REFUSED = {"fsdp2": "runs FSDP2 on GPUs only"} if torch.__version__ < "2.6" else {}
 
@@ -76,7 +79,7 @@ def trains_like_plain_pytorch(strategy, fit_args, expected, rows_file, tmp_path)
         commands.append(fit_args(roots[-1], eps, *own, "--data.micro_batch_size", micro_batch_size))
     every = [
         "--trainer.val_check_interval",
-        8,
+        EVERY,
         "--trainer.check_val_every_n_epoch",
         "null",
         "--trainer.limit_val_batches",
@@ -87,7 +90,7 @@ def trains_like_plain_pytorch(strategy, fit_args, expected, rows_file, tmp_path)
     printed = ran(strategy, processes, *commands)
     if printed is None:
         return
-    assert re.findall(r"Answers at step (\d+):", printed) == ["8", "16"], "by one process, and leave no trace"
+    assert re.findall(r"Answers at step (\d+):", printed) == [str(EVERY), str(2 * EVERY)], "by one process, and leave no trace"
     problems = []
     for root, (eps, _, precision, tolerance) in zip(roots, RUNS, strict=True):
         problems += [f"{root.name}: {problem}" for problem in differences(root, expected[eps], tolerance, precision)]

@@ -1,5 +1,6 @@
 """Fixtures of the tests of all strategies: a model that is awkward to split, and the results its training must give."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ from firefly_lightning import FireflyDataModule
 from tests.conftest import train_tokenizer
 from tests.support.reference import Trained
 
-STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP, CLIP = 20, 8, 1e-3, 3, 0.1
+BATCH_SIZE, LEARNING_RATE, WARMUP, CLIP = 8, 1e-3, 3, 0.1
+
+STEPS = 20 if "--full" in sys.argv else 12
+"""Of a run of a strategy: twelve show warm-up, clipping and a falling rate; a release is tried with twenty."""
 
 
 @pytest.fixture(scope="session")

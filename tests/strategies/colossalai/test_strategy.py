@@ -90,7 +90,7 @@ class Placed(FireflyModule):
 
 @pytest.fixture(scope="module")
 def brief(odd_folder, rows_file, planned_rows) -> Trained:
-    """Five steps; parity tests take twenty."""
+    """Five steps; parity tests take more."""
     return Trained(odd_folder, rows_file, planned_rows[:5], LEARNING_RATE, WARMUP, CLIP, eps=1e-4)
 
 
