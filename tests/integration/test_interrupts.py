@@ -42,11 +42,14 @@ def places(tmp_path_factory, model_folder, rows_file) -> dict[str, Path]:
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "max_steps": 2},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(run), "utf-8")
+    run["trainer"]["limit_predict_batches"] = 15
+    (folder / "predicting.yaml").write_text(yaml.safe_dump(run), "utf-8")
     return {
         "rows": write_rows(folder / "rows.jsonl", rows),
         "raw": write_rows(folder / "raw.jsonl", raw),
         "model": model_folder,
         "config": folder / "run.yaml",
+        "predicting": folder / "predicting.yaml",
     }
 
 
@@ -58,7 +61,7 @@ COMMANDS = {
     "prune": "firefly prune --model {model} --corpus {rows} --out {out} ",
     "plan": "firefly plan --config {config} --out {out}",
     "validate": "firefly-fit validate --config {config} --trainer.default_root_dir {out}",
-    "predict": "firefly-fit predict --config {config} --trainer.limit_predict_batches 15 --trainer.default_root_dir {out}",
+    "predict": "firefly-fit predict --config {predicting} --trainer.default_root_dir {out}",
 }
 
 

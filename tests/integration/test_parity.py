@@ -90,7 +90,7 @@ def trains_like_plain_pytorch(strategy, fit_args, expected, rows_file, tmp_path)
     printed = ran(strategy, processes, *commands)
     if printed is None:
         return
-    assert re.findall(r"Answers at step (\d+):", printed) == [str(EVERY), str(2 * EVERY)], "by one process, and leave no trace"
+    assert re.findall(r"Answers at step (\d+):", printed) == [f"{EVERY}", f"{2 * EVERY}"], "by one process"
     problems = []
     for root, (eps, _, precision, tolerance) in zip(roots, RUNS, strict=True):
         problems += [f"{root.name}: {problem}" for problem in differences(root, expected[eps], tolerance, precision)]
