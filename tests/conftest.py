@@ -40,6 +40,9 @@ OF_ONE_STACK = {
 }  # fmt: skip
 """Files that `--divided` leaves to one stack: what depends least on releases, and each engine where it is at home."""
 
+OF_FULL_RUNS = ("benchmarks/test_strategy_memory",)
+"""Files that `--divided` leaves out: what measures, and no one's run depends on."""
+
 STRATEGIES_OF_ONE_STACK = {
     "current": ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"),
     "oldest": ("gemini", "gemini_offload", "tensor_parallel"),
@@ -69,7 +72,7 @@ def of_one_stack(item: pytest.Item, stack: str) -> bool:
     name = item.nodeid.removeprefix("tests/")
     of_its_engine = getattr(item, "callspec", None) and item.callspec.params.get("strategy")
     left = of_its_engine in STRATEGIES_OF_ONE_STACK[stack] and not name.startswith(OF_ONE_STACK["current"])
-    return left or name.startswith(OF_ONE_STACK[stack])
+    return left or name.startswith((*OF_ONE_STACK[stack], *OF_FULL_RUNS))
 
 
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}

@@ -15,13 +15,14 @@ import pytest
 import yaml
 
 from tests.conftest import write_rows
+from tests.support.choice import DIVIDED
 from tests.support.helpers import PATIENCE, ROOT
 from tests.support.ranks import BIN
 
 MOMENTS = int(os.environ.get("FIREFLY_MOMENTS", 2))
 """In which each command is told to end by each signal, every second time twice; a release is tried with 20.
 
-With `--divided` one moment: every command is told once by one signal, and twice by the other.
+With `--divided` one moment and one signal: commands are told in turn by the one and the other, once and twice.
 """
 
 SECONDS = 3.0 * float(os.environ.get("FIREFLY_SLOWNESS", 2))
@@ -35,7 +36,7 @@ def places(tmp_path_factory, model_folder, rows_file) -> dict[str, Path]:
     """What the commands read: enough rows that no part of them is over at once."""
     folder = tmp_path_factory.mktemp("signals")
     rows = [{"kind": "NLI", "input": f"第{number}天：{WEATHER}", "target": f"好{number}"} for number in range(6000)]
-    raw = [{"text": f"{row['input']}", "label": "positive"} for row in rows]
+    raw = [{"text": row["input"], "label": "positive"} for row in rows * 4]
     run = {
         "model": {"path": str(model_folder)},
         "data": {"train_files": str(rows_file), "val_files": str(rows_file), "micro_batch_size": 1},
@@ -78,12 +79,21 @@ def seconds(places, tmp_path_factory) -> Callable[[str], float]:
     return of
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_signal_ends_a_command(name, number, places, seconds, tmp_path, monkeypatch, request):
+SIGNALS = signal.SIGINT, signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        (name, number)
+        for at, name in enumerate(COMMANDS)
+        for number in (SIGNALS if not DIVIDED else SIGNALS[at % 2 : at % 2 + 1])
+    ],
+)
+def test_a_signal_ends_a_command(name, number, places, seconds, tmp_path, monkeypatch):
     drawn = random.Random(f"{name} {number}")
-    first = (list(COMMANDS).index(name) + (number == signal.SIGTERM)) % 2
-    for moment in range(first, first + 1) if request.config.getoption("--divided") else range(MOMENTS):
+    first = (list(COMMANDS).index(name) // 2 + (number == signal.SIGTERM)) % 2
+    for moment in range(first, first + 1) if DIVIDED else range(MOMENTS):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache{moment}"))  # as empty as that of the whole command
         after = drawn.uniform(0.5, seconds(name))
         took, process = ended(name, places, tmp_path / str(moment), number, after, twice=moment % 2 == 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.test_parity import relative
+from tests.support.choice import DIVIDED
 from tests.support.helpers import BIN, PATIENCE, ROOT, free_port, logged, run_to_the_end
 
 TWO_NODES = Path(__file__).with_name("two_nodes.sh")
@@ -58,7 +59,9 @@ def test_two_nodes_train_like_one_process(arguments, expected, tmp_path):
     assert not left_over(run.pid)
 
 
-@pytest.mark.parametrize(("strategy", "devices"), [("ddp_spawn", 2), ("ddp_fork", 2), ("ddp_fork", 1)])
+@pytest.mark.parametrize(
+    ("strategy", "devices"), [("ddp_spawn", 2), ("ddp_fork", 1), *([] if DIVIDED else [("ddp_fork", 2)])]
+)
 def test_processes_that_lightning_starts_itself_train_like_one(strategy, devices, fit_args, expected, tmp_path):
     """The first hands its weights to the command that started it, in a file that no run resumes from."""
     name, *args = fit_args(tmp_path, 1e-4, "--trainer.strategy", strategy, "--trainer.devices", devices)
@@ -94,7 +97,7 @@ def test_slurm_starts_two_tasks(arguments, expected, tmp_path):
 KILLED = ["--model", "tests.support.helpers.KilledRank", "--model.kill_rank", 1, "--model.kill_step", 5]
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("nodes", [1] if DIVIDED else [1, 2])
 def test_a_killed_rank_stops_the_run_within_a_minute(nodes, arguments, tmp_path):
     places = ["--trainer.num_nodes", nodes, "--trainer.devices", 2 // nodes]
     run = start(*[TWO_NODES] * (nodes - 1), *arguments, "ddp", *places, *KILLED)

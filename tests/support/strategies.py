@@ -1,6 +1,5 @@
 """Fixtures of the tests of all strategies: a model that is awkward to split, and the results its training must give."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,12 +8,13 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from firefly_lightning import FireflyDataModule
 from tests.conftest import train_tokenizer
+from tests.support.choice import DIVIDED
 from tests.support.reference import Trained
 
 BATCH_SIZE, LEARNING_RATE, WARMUP, CLIP = 8, 1e-3, 3, 0.1
 
-STEPS = 20 if "--full" in sys.argv else 12
-"""Of a run of a strategy: twelve show warm-up, clipping and a falling rate; a release is tried with twenty."""
+STEPS = 12 if DIVIDED else 20
+"""Of a run of a strategy: twelve show warm-up, clipping and a falling rate."""
 
 
 @pytest.fixture(scope="session")
