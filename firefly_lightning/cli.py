@@ -128,6 +128,11 @@ class FireflyCLI(LightningCLI):
                 callback.dirpath = str(_checkpoints(self.config[self.subcommand]))
         return trainer
 
+    def after_instantiate_classes(self) -> None:
+        """Tells the data which checkpoint is loaded: rows are put into its prompt format."""
+        if isinstance(self.datamodule, FireflyDataModule):
+            self.datamodule.checkpoint = self.config[self.subcommand].get("ckpt_path")
+
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:
         """Makes the trainer, with this project's progress bar, and without its checkpoints where none are to be saved.
 

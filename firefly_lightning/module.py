@@ -18,6 +18,7 @@ from firefly_lightning.checkpoints.layout import DESCRIPTION_KEY, NAMES_KEY
 from firefly_lightning.checkpoints.loop_state import fit_loop_state
 from firefly_lightning.checkpoints.unsharded import accept_names, numbered_names
 from firefly_lightning.data.batches import MicroBatch, data_parallel_share
+from firefly_lightning.data.prompt_choice import check_same_format, tokenizer_and_format
 from firefly_lightning.data.protocol import data_of
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.evaluation.generation import Decoding, change_decoding, default_decoding
@@ -30,13 +31,12 @@ from firefly_lightning.huggingface import (
     describe,
     load_bloom,
     load_config,
-    load_tokenizer,
     random_bloom,
 )
 from firefly_lightning.model.fast_bloom import FastBloom
 from firefly_lightning.model.loss import target_cross_entropy, target_scores
 from firefly_lightning.optim import OptimizerSettings, cosine_schedule, optimizers_with_schedules
-from firefly_lightning.prompt import PromptEncoder, prompt_format
+from firefly_lightning.prompt import PromptEncoder
 from firefly_lightning.strategies.hooks import StrategyHooks, check_accumulation, hooks_of
 from firefly_lightning.strategies.step_guard import StepGuard
 
@@ -236,11 +236,12 @@ class FireflyModule(L.LightningModule):
         """Checks that the checkpoint is of this model, and resumes at the step of the plan that comes next.
 
         Raises:
-            FireflyError: If the checkpoint is of another model.
+            FireflyError: If the checkpoint is of another model, or a training would go on in another prompt format.
         """
         self._resumed = True
         if self.model is not None:
             check_same_model(checkpoint.get(DESCRIPTION_KEY, {}), self.model.config, self.path)
+        check_same_format(checkpoint.get(DESCRIPTION_KEY), self._trainer)
         data = data_of(self._trainer)
         if data and data.train is not None and checkpoint["global_step"] and "loops" in checkpoint:
             per_epoch, per_step = data.train.plan.steps_per_epoch, data.train.micro_batches_per_step
@@ -294,6 +295,6 @@ class FireflyModule(L.LightningModule):
         return AdamW(parameters, self.learning_rate, weight_decay=0.0, fused=fused or None)
 
     def _tokenizer_and_prompt(self) -> tuple[Any, Any]:
-        """The data's tokenizer and prompt format; where it is not ours, the model's tokenizer and ``firefly``."""
+        """The data's tokenizer and prompt format; where it is not ours, the model's own."""
         data = data_of(self._trainer)
-        return (data.tokenizer, data.prompt) if data else (load_tokenizer(self.path), prompt_format("firefly"))
+        return (data.tokenizer, data.prompt) if data else tokenizer_and_format(self.path)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,26 +38,61 @@ class PromptFormat:
     later_separator: str = "</s>"
     end: str = "</s>"
 
+    def __str__(self) -> str:
+        """Name of the format, or its control strings where it has none."""
+        names = [name for name, preset in PRESETS.items() if preset == self]
+        return names[0] if names else json.dumps(vars(self), ensure_ascii=False)
+
     def chat_template(self) -> str:
         """Jinja template with which ``apply_chat_template`` gives the ids of training for user/assistant messages.
 
-        There is one difference to training: special tokens typed inside a message are read as special tokens.
+        A system message is a line before the first question, as in training. A content may be a list of parts of text.
+        What training has no form for raises an error: other roles or orders, tools, documents. There is one difference
+        to training: special tokens typed inside a message are read as special tokens.
         """
         # A JSON string is a Jinja string too, as long as it needs no surrogate pairs.
         quoted = {name: json.dumps(value, ensure_ascii=False) for name, value in vars(self).items()}
-        return (
-            "{{{{ {start} }}}}"
-            "{{% for message in messages %}}"
-            "{{% if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}}"
-            "{{{{ raise_exception('messages must alternate user, assistant, user, … (there is no system role)') }}}}"
-            "{{% endif %}}"
-            "{{{{ message['content'] }}}}"
-            "{{% if message['role'] == 'assistant' %}}{{{{ {end} }}}}"
-            "{{% elif not loop.last or add_generation_prompt %}}"
-            "{{{{ {separator} if loop.first else {later_separator} }}}}"
-            "{{% endif %}}"
-            "{{% endfor %}}"
-        ).format(**quoted)
+        return "".join(f"{{% set {name} = {value} %}}" for name, value in quoted.items()) + _CHAT_TEMPLATE
+
+
+_CHAT_TEMPLATE = (
+    "{% macro text(content) %}"
+    "{% if content is string %}{{ content }}"
+    "{% elif content is undefined or content is mapping or content is not sequence %}"
+    "{{ raise_exception('the content of a message must be text, or a list of parts of text') }}"
+    "{% else %}{% for part in content %}"
+    "{% if part is mapping and part['type'] == 'text' and part['text'] is string %}{{ part['text'] }}"
+    "{% else %}{{ raise_exception('only parts of text can be read, as {type: text, text: ...}') }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% endmacro %}"
+    "{% if tools or documents %}"
+    "{{ raise_exception('this model was trained without tools and documents; leave them out') }}"
+    "{% endif %}"
+    "{% set so_far = namespace(system='', messages=0) %}"
+    "{{ start }}"
+    "{% for message in messages %}"
+    "{% if message['tool_calls'] %}"
+    "{{ raise_exception('this model was trained without tools; leave tool_calls out') }}"
+    "{% elif message['role'] in ('system', 'developer') and so_far.messages == 0 %}"
+    "{% set instruction = text(message['content']) %}"
+    "{% if instruction %}{% set so_far.system = so_far.system ~ instruction ~ '\\n' %}{% endif %}"
+    "{% elif message['role'] != ('user' if so_far.messages % 2 == 0 else 'assistant') %}"
+    "{{ raise_exception('after a system message, if any, messages must alternate user, assistant, user, ...') }}"
+    "{% elif message['role'] == 'user' %}"
+    "{{ so_far.system }}{{ text(message['content']) }}"
+    "{% if not loop.last or add_generation_prompt %}"
+    "{{ later_separator if so_far.messages else separator }}"
+    "{% endif %}"
+    "{% set so_far.system = '' %}{% set so_far.messages = so_far.messages + 1 %}"
+    "{% else %}"
+    # What lies between these marks is what training learns; return_assistant_tokens_mask of transformers gives it.
+    "{% generation %}{{ text(message['content']) }}{{ end }}{% endgeneration %}"
+    "{% set so_far.messages = so_far.messages + 1 %}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if so_far.messages == 0 %}{{ raise_exception('there is no user message to answer') }}{% endif %}"
+)
+"""What every chat template has after the control strings; in ASCII, since some readers take the locale's encoding."""
 
 
 PRESETS = {
@@ -187,6 +223,35 @@ def _between(before: list[int], ids: list[int], after: list[int]) -> list[int]:
     first = len(before) if ids[: len(before)] == before else 0
     last = len(ids) - (len(after) if ids[-len(after) :] == after else 0)
     return ids[first:last]
+
+
+def format_of_template(tokenizer: "PreTrainedTokenizerFast") -> PromptFormat | None:
+    """The prompt format whose chat template a tokenizer has, of whichever release of this project, or made elsewhere.
+
+    Returns:
+        What the template puts around messages; None where there is no template, or one that is not of the form of a
+        :class:`PromptFormat` whose control strings are special tokens of this tokenizer.
+    """
+    if not tokenizer.chat_template:
+        return None
+    texts = [f"message number {number} of a conversation" for number in range(4)]
+    messages = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+    try:
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        asked = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template can raise whatever it likes
+        return None
+    found = re.fullmatch("(.*)".join(["", *map(re.escape, texts), ""]), whole, re.DOTALL)
+    if found is None:
+        return None
+    start, separator, end, later_separator, last = found.groups()
+    prompt = PromptFormat(start, separator, later_separator, end)
+    if (end, start + texts[0] + separator) != (last, asked):
+        return None
+    try:
+        return PromptEncoder(tokenizer, prompt).prompt
+    except FireflyError:
+        return None
 
 
 def check_special_tokens(tokenizer: "PreTrainedTokenizerFast") -> None:

@@ -1,12 +1,22 @@
 import copy
+import inspect
+import json
 import pickle
+import re
 
 import jinja2
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.prompt import PRESETS, PromptEncoder, PromptFormat, check_special_tokens, prompt_format
+from firefly_lightning.prompt import (
+    PRESETS,
+    PromptEncoder,
+    PromptFormat,
+    check_special_tokens,
+    format_of_template,
+    prompt_format,
+)
 from tests.conftest import SPECIAL, tiny_tokenizer
 
 SEPARATORS = {
@@ -16,7 +26,7 @@ SEPARATORS = {
 }
 ROWS = [
     [("上联：春风又绿江南岸", "下联：明月何时照我还")],
-    [("你好", "世界 😀"), (" hello\n", "world"), ("", " 还 ")],
+    [("你好", "世界 😀"), (" hello\n", "world"), ("", " 还 "), ("还", "")],
 ]
 
 
@@ -79,29 +89,169 @@ def test_settings_of_the_tokenizer_are_neither_used_nor_changed(stock):
 CUSTOM = PromptFormat(start="", separator="</s>\n'\"\\{{}}\r%}<s>", later_separator="<pad>", end="</s>😀</s>")
 
 
-@pytest.mark.parametrize("turns", ROWS)
-@pytest.mark.parametrize("prompt", [*PRESETS.values(), CUSTOM], ids=[*PRESETS, "custom"])
-def test_chat_template_gives_the_ids_of_training(stock, prompt, turns):
-    encoder = PromptEncoder(stock, prompt)
-    messages = [
-        {"role": role, "content": text}
+def apply(stock, prompt, messages, **kwargs):
+    kwargs = {"return_dict": False, **kwargs}
+    return stock.apply_chat_template(messages, chat_template=prompt.chat_template(), **kwargs)
+
+
+def as_messages(turns, content=lambda text: text):
+    return [
+        {"role": role, "content": content(text)}
         for turn in turns
         for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
 
-    def apply(messages, **kwargs):
-        return stock.apply_chat_template(messages, chat_template=prompt.chat_template(), return_dict=False, **kwargs)
 
-    assert apply(messages) == encoder.encode([turns])[0].input_ids
-    asked = apply(messages[:-1], add_generation_prompt=True)
+ALL_FORMATS = pytest.mark.parametrize("prompt", [*PRESETS.values(), CUSTOM], ids=[*PRESETS, "custom"])
+
+
+@ALL_FORMATS
+@pytest.mark.parametrize("turns", ROWS)
+def test_chat_template_gives_the_ids_and_the_mask_of_training(stock, prompt, turns):
+    encoder, messages = PromptEncoder(stock, prompt), as_messages(turns)
+    row = encoder.encode([turns])[0]
+    assert apply(stock, prompt, messages) == row.input_ids
+    marked = apply(stock, prompt, messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert (marked["input_ids"], marked["assistant_masks"]) == (row.input_ids, list(map(int, row.target_mask)))
+    asked = apply(stock, prompt, messages[:-1], add_generation_prompt=True)
     assert asked == encoder.encode_question(turns[:-1], turns[-1][0])
 
 
-def test_chat_template_refuses_what_training_never_saw(stock):
-    for roles in (["system", "user"], ["assistant"], ["user", "user"]):
-        messages = [{"role": role, "content": "你好"} for role in roles]
-        with pytest.raises(jinja2.TemplateError, match="alternate"):
-            stock.apply_chat_template(messages, chat_template=PRESETS["firefly"].chat_template())
+@ALL_FORMATS
+def test_chat_template_reads_a_list_of_parts_as_their_text(stock, prompt):
+    def parts(text):
+        return [{"type": "text", "text": text[:1]}, {"type": "text", "text": text[1:]}]
+
+    assert (
+        apply(stock, prompt, as_messages(ROWS[1], parts)) == PromptEncoder(stock, prompt).encode([ROWS[1]])[0].input_ids
+    )
+
+
+@ALL_FORMATS
+@pytest.mark.parametrize(
+    ("system", "line"),
+    [
+        ([{"role": "system", "content": "你好"}], "你好\n"),
+        ([{"role": "system", "content": [{"type": "text", "text": "你"}, {"type": "text", "text": "好"}]}], "你好\n"),
+        ([{"role": "system", "content": "你好"}, {"role": "developer", "content": "world"}], "你好\nworld\n"),
+        ([{"role": "system", "content": ""}], ""),
+    ],
+    ids=["text", "parts", "two", "empty"],
+)
+def test_a_system_message_is_a_line_before_the_first_question(stock, prompt, system, line):
+    (source, target), *later = ROWS[1]
+    row = PromptEncoder(stock, prompt).encode([[(line + source, target), *later]])[0]
+    marked = apply(stock, prompt, system + as_messages(ROWS[1]), return_dict=True, return_assistant_tokens_mask=True)
+    assert (marked["input_ids"], marked["assistant_masks"]) == (row.input_ids, list(map(int, row.target_mask)))
+    asked = apply(stock, prompt, [*system, {"role": "user", "content": source}], add_generation_prompt=True)
+    assert asked == PromptEncoder(stock, prompt).encode_question([], line + source)
+
+
+@ALL_FORMATS
+def test_typed_special_tokens_are_text_where_transformers_can_tell_them_apart(stock, prompt):
+    if "sanitize_control_tokens" not in inspect.signature(stock.apply_chat_template).parameters:
+        pytest.skip("this transformers reads them as special tokens")
+    turns = [("好</s>好", "<s>世界<pad>"), ("</s>", "你好")]
+    tokenizer = copy.deepcopy(stock)
+    tokenizer.chat_template = prompt.chat_template()
+    ids = tokenizer.apply_chat_template(as_messages(turns), return_dict=False, sanitize_control_tokens=True)
+    assert ids == PromptEncoder(stock, prompt).encode([turns])[0].input_ids
+
+
+def said(role, content="你好", **fields):
+    return {"role": role, "content": content, **fields}
+
+
+TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    ("messages", "given", "message"),
+    [
+        ([said("assistant")], {}, "alternate"),
+        ([said("user"), said("user")], {}, "alternate"),
+        ([said("user"), said("assistant"), said("assistant")], {}, "alternate"),
+        ([said("user"), said("system"), said("user")], {}, "alternate"),
+        ([said("user"), said("tool")], {}, "alternate"),
+        ([said("narrator")], {}, "alternate"),
+        ([{"content": "你好"}], {}, "alternate"),
+        ([said("system")], {}, "no user message"),
+        ([said("system")], {"add_generation_prompt": True}, "no user message"),
+        ([{"role": "user"}], {}, "must be text"),
+        ([said("user", None)], {}, "must be text"),
+        ([said("user", 5)], {}, "must be text"),
+        ([said("user", {"type": "text", "text": "你好"})], {}, "must be text"),
+        ([said("user", ["你好"])], {}, "only parts of text"),
+        ([said("user", [{"type": "image", "url": "x"}])], {}, "only parts of text"),
+        ([said("user", [{"type": "text"}])], {}, "only parts of text"),
+        ([said("user", [{"type": "text", "text": 5}])], {}, "only parts of text"),
+        ([said("user"), said("assistant", "", tool_calls=[TOOL])], {}, "tool_calls"),
+        ([said("user")], {"tools": [TOOL]}, "without tools"),
+        ([said("user")], {"documents": [{"title": "a", "text": "b"}]}, "without tools and documents"),
+    ],
+)
+def test_chat_template_refuses_what_training_never_saw(stock, messages, given, message):
+    with pytest.raises(jinja2.TemplateError, match=message):
+        apply(stock, PRESETS["firefly"], messages, **given)
+
+
+def test_chat_template_is_ascii_wherever_its_control_strings_are():
+    assert all(prompt.chat_template().isascii() for prompt in PRESETS.values())
+
+
+# As releases before this one wrote it, with which models have been exported.
+EARLIER_TEMPLATE = (
+    "{{ START }}{% for message in messages %}"
+    "{% if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}{{ raise_exception('…') }}{% endif %}"
+    "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ END }}"
+    "{% elif not loop.last or add_generation_prompt %}{{ SEPARATOR if loop.first else LATER }}{% endif %}{% endfor %}"
+)
+
+
+@ALL_FORMATS
+@pytest.mark.parametrize("earlier", [False, True], ids=["this release", "earlier"])
+def test_a_format_is_known_by_its_chat_template(stock, prompt, earlier):
+    tokenizer, template = copy.deepcopy(stock), prompt.chat_template()
+    if earlier:
+        names = {"START": "start", "END": "end", "SEPARATOR": "separator", "LATER": "later_separator"}
+        quoted = {key: json.dumps(getattr(prompt, name), ensure_ascii=False) for key, name in names.items()}
+        template = re.sub("|".join(quoted), lambda found: quoted[found[0]], EARLIER_TEMPLATE)
+    tokenizer.chat_template = template
+    assert format_of_template(tokenizer) == prompt
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "",
+        "{{ messages }}",
+        "{% if",
+        "{{ raise_exception('no') }}",
+        "{{ messages[9]['content'] }}",
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+        "{% for m in messages %}{{ '问：' if m.role == 'user' else '答：' }}{{ m.content }}</s>{% endfor %}",
+        "{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}",
+        "{% for m in messages %}{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}",
+        "{% for m in messages[:2] %}{{ m.content }}</s>{% endfor %}",
+        "{% for m in messages %}{{ m.content }}\n{% endfor %}",
+    ],
+)
+def test_other_templates_are_no_prompt_format(stock, template):
+    tokenizer = copy.deepcopy(stock)
+    tokenizer.chat_template = template
+    assert format_of_template(tokenizer) is None
+
+
+def test_a_template_made_elsewhere_can_be_a_prompt_format(stock):
+    tokenizer = copy.deepcopy(stock)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    assert format_of_template(tokenizer) == PromptFormat(start="", separator="</s>", later_separator="</s>")
+
+
+def test_a_format_is_shown_by_its_name_or_its_strings():
+    assert [str(prompt) for prompt in PRESETS.values()] == list(PRESETS)
+    assert json.loads(str(CUSTOM)) == vars(CUSTOM)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import BloomForCausalLM, GenerationConfig
 
+from firefly_lightning.data.prompt_choice import USUAL, own_format
 from firefly_lightning.errors import FireflyError, reason
 from firefly_lightning.evaluation.generation import default_decoding, generate_stream
-from firefly_lightning.huggingface import check_sizes, load_bloom, load_prompt_format, load_tokenizer
-from firefly_lightning.prompt import PRESETS, PromptEncoder, Turn
+from firefly_lightning.huggingface import check_sizes, load_bloom, load_tokenizer
+from firefly_lightning.prompt import PromptEncoder, Turn
 
 
 class Answering:
@@ -45,10 +46,11 @@ def _load(path: str, device: str, dtype: str) -> tuple[BloomForCausalLM, PromptE
     default = "bfloat16" if place.type == "cuda" else "float32"
     bloom, tokenizer = load_bloom(path, getattr(torch, default if dtype == "auto" else dtype)), load_tokenizer(path)
     check_sizes(bloom.config, tokenizer, path)
-    prompt = load_prompt_format(path)
+    prompt = own_format(path, tokenizer)
     if prompt is None:
-        print(f"note: {path} has no prompt_format.json; the format 'firefly' is used", file=sys.stderr)
-    return bloom.to(place).eval(), PromptEncoder(tokenizer, prompt or PRESETS["firefly"])
+        lacks = "no prompt_format.json and no chat template that says its prompt format"
+        print(f"note: {path} has {lacks}; {USUAL} is used", file=sys.stderr)
+    return bloom.to(place).eval(), PromptEncoder(tokenizer, prompt or USUAL)
 
 
 def _device(name: str) -> torch.device:

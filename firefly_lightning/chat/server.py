@@ -10,26 +10,27 @@ import json
 import socket
 import sys
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import uvicorn
 import yaml
 from starlette.applications import Starlette
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
-from starlette.exceptions import HTTPException
+from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import GenerationConfig
 
+from firefly_lightning.chat.questions import read_question, sliders
 from firefly_lightning.errors import FireflyError, reason
-from firefly_lightning.evaluation.generation import Decoding, change_decoding
+from firefly_lightning.evaluation.generation import change_decoding
 from firefly_lightning.preparation.templates.reader import TEMPLATE_FOLDER
 from firefly_lightning.prompt import Turn
 
@@ -38,33 +39,16 @@ Answer = Callable[[Sequence[Turn], str, GenerationConfig], Iterator[str]]
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
-
-class Slider(NamedTuple):
-    """A setting of generation that the page offers: its range, the step between two values, and its first value."""
-
-    least: float
-    most: float
-    step: float
-    start: float
-
-
-_RANGES: dict[str, tuple[float, float, float]] = {
-    "temperature": (0, 2, 0.01),  # at 0 nothing is drawn: the likeliest token is taken
-    "top_p": (0.01, 1, 0.01),
-    "repetition_penalty": (1, 2, 0.01),
-    "max_new_tokens": (1, 1024, 1),
+HEADERS = {
+    # A browser fetches nothing from elsewhere, whatever an answer holds, and no other page shows this one in a frame.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Frame-Options": "DENY",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # files of two releases are not mixed
 }
-
-
-def sliders(config: GenerationConfig) -> dict[str, Slider]:
-    """The page's sliders, set to a model's own settings; a range that is too narrow for its setting is widened."""
-    starts = {name: 1.0 if (own := getattr(config, name)) is None else own for name in _RANGES}
-    if not config.do_sample:
-        starts["temperature"] = 0
-    return {
-        name: Slider(min(least, starts[name]), max(most, starts[name]), step, starts[name])
-        for name, (least, most, step) in _RANGES.items()
-    }
+"""Headers of every response, refusals included."""
 
 
 def examples() -> list[dict[str, str]]:
@@ -76,7 +60,7 @@ def examples() -> list[dict[str, str]]:
     ]
 
 
-def make_app(answer: Answer, config: GenerationConfig, name: str, hosts: Sequence[str] = LOOPBACK) -> Starlette:
+def make_app(answer: Answer, config: GenerationConfig, name: str, hosts: Sequence[str] = LOOPBACK) -> ASGIApp:
     """The web application that serves the page and answers its requests.
 
     ``POST /answer`` takes ``{"turns": [[question, answer], …], "question", "decoding"}`` and streams JSON lines:
@@ -97,11 +81,11 @@ def make_app(answer: Answer, config: GenerationConfig, name: str, hosts: Sequenc
         return JSONResponse({"model": name, "sliders": ranges, "examples": examples()})
 
     async def post_answer(request: Request) -> Response:
-        turns, question, decoding = await _read(request, offered)
+        turns, question, decoding = await read_question(request, offered)
         pieces = answer(turns, question, change_decoding(config, decoding))
         return _Stream(_lines(request, pieces, generating), media_type="application/x-ndjson")
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/settings", settings),
             Route("/answer", post_answer, methods=["POST"]),
@@ -109,6 +93,19 @@ def make_app(answer: Answer, config: GenerationConfig, name: str, hosts: Sequenc
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
     )
+    return _with_headers(app)
+
+
+def _with_headers(app: ASGIApp) -> ASGIApp:
+    async def answered(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        await app(scope, receive, send_with_headers)
+
+    return answered
 
 
 def serve(answer: Answer, config: GenerationConfig, name: str, host: str = "127.0.0.1", port: int = 7860) -> None:
@@ -148,35 +145,6 @@ def _listen(host: str, port: int) -> socket.socket:
         raise FireflyError(
             f"--host {host} --port {port}: nothing can listen there ({reason(error)}); choose another"
         ) from error
-
-
-async def _read(request: Request, offered: Mapping[str, Slider]) -> tuple[list[Turn], str, Decoding]:
-    # A foreign page must ask before it sends this content type, and its request to do so is not answered.
-    if request.headers.get("content-type") != "application/json":
-        raise HTTPException(415, "the body must be application/json")
-    try:
-        body = await request.json()
-        turns = [(_text(question), _text(answer)) for question, answer in body["turns"]]
-        question = _text(body["question"])
-        values: Any = {name: _value(name, body["decoding"][name], slider) for name, slider in offered.items()}
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise HTTPException(400, f"not a question: {reason(error)}") from error
-    values["do_sample"] = values["temperature"] > 0
-    if not values["do_sample"]:  # without sampling its settings mean nothing
-        del values["temperature"], values["top_p"]
-    return turns, question, values
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"a text is {type(value).__name__}")
-    return value
-
-
-def _value(name: str, value: Any, slider: Slider) -> float:
-    if not isinstance(value, int | float) or not slider.least <= value <= slider.most:
-        raise ValueError(f"{name} must be a number from {slider.least} to {slider.most}")
-    return int(value) if isinstance(slider.step, int) else float(value)  # transformers refuses a penalty of 1, not 1.0
 
 
 async def _lines(request: Request, pieces: Iterator[str], generating: asyncio.Lock) -> AsyncIterator[str]:

@@ -12,6 +12,9 @@ from firefly_lightning.checkpoints.torch_file import load_file
 _OF_THE_START = ("ckpt_path", "config")
 """Settings that say how a run was started, not what it does."""
 
+_FOLLOWS = "data.init_args.prompt"
+"""A setting that is the checkpoint's where a run leaves it out."""
+
 
 def read_configuration(checkpoint: Path) -> str | None:
     """The configuration of the run that saved a checkpoint; None where another program saved it.
@@ -36,6 +39,8 @@ def differences(saved: str | None, now: str) -> str:
     before, after = (dict(_leaves(yaml.safe_load(text))) for text in (saved, now))
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     names = [name for name in names if name.split(".")[0] not in _OF_THE_START]
+    if after.get(_FOLLOWS, "") is None:
+        names = [name for name in names if not name.startswith(_FOLLOWS)]
     rows = [
         ("setting", "checkpoint", "this run"),
         *((name, _shown(before, name), _shown(after, name)) for name in names),

@@ -16,6 +16,7 @@ from firefly_lightning.data.batches import MicroBatch, PlanLoader, PlannedBatche
 from firefly_lightning.data.counts_table import counts_table
 from firefly_lightning.data.mixing import Share, Source, check_share, split
 from firefly_lightning.data.plan import Rows, StepPlan, WeightedRows, check_shares
+from firefly_lightning.data.prompt_choice import choose_format
 from firefly_lightning.data.row_arrays import TooLong
 from firefly_lightning.data.sources.records import find_sources
 from firefly_lightning.data.sources.row_forms import RowFormat
@@ -44,7 +45,8 @@ class FireflyDataModule(L.LightningDataModule):
         max_length: Most tokens of a row, control tokens included.
         too_long: What to do with a longer row: ``truncate`` keeps its first tokens, ``truncate_keep_end`` its last ones
             after the start token, ``drop`` leaves it out.
-        prompt: Name of a format (``firefly``, ``firefly_turns``, ``firefly_single``) or its control strings.
+        prompt: Name of a format (``firefly``, ``firefly_turns``, ``firefly_single``) or its control strings; where not
+            given, the one that the checkpoint or else the model was trained with, or else ``firefly``.
         seed: Seed of the order of rows and of the rows chosen by ``val_fraction``.
         num_workers: Number of processes that prepare batches.
         pin_memory: Whether batches are put into page-locked memory, from which a GPU copies faster.
@@ -70,7 +72,7 @@ class FireflyDataModule(L.LightningDataModule):
         micro_batch_size: int | None = None,
         max_length: int = 512,
         too_long: TooLong = "truncate",
-        prompt: str | PromptFormat = "firefly",
+        prompt: str | PromptFormat | None = None,
         seed: int = 0,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -82,31 +84,31 @@ class FireflyDataModule(L.LightningDataModule):
         self.tokenizer_path = tokenizer
         self.train_sources = [_as_source(item) for item in _listed(train_files)]
         self.kinds = dict(kinds or {})
-        self.val_files, self.test_files = _listed(val_files), _listed(test_files)
-        self.predict_files = _listed(predict_files)
+        self.val_files, self.test_files, self.predict_files = map(_listed, (val_files, test_files, predict_files))
         self.val_fraction = val_fraction
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
-        self.max_length = max_length
-        self.too_long: TooLong = too_long
-        self.prompt = prompt_format(prompt)
-        self.seed = seed
-        self.row_format = row_format
+        self.max_length, self.too_long = max_length, too_long
+        self._told = None if prompt is None else prompt_format(prompt)
+        self.checkpoint: str | None = None  # that the run begins with; it is told before the format is asked for
+        self.seed, self.row_format = seed, row_format
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.train: PlannedBatches = None  # type: ignore[assignment]  # until it is set up to train
         self.val: PlannedBatches | None = None
         self.test: PlannedBatches | None = None
-        self._tokenizer: PreTrainedTokenizerFast | None = None
         self._val_check_interval: Any = None  # the trainer's, as the user set it
         self._fitting, self._resumed_step = False, 0
         self._check_arguments()
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer, loaded when first asked for."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.tokenizer_path)
-        return self._tokenizer
+        return load_tokenizer(self.tokenizer_path)
+
+    @cached_property
+    def prompt(self) -> PromptFormat:
+        """The format that rows are put into, chosen when first asked for."""
+        return choose_format(self._told, self.tokenizer_path, self.tokenizer, rank_zero_info, self.checkpoint)
 
     @cached_property
     def _encoder(self) -> PromptEncoder:
@@ -222,8 +224,7 @@ class FireflyDataModule(L.LightningDataModule):
     def _tokenized(self, files: Sequence[str], encoder: PromptEncoder, max_length: int) -> TokenizedRows:
         sources = find_sources(files)
         settings = max_length, self.too_long, self.cache_dir, self.row_format
-        folders = [tokenize(source, encoder, *settings) for source in sources]
-        rows = TokenizedRows(folders, sources)
+        rows = TokenizedRows([tokenize(source, encoder, *settings) for source in sources], sources)
         if not len(rows):
             raise FireflyError(
                 f"{', '.join(sources)}: no row has a target within {max_length} tokens; "
@@ -259,8 +260,7 @@ class FireflyDataModule(L.LightningDataModule):
             batch_size = micro_batch_size * self.world_size
             sources = [WeightedRows(part.rows[np.argsort(-lengths[part.rows], kind="stable")]) for part in sources]
         plan = StepPlan(lengths, rows.target_tokens, sources, batch_size, self.seed, shuffle)
-        pad_id = self.tokenizer.pad_token_id
-        return PlannedBatches(rows, plan, micro_batch_size, self.world_size, self.rank, pad_id)
+        return PlannedBatches(rows, plan, micro_batch_size, self.world_size, self.rank, self.tokenizer.pad_token_id)
 
     def _set_accumulation(self) -> None:
         """Sets the trainer's accumulation, and has its ``val_check_interval`` count optimizer steps."""

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from firefly_lightning.checkpoints.paths import find_checkpoint
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.planning.memory import estimate
 from firefly_lightning.planning.planned import Planned
@@ -138,7 +140,7 @@ def read_settings(
     size = ModelSize(**given) if described else model_size(str(fit.model.init_args.path))
     first = devices_of(fit.trainer)
     counts = devices or sorted({*DEVICES, first}, key=lambda count: (count != first, count))
-    rows = _rows_here(fit.data) if configs else None
+    rows = _rows_here(fit) if configs else None
     if fit.model.init_args.attention == "eager":
         print("model.attention eager: takes more than what follows, which is planned for sdpa")
     return Settings(arguments, fit, size, rows, counts, precision or _precision(fit.trainer.precision))
@@ -156,10 +158,11 @@ def _are_given(sizes: dict[str, int | None]) -> bool:
     return not missing
 
 
-def _rows_here(data: Any) -> TrainingRows | None:
-    """Rows of the data; if they are not on this machine, prints why and returns None."""
+def _rows_here(fit: Any) -> TrainingRows | None:
+    """Rows of a run; if they are not on this machine, prints why and returns None."""
     try:
-        return training_rows(data)
+        named = fit.ckpt_path and Path(fit.ckpt_path).exists()  # not 'last', which a run finds when it starts
+        return training_rows(fit.data, str(find_checkpoint(fit.ckpt_path)) if named else None)
     except FireflyError as error:
         print(error)
         return None

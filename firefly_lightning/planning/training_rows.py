@@ -67,11 +67,12 @@ class TrainingRows:
         return np.sort(self.lengths[taken])[::-1], np.sort(self.targets[taken])[::-1]
 
 
-def training_rows(data: Any) -> TrainingRows:
+def training_rows(data: Any, checkpoint: str | None = None) -> TrainingRows:
     """Finds the lengths of a run's rows, tokenising them if the cache lacks them; fetches no datasets of the hub.
 
     Args:
         data: The part of the configuration that describes the data.
+        checkpoint: The checkpoint that the run begins with, if any, whose prompt format its rows have.
 
     Raises:
         FireflyError: If files or the tokenizer are missing, or the data module is not one of this project.
@@ -89,6 +90,7 @@ def training_rows(data: Any) -> TrainingRows:
     if not (isinstance(module, type) and issubclass(module, FireflyDataModule)):
         raise FireflyError(f"{data.class_path}: only rows of a FireflyDataModule can be counted")
     made: Any = module(**options)
+    made.checkpoint = checkpoint
     made.prepare_data()
     made.setup("fit")
     return TrainingRows(made.train.plan, made.train.rows.lengths, made.train.rows.target_tokens)

@@ -1,6 +1,8 @@
 """``firefly stats``: what a set of rows is made of, in numbers and figures."""
 
 import json
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +38,7 @@ def stats(
     out: str,
     max_length: int = 512,
     too_long: Literal["truncate", "truncate_keep_end", "drop"] = "truncate",
-    prompt: str = "firefly",
+    prompt: str | None = None,
     batch_size: int = 16,
     micro_batch_size: int | None = None,
     seed: int = 0,
@@ -53,7 +55,7 @@ def stats(
         out: The folder to write, new or empty.
         max_length: Most tokens of a row, as in ``data.max_length``; the histogram has a line there.
         too_long: What to do with a longer row, as in ``data.too_long``.
-        prompt: Name of a prompt format or its control strings, as in ``data.prompt``.
+        prompt: Name of a prompt format, as in ``data.prompt``; by default the one that the model was trained with.
         batch_size: Rows in one optimizer step, as in ``data.batch_size``.
         micro_batch_size: Rows that the device works on at a time, as in ``data.micro_batch_size``.
         seed: Seed of the order of rows, as in ``data.seed``.
@@ -68,6 +70,7 @@ def stats(
     inputs = [*sources, tokenizer, *([font] if font else [])]
     check_new_folder(folder, inputs)
     from firefly_lightning.data.plan import check_shares
+    from firefly_lightning.data.prompt_choice import choose_format
     from firefly_lightning.data.token_cache import WHOLE, default_cache_dir, tokenize
     from firefly_lightning.data.tokenized_rows import TokenizedRows
     from firefly_lightning.huggingface import load_tokenizer
@@ -75,7 +78,8 @@ def stats(
     from firefly_lightning.preparation.token_counts import describe, histogram, padding_of
 
     micro_batch_size, cache = check_shares(batch_size, 1, micro_batch_size), default_cache_dir()
-    encoder = PromptEncoder(load_tokenizer(tokenizer), prompt_format(prompt))
+    told, loaded = prompt_format(prompt) if prompt is not None else None, load_tokenizer(tokenizer)
+    encoder = PromptEncoder(loaded, choose_format(told, tokenizer, loaded, partial(print, file=sys.stderr)))
     whole, cut = (
         TokenizedRows([tokenize(source, encoder, length, too_long, cache) for source in sources], sources)
         for length in (WHOLE, max_length)

@@ -48,6 +48,7 @@ def prune(
     _check_arguments(corpus, tokenizer, min_count, pad_multiple, keep)
     inputs = [model, *(corpus or []), *filter(None, (tokenizer, keep, verify))]
     check_new_folder(Path(out), inputs)
+    from firefly_lightning.files.json_object import write_json
     from firefly_lightning.pruning import steps
     from firefly_lightning.pruning.verify import verify_pruning
     from firefly_lightning.pruning.vocabulary import load_bpe_tokenizer, read_texts, token_ids
@@ -65,6 +66,7 @@ def prune(
         rows = steps.vocabulary_rows(large.ids, small_ids, pad_multiple)
         weights.finish(rows)
         steps.write_configs(large, small, len(rows), folder)
+        steps.keep_prompt_format(large, small, folder)
         verification = verify_pruning(large.tokenizer, folder, rows, verify) if verify else None
         report = steps.report(large, len(small_ids), len(rows))
         if weights.linked:
@@ -72,7 +74,7 @@ def prune(
         if verification:
             report["verified"] = verification._asdict()
         report["seconds"] = round(time.perf_counter() - started, 2)
-        steps.write_json(report, folder / "pruning.json")
+        write_json(report, folder / "pruning.json")
     _print_report(report, out)
     if verification:
         print(verification.summary())

@@ -1,7 +1,7 @@
 """The steps of pruning a Bloom: reading the large one, its new tokenizer, rows and configuration, and the report."""
 
-import json
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from firefly_lightning.errors import FireflyError, describe_os_error
-from firefly_lightning.prompt import SPECIAL_TOKENS
+from firefly_lightning.data.prompt_choice import own_format
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.files.json_object import read_json_object, write_json
+from firefly_lightning.prompt import SPECIAL_TOKENS, PromptFormat, format_of_template
 from firefly_lightning.pruning.tensor_files import EMBEDDING, HEAD, Checkpoint, count_parameters, open_checkpoint
 from firefly_lightning.pruning.vocabulary import (
+    TEMPLATE_FILES,
     check_ready_made,
     copy_tokenizer,
     count_tokens,
@@ -25,15 +28,19 @@ from firefly_lightning.pruning.vocabulary import (
     write_pruned_tokenizer,
 )
 
+DOWNLOAD = "download it again"
+"""What to do about a damaged file of a model."""
+
 
 class Large(NamedTuple):
-    """A large Bloom: its folder, configuration, tokenizer, ids by token, and the places of its tensors in files."""
+    """A large Bloom: folder, configuration, tokenizer, ids by token, places of tensors in files, own prompt format."""
 
     folder: Path
     config: dict[str, Any]
     tokenizer: PreTrainedTokenizerFast
     ids: dict[str, int]
     tensors: Checkpoint
+    prompt: PromptFormat | None
 
 
 def open_large(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
@@ -42,7 +49,9 @@ def open_large(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
     Raises:
         FireflyError: If the folder holds no Bloom, or its configuration and weights do not belong together.
     """
-    config = _read_json(folder / "config.json")
+    if not (folder / "config.json").is_file():
+        raise FireflyError(f"{folder}: has no config.json; give the folder of a Hugging Face model")
+    config = read_json_object(folder / "config.json", DOWNLOAD)
     if config.get("model_type") != "bloom":
         raise FireflyError(f"{folder}: its model_type is {config.get('model_type')!r}, not 'bloom'; use a Bloom model")
     tensors = open_checkpoint(folder, tied=config.get("tie_word_embeddings", True))
@@ -56,10 +65,10 @@ def open_large(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
 
 
 def load_large(folder: Path, config: dict[str, Any], tensors: Checkpoint) -> Large:
-    """Adds the tokenizer to what :func:`open_large` gives.
+    """Adds the tokenizer and the prompt format to what :func:`open_large` gives.
 
     Raises:
-        FireflyError: If the tokenizer cannot be read, or has tokens without a row in the embedding.
+        FireflyError: If the tokenizer or the prompt format cannot be read, or tokens have no row in the embedding.
     """
     tokenizer = load_bpe_tokenizer(folder)
     ids = token_ids(tokenizer)
@@ -69,7 +78,7 @@ def load_large(folder: Path, config: dict[str, Any], tensors: Checkpoint) -> Lar
             f"{folder}: the tokenizer has {tokens:,} tokens, the model's vocabulary only {vocabulary:,}; "
             "use the tokenizer that belongs to the model"
         )
-    return Large(folder, config, tokenizer, ids, tensors)
+    return Large(folder, config, tokenizer, ids, tensors, own_format(str(folder), tokenizer))
 
 
 def plan_tokenizer(
@@ -115,9 +124,24 @@ def write_configs(large: Large, small: PreTrainedTokenizerFast, vocabulary: int,
     }
     write_json({**large.config, **special, **new}, out / "config.json")
     if (large.folder / "generation_config.json").is_file():
-        generation = _read_json(large.folder / "generation_config.json")
+        generation = read_json_object(large.folder / "generation_config.json", DOWNLOAD)
         known = {name: number for name, number in special.items() if generation.get(name) is not None}
         write_json({**generation, **known}, out / "generation_config.json")
+
+
+def keep_prompt_format(large: Large, small: PreTrainedTokenizerFast, out: Path) -> None:
+    """Writes the prompt format that the large model was trained with, if that is known.
+
+    A ready-made tokenizer with the chat template of another format gets the model's: the weights know no other.
+    """
+    if large.prompt is None:
+        return
+    write_json(asdict(large.prompt), out / "prompt_format.json")
+    if small.chat_template != large.tokenizer.chat_template and format_of_template(small) != large.prompt:
+        config = read_json_object(out / "tokenizer_config.json", DOWNLOAD)
+        write_json(config | {"chat_template": large.prompt.chat_template()}, out / "tokenizer_config.json")
+        for name in TEMPLATE_FILES:
+            (out / name).unlink(missing_ok=True)
 
 
 def report(large: Large, tokens: int, vocabulary: int) -> dict[str, Any]:
@@ -132,22 +156,3 @@ def report(large: Large, tokens: int, vocabulary: int) -> dict[str, Any]:
 
 def _change(before: int, after: int) -> dict[str, float]:
     return {"before": before, "after": after, "ratio": after / before}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FireflyError(f"{file.parent}: has no {file.name}; give the folder of a Hugging Face model") from error
-    except OSError as error:
-        raise FireflyError(describe_os_error(error, file)) from error
-    except ValueError as error:
-        raise FireflyError(f"{file}: is not JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise FireflyError(f"{file}: holds no JSON object; download it again")
-    return content
-
-
-def write_json(content: dict[str, Any], file: Path) -> None:
-    """Writes a JSON object into a file, indented, with Chinese text as it is."""
-    file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -21,7 +21,10 @@ from firefly_lightning.errors import FireflyError, describe_os_error
 from firefly_lightning.huggingface import TOKENIZER_CONFIG, load_tokenizer
 from firefly_lightning.prompt import SPECIAL_TOKENS, PromptEncoder, check_special_tokens, prompt_format
 
-SIDE_FILES = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+"""Files beside ``tokenizer_config.json`` that can hold the chat template."""
+
+SIDE_FILES = ("special_tokens_map.json", *TEMPLATE_FILES)
 """Files of a tokenizer that name tokens by their strings, so that they stay as they are when tokens are renumbered."""
 
 OWN_FILES = ("tokenizer.json", "added_tokens.json", "vocab.json", "merges.txt")

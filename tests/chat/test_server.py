@@ -17,7 +17,8 @@ from playwright.sync_api import expect, sync_playwright
 from transformers import BloomForCausalLM, GenerationConfig
 
 from firefly_lightning.chat.command import chat
-from firefly_lightning.chat.server import serve, sliders
+from firefly_lightning.chat.questions import MOST_BYTES, sliders
+from firefly_lightning.chat.server import serve
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.preparation.templates.reader import TEMPLATE_FOLDER
 from tests.conftest import ANSWERS
@@ -43,8 +44,8 @@ def open_page(browser):
     """Opens a page; whatever it asks of other addresses, and any complaint of its code, fails the test."""
     asked, complaints, pages = [], [], []
 
-    def open_it(port):
-        page = browser.new_page(viewport={"width": 1200, "height": 800})
+    def open_it(port, width=1200):
+        page = browser.new_page(viewport={"width": width, "height": 800})
         page.on("request", lambda request: asked.append((request.url, f"http://127.0.0.1:{port}/")))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
@@ -272,32 +273,188 @@ def post(port, content, **headers):
     return urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/answer", data, headers), timeout=20)
 
 
-def test_what_is_no_question_of_the_page_is_refused():
-    refused = [
-        (b"{", {}, 400),
-        (b"\xff", {}, 400),
-        ([], {}, 400),
-        ({"question": "问"}, {}, 400),
-        (body(1), {}, 400),
-        (body("问", turns=[["问"]]), {}, 400),
-        (body("问", turns=[["问", 2]]), {}, 400),
-        (body("问", decoding={**DECODING, "temperature": -1}), {}, 400),
-        (body("问", decoding={**DECODING, "top_p": float("nan")}), {}, 400),
-        (body("问", decoding={**DECODING, "max_new_tokens": "9"}), {}, 400),
-        (body("问", decoding={**DECODING, "max_new_tokens": 10**9}), {}, 400),
-        (body("问"), {"Content-Type": "text/plain"}, 415),
-        (body("问"), {"Host": "example.org"}, 400),
-    ]
+EVERY_TYPE = (None, True, 0, -1, 1e308, "", "0", "\ud800", [], [["问"]], {}, {"text": "问"})
+"""A value of every type that JSON has, and extreme ones."""
 
+
+def changed(content, path, value):
+    """A body with another value in one place; without the place where the value is `...`."""
+    *above, name = path
+    copied = inner = json.loads(json.dumps(content))
+    for part in above:
+        inner = inner[part]
+    if value is ...:
+        del inner[name]
+    else:
+        inner[name] = value
+    return copied
+
+
+def refused_bodies():
+    """Bodies that are no question: each field missing, of every other type, and beyond its range."""
+    whole = body("问", turns=[["问", "答"]])
+    places = [("turns",), ("turns", 0), ("turns", 0, 0), ("turns", 0, 1), ("question",), ("decoding",)]
+    settings = [("decoding", name) for name in DECODING]
+    for path in [*places, *settings]:
+        if path != ("turns", 0):
+            yield changed(whole, path, ...)
+        for value in (*EVERY_TYPE, float("nan"), float("inf"), -float("inf"), 10**400):
+            text = path in (("question",), ("turns", 0, 0), ("turns", 0, 1)) and value in ("", "0")
+            greedy = path == ("decoding", "temperature") and value == 0 and value is not False
+            if not (text or greedy or (path == ("turns",) and value == [])):
+                yield changed(whole, path, value)
+    for name, values in {
+        "temperature": (1e-300, 5e-324, 0.009, 2.001),
+        "top_p": (0, 1e-9, 1.001),
+        "repetition_penalty": (0, 0.99, 2.001),
+        "max_new_tokens": (0, 1.5, 1025, 10**9),
+    }.items():
+        yield from (changed(whole, ("decoding", name), value) for value in values)
+    yield changed(whole, ("turns",), "ab")
+    yield changed(whole, ("turns",), ["ab"])
+    yield changed(whole, ("turns",), [{"问": 1, "答": 2}])
+    yield changed(whole, ("more",), 1)
+    yield changed(whole, ("decoding", "top_k"), 1)
+    yield from EVERY_TYPE
+    yield from (b"", b"{", b"\xff", b"[" * 100_000, b'{"turns": ' * 100_000, json.dumps(whole).encode()[:-1])
+
+
+def test_what_is_no_question_of_the_page_is_refused(capsys):
     def answer(turns, question, config):
         raise AssertionError("asked")
 
     with serving(lambda: serve(answer, OWN, "拒", port=0)) as port:
-        for content, headers, code in refused:
+        count = 0
+        for content in refused_bodies():
+            assert refusal(port, content) == 400, content
+            count += 1
+        assert count > 150
+        assert refusal(port, body("问"), **{"Content-Type": "text/plain"}) == 415
+        assert refusal(port, body("问"), Host="example.org") == 400
+        assert refusal(port, body("问" * MOST_BYTES)) == 413
+        for path, code in (("/nowhere", 404), ("/%00", 404), ("/..%2f..%2fserver.py", 404), ("/answer", 404)):
             with pytest.raises(urllib.error.HTTPError) as raised:
-                post(port, content, **headers)
-            assert raised.value.code == code, (content, headers)
+                urllib.request.urlopen(f"http://127.0.0.1:{port}{path}")
+            assert raised.value.code == code
             raised.value.close()
+        with socket.create_connection(("127.0.0.1", port)) as client:  # a browser that is gone in the middle
+            head = f"POST /answer HTTP/1.1\r\nHost: localhost:{port}\r\nContent-Type: application/json\r\n"
+            client.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        assert refusal(port, b"") == 400
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def refusal(port, content, **headers):
+    """The code of an answer that refuses a request in one line."""
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        post(port, content, **headers)
+    with raised.value as refused:
+        text = refused.read().decode()
+    assert text
+    assert "\n" not in text
+    assert len(text) < 300
+    return refused.code
+
+
+def test_the_ends_of_every_range_are_answered(fluent_folder, capsys):
+    with serving(lambda: chat(str(fluent_folder), web=True, port=0, device="cpu", seed=0)) as port:
+        for name, values in {
+            "temperature": (0, 0.01, 2),
+            "top_p": (0.01, 1),
+            "repetition_penalty": (1, 2),
+            "max_new_tokens": (1,),
+        }.items():
+            for value in values:
+                lines = post(port, body("你好", decoding={**DECODING, "max_new_tokens": 3, name: value}))
+                assert [json.loads(line) for line in lines][-1] == {"done": True}, (name, value)
+        content_type = {"Content-Type": "application/json; charset=utf-8"}
+        assert json.loads([*post(port, body("", decoding={**DECODING, "max_new_tokens": 1}), **content_type)][-1])
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_headers_forbid_foreign_scripts_and_frames_also_where_a_request_is_refused():
+    with serving(lambda: serve(echo, OWN, "头", port=0)) as port:
+        answers = [urllib.request.urlopen(f"http://127.0.0.1:{port}{path}") for path in ("/", "/settings", "/chat.js")]
+        answers.append(post(port, body("问")))
+        for path, host in (("/nowhere", "localhost"), ("/", "example.org")):
+            with pytest.raises(urllib.error.HTTPError) as raised:
+                urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Host": host}))
+            answers.append(raised.value)
+        for answer in answers:
+            with answer:
+                policy = dict(
+                    part.strip().split(" ", 1) for part in answer.headers["Content-Security-Policy"].split(";")
+                )
+                assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
+                assert {policy[name] for name in policy if name.endswith("-src")} == {"'none'", "'self'"}
+                assert answer.headers["X-Frame-Options"] == "DENY"
+                assert answer.headers["X-Content-Type-Options"] == "nosniff"
+                assert answer.headers["Referrer-Policy"] == "no-referrer"
+
+
+def test_no_other_page_shows_this_one_in_a_frame(browser, tmp_path):
+    with serving(lambda: serve(echo, OWN, "框", port=0)) as port:
+        (tmp_path / "frame.html").write_text(f"<iframe src='http://127.0.0.1:{port}/'></iframe>")
+        page, said = browser.new_page(), []
+        page.on("console", lambda message: said.append(message.text))
+        page.goto(f"file://{tmp_path}/frame.html")
+        page.wait_for_timeout(500)
+        shown = [frame for frame in page.frames if frame.locator(".example, #question").count()]
+        page.close()
+    assert shown == []
+    assert "frame-ancestors" in " ".join(said)
+
+
+def test_an_answer_is_copied_and_given_anew(open_page):
+    told, answers = [], iter(("一", "二", RuntimeError("no memory"), "三"))
+
+    def answer(turns, question, config):
+        told.append((list(turns), question))
+        answered = next(answers)
+        if isinstance(answered, Exception):
+            raise answered
+        yield answered
+
+    with serving(lambda: serve(answer, OWN, "再", port=0)) as port:
+        page = open_page(port)
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        ask(page, "问")
+        expect(last(page)).to_have_text("一")
+        page.get_by_role("button", name="复制").click()
+        expect(page.get_by_role("button", name="已复制")).to_be_visible()
+        assert page.evaluate("navigator.clipboard.readText()") == "一"
+        again = page.get_by_role("button", name="重新生成")
+        again.click()
+        expect(page.locator(".answered")).to_have_text(["二"])
+        again.click()
+        expect(page.locator(".wrong")).to_contain_text("no memory")
+        expect(page.locator(".answered").first).to_have_text("二", use_inner_text=True)
+        assert page.locator(".answered:visible").first.inner_text() == "二", "what was said stays"
+        ask(page, "又")
+        expect(last(page)).to_have_text("三")
+        expect(again).to_have_count(1)
+        page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")  # as on another machine
+        page.get_by_role("button", name="复制").last.click()
+        expect(page.get_by_role("button", name="已复制")).to_be_visible()
+        page.locator("#clear").click()
+        expect(page.locator(".actions")).to_have_count(0)
+    assert told == [([], "问"), ([], "问"), ([], "问"), ([("问", "二")], "又")]
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_settings_are_folded_on_a_phone(open_page, width, tmp_path):
+    with serving(lambda: serve(echo, OWN, "窄", port=0)) as port:
+        page = open_page(port, width)
+        sliders_shown = expect(page.locator("#temperature"))
+        page.screenshot(path=tmp_path / "page.png")
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        if width < 720:
+            sliders_shown.to_be_hidden()
+            assert page.locator("aside").bounding_box()["height"] < 60
+            page.get_by_text("解码参数").click()
+        sliders_shown.to_be_visible()
+        ask(page, "问")
+        expect(last(page)).to_have_text("问")
 
 
 def test_a_range_holds_the_models_own_settings():

@@ -1,5 +1,6 @@
 import builtins
 import io
+import json
 import sys
 import threading
 
@@ -203,11 +204,16 @@ def test_chat_without_a_saved_format_says_what_it_assumes(folder, tmp_path, caps
     for file in folder.iterdir():
         if file.name != "prompt_format.json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
+    file = tmp_path / "tokenizer_config.json"
+    fields = json.loads(file.read_text("utf-8"))
+    del fields["chat_template"]
+    file.write_text(json.dumps(fields), "utf-8")
     chat(str(tmp_path), prompt="你好", device="cpu", seed=0)
     captured = capsys.readouterr()
     assert captured.out == ANSWERS["你好"] + "\n"
     note = captured.err.splitlines()[-1]
-    assert note == f"note: {tmp_path} has no prompt_format.json; the format 'firefly' is used"
+    lacks = "no prompt_format.json and no chat template that says its prompt format"
+    assert note == f"note: {tmp_path} has {lacks}; firefly is used"
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])

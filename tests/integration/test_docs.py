@@ -3,13 +3,15 @@
 import importlib.util
 
 import pytest
+import torch
 import yaml
 
 from tests.support.helpers import ROOT, run
 from tests.support.readme import page
 
-pytest.importorskip("griffe", reason="needs the extra docs")
-pytest.importorskip("mkdocs", reason="needs the extra docs")
+if torch.__version__.startswith("2.5."):
+    # `bin/test` builds the documentation with the current stack; there, a missing package is a failure.
+    pytest.skip("the oldest stack is without the extra docs", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")

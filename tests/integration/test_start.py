@@ -20,7 +20,7 @@ ORDER = [
     ["errors", "interrupts", "console", "optim", "processes", "moved"],
     ["files", "prompt"],
     ["huggingface"],
-    ["data", "checkpoints"],
+    ["checkpoints", "data"],
     ["preparation", "pruning", "model", "evaluation", "strategies"],
     ["module", "chat"],
     ["callbacks"],

@@ -18,6 +18,8 @@ function element(tag, className, text) {
   return made;
 }
 
+const isAtEnd = () => talk.scrollHeight - talk.scrollTop - talk.clientHeight < 40;
+
 function showTurn(className, text) {
   const turn = element("div", `turn ${className}`, "");
   turn.append(element("div", "", text));
@@ -79,31 +81,81 @@ function setComing(controller) {
   find("stop").hidden = !controller;
 }
 
-async function ask(text) {
-  examples.hidden = true;
-  showTurn("asked", text);
+function action(name, take) {
+  const button = Object.assign(element("button", "", name), { type: "button" });
+  button.addEventListener("click", () => take(button));
+  return button;
+}
+
+// A browser gives the clipboard only to pages of this machine or by https; others copy what is selected.
+async function copy(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const area = element("textarea", "", text);
+  document.body.append(area);
+  area.select();
+  const copied = document.execCommand("copy");
+  area.remove();
+  if (!copied) throw new Error("not copied");
+}
+
+// What can be done with an answer; only the last one can be given anew.
+function showActions({ text, answer, told, shown }) {
+  const atEnd = isAtEnd();
+  turnsShown.querySelectorAll(".again").forEach((button) => button.remove());
+  const actions = element("div", "actions", "");
+  const again = action("重新生成", () => {
+    if (coming) return;
+    told.pop();
+    respond(text, { answer, nodes: [shown, actions] });
+  });
+  again.classList.add("again");
+  actions.append(action("复制", async (button) => {
+    button.textContent = await copy(answer).then(() => "已复制", () => "无法复制");
+    setTimeout(() => { button.textContent = "复制"; }, 1500);
+  }), again);
+  shown.after(actions);
+  if (atEnd) talk.scrollTop = talk.scrollHeight;
+}
+
+// Streams the answer to a question. An answer that it takes the place of goes only when the new one is there.
+async function respond(text, replaced = null) {
   const shown = showTurn("answered coming", "");
+  replaced?.nodes.forEach((node) => { node.hidden = true; });
+  replaced?.nodes.at(-1).after(shown);
   let answer = "";
   const controller = new AbortController();
   const told = turns; // the conversation may be cleared meanwhile
   setComing(controller);
+  const keep = () => {
+    told.push([text, answer]);
+    replaced?.nodes.forEach((node) => node.remove());
+    if (shown.isConnected) showActions({ text, answer, told, shown });
+  };
   try {
     await stream(text, (piece) => {
-      const atEnd = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 40;
+      const atEnd = isAtEnd();
       shown.firstChild.textContent = answer += piece;
       if (atEnd) talk.scrollTop = talk.scrollHeight; // a reader who has scrolled up stays there
     }, controller.signal);
-    told.push([text, answer]);
+    keep();
   } catch (error) {
-    if (controller.signal.aborted) told.push([text, answer]); // what was said until then was said
+    if (controller.signal.aborted) keep(); // what was said until then was said
     else {
       showTurn("answered wrong", `出错了：${error.message}`);
-      question.value ||= text;
+      if (replaced) told.push([text, replaced.answer]);
+      else question.value ||= text;
+      replaced?.nodes.forEach((node) => { node.hidden = false; });
     }
   } finally {
     shown.classList.remove("coming");
     if (coming === controller) setComing(null);
   }
+}
+
+function ask(text) {
+  examples.hidden = true;
+  showTurn("asked", text);
+  return respond(text);
 }
 
 find("ask").addEventListener("submit", (event) => {
@@ -129,6 +181,12 @@ find("clear").addEventListener("click", () => {
   turnsShown.replaceChildren();
   examples.hidden = false;
 });
+
+// On a phone the settings would take half of the page: there they begin folded.
+const narrow = matchMedia("(max-width: 720px)");
+const fold = () => { find("decoding").open = !narrow.matches; };
+narrow.addEventListener("change", fold);
+fold();
 
 const settings = await (await fetch("settings")).json();
 find("model").textContent = settings.model;

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from firefly_lightning.errors import FireflyError, describe_os_error, reason
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.files.json_object import read_json_object
 
 AUTO = "auto"
 """A value in files written for Hugging Face's trainer, which puts its own value in the place of it."""
@@ -17,15 +18,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     Raises:
         FireflyError: If there is no such file, or it holds no JSON object.
     """
-    try:
-        config = json.loads(Path(path).expanduser().read_text("utf-8"))
-    except OSError as error:
-        raise FireflyError(describe_os_error(error, path)) from error
-    except ValueError as error:
-        raise FireflyError(f"{path}: not JSON ({reason(error)}); mend the DeepSpeed configuration") from error
-    if not isinstance(config, dict):
-        raise FireflyError(f"{path}: must hold a JSON object, this is {type(config).__name__}")
-    return config
+    return read_json_object(Path(path).expanduser(), "mend the DeepSpeed configuration")
 
 
 def without_auto(config: dict[str, Any]) -> dict[str, Any]:
