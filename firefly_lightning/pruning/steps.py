@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from firefly_lightning.errors import FireflyError, describe_os_error
+from firefly_lightning.errors import FireflyError, MissingFileError
+from firefly_lightning.files.model_json import read_config, read_generation_config, refuse_adapter
 from firefly_lightning.prompt import SPECIAL_TOKENS
 from firefly_lightning.pruning.tensor_files import EMBEDDING, HEAD, Checkpoint, count_parameters, open_checkpoint
 from firefly_lightning.pruning.vocabulary import (
@@ -27,13 +28,14 @@ from firefly_lightning.pruning.vocabulary import (
 
 
 class Large(NamedTuple):
-    """A large Bloom: its folder, configuration, tokenizer, ids by token, and the places of its tensors in files."""
+    """A large Bloom: its folder, configurations, tokenizer, ids by token, and the places of its tensors in files."""
 
     folder: Path
     config: dict[str, Any]
     tokenizer: PreTrainedTokenizerFast
     ids: dict[str, int]
     tensors: Checkpoint
+    generation: dict[str, Any] | None
 
 
 def open_large(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
@@ -42,9 +44,10 @@ def open_large(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
     Raises:
         FireflyError: If the folder holds no Bloom, or its configuration and weights do not belong together.
     """
-    config = _read_json(folder / "config.json")
-    if config.get("model_type") != "bloom":
-        raise FireflyError(f"{folder}: its model_type is {config.get('model_type')!r}, not 'bloom'; use a Bloom model")
+    refuse_adapter(folder, str(folder))
+    if not (folder / "config.json").is_file():
+        raise MissingFileError(f"{folder}: has no config.json; give the folder of a Hugging Face model")
+    config = read_config(folder / "config.json")
     tensors = open_checkpoint(folder, tied=config.get("tie_word_embeddings", True))
     vocabulary = tensors[EMBEDDING].shape[0]
     if config.get("vocab_size", vocabulary) != vocabulary:
@@ -56,10 +59,11 @@ def open_large(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
 
 
 def load_large(folder: Path, config: dict[str, Any], tensors: Checkpoint) -> Large:
-    """Adds the tokenizer to what :func:`open_large` gives.
+    """Adds the tokenizer and the settings of generation to what :func:`open_large` gives.
 
     Raises:
-        FireflyError: If the tokenizer cannot be read, or has tokens without a row in the embedding.
+        FireflyError: If the tokenizer or the settings of generation cannot be used, or a token has no row in the
+            embedding.
     """
     tokenizer = load_bpe_tokenizer(folder)
     ids = token_ids(tokenizer)
@@ -69,7 +73,9 @@ def load_large(folder: Path, config: dict[str, Any], tensors: Checkpoint) -> Lar
             f"{folder}: the tokenizer has {tokens:,} tokens, the model's vocabulary only {vocabulary:,}; "
             "use the tokenizer that belongs to the model"
         )
-    return Large(folder, config, tokenizer, ids, tensors)
+    file = folder / "generation_config.json"
+    generation = read_generation_config(file) if file.is_file() else None
+    return Large(folder, config, tokenizer, ids, tensors, generation)
 
 
 def plan_tokenizer(
@@ -114,10 +120,9 @@ def write_configs(large: Large, small: PreTrainedTokenizerFast, vocabulary: int,
         "tie_word_embeddings": HEAD not in large.tensors,
     }
     write_json({**large.config, **special, **new}, out / "config.json")
-    if (large.folder / "generation_config.json").is_file():
-        generation = _read_json(large.folder / "generation_config.json")
-        known = {name: number for name, number in special.items() if generation.get(name) is not None}
-        write_json({**generation, **known}, out / "generation_config.json")
+    if large.generation is not None:
+        known = {name: number for name, number in special.items() if large.generation.get(name) is not None}
+        write_json({**large.generation, **known}, out / "generation_config.json")
 
 
 def report(large: Large, tokens: int, vocabulary: int) -> dict[str, Any]:
@@ -132,20 +137,6 @@ def report(large: Large, tokens: int, vocabulary: int) -> dict[str, Any]:
 
 def _change(before: int, after: int) -> dict[str, float]:
     return {"before": before, "after": after, "ratio": after / before}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FireflyError(f"{file.parent}: has no {file.name}; give the folder of a Hugging Face model") from error
-    except OSError as error:
-        raise FireflyError(describe_os_error(error, file)) from error
-    except ValueError as error:
-        raise FireflyError(f"{file}: is not JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise FireflyError(f"{file}: holds no JSON object; download it again")
-    return content
 
 
 def write_json(content: dict[str, Any], file: Path) -> None:
