@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,15 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from firefly_lightning.errors import FireflyError, reason, some
+from firefly_lightning.files.json_object import read_json_object
+from firefly_lightning.files.model_json import (
+    CURE,
+    FLOATS,
+    read_config,
+    read_generation_config,
+    read_index,
+    refuse_adapter,
+)
 from firefly_lightning.prompt import SPECIAL_TOKENS, PromptFormat
 
 PUBLISHED_DECODING = {
@@ -58,12 +68,11 @@ def load_config(path: str) -> BloomConfig:
         FireflyError: If there is no configuration, or the model is of another architecture.
     """
     file = find_model_file(path, "config.json")
+    if file is None or Path(path).is_dir():
+        _refuse_adapter(path)
     if file is None:
         raise FireflyError(f"{path}: has no config.json; give a folder that holds a Bloom model")
-    fields = _read_json_object(file)
-    if fields.get("model_type") != "bloom":
-        raise FireflyError(f"{path}: is a {fields.get('model_type')} model; only Bloom models can be used")
-    return BloomConfig.from_dict(fields)
+    return BloomConfig.from_dict(read_config(file))
 
 
 def load_bloom(path: str, dtype: torch.dtype) -> BloomForCausalLM:
@@ -74,9 +83,11 @@ def load_bloom(path: str, dtype: torch.dtype) -> BloomForCausalLM:
         dtype: Type that the weights are converted to.
 
     Raises:
-        FireflyError: If the model is no Bloom, or its weights are missing, damaged, incomplete or of other sizes.
+        FireflyError: If the model is no Bloom, its weights are missing, damaged, incomplete or of other sizes, or its
+            settings of generation cannot be used.
     """
     load_config(path)
+    _check_beside_weights(path)
     # transformers 4.51 knows only the old name of the argument, 5 means to drop it.
     dtype_name = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
     try:
@@ -84,9 +95,14 @@ def load_bloom(path: str, dtype: torch.dtype) -> BloomForCausalLM:
             model, info = BloomForCausalLM.from_pretrained(path, output_loading_info=True, **{dtype_name: dtype})
     except Exception as error:  # whatever the readers of the several weight formats raise
         raise FireflyError(f"{path}: the weights cannot be read ({reason(error)}); fetch them again") from error
-    # transformers would go on with random numbers in the place of missing weights.
+    # transformers would go on with random numbers in the place of missing weights, and without layers too many.
     if missing := sorted(info["missing_keys"]):
         raise FireflyError(f"{path}: the weights lack {some(missing)}; fetch them again")
+    if layers := sorted(filter(partial(_is_of_a_layer, model.config.n_layer), info["unexpected_keys"])):
+        raise FireflyError(f"{path}: the weights have {some(layers)}, which config.json lacks; fetch both again")
+    for name in FLOATS:  # transformers refuses a temperature of 2, and takes 2.0
+        if isinstance(value := getattr(model.generation_config, name, None), int):
+            setattr(model.generation_config, name, float(value))
     return model
 
 
@@ -105,6 +121,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
         FireflyError: If there is no tokenizer, or it cannot be read.
     """
     if find_model_file(path, "tokenizer.json") is None:
+        _refuse_adapter(path)
         raise FireflyError(f"{path}: has no tokenizer.json; copy the tokenizer's files there")
     try:
         # Bloom's tokenizer_config.json names a class of its own, which transformers 5 no longer has: a warning at most.
@@ -126,7 +143,7 @@ def load_prompt_format(path: str) -> PromptFormat | None:
     file = find_model_file(path, "prompt_format.json")
     if file is None:
         return None
-    fields = _read_json_object(file)
+    fields = read_json_object(file, CURE)
     known = asdict(PromptFormat()).keys()
     if fields.keys() - known or not all(isinstance(value, str) for value in fields.values()):
         raise FireflyError(f"{file}: must map {', '.join(known)} to strings, and nothing else")
@@ -248,14 +265,26 @@ def _tokenizer_json(tokenizer: PreTrainedTokenizerFast) -> str:
     return json.dumps(fields, ensure_ascii=False)
 
 
-def _read_json_object(file: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, not UTF-8
-        raise FireflyError(f"{file}: not JSON ({reason(error)}); mend it or fetch it again") from error
-    if not isinstance(fields, dict):
-        raise FireflyError(f"{file}: must hold a JSON object, this is {type(fields).__name__}")
-    return fields
+def _refuse_adapter(path: str) -> None:
+    if file := find_model_file(path, "adapter_config.json"):
+        refuse_adapter(file.parent, path)
+
+
+def _is_of_a_layer(first: int, name: str) -> bool:
+    """Whether a weight is of a layer from the given one on."""
+    layer = re.match(r"(transformer\.)?h\.(\d+)\.", name)
+    return layer is not None and int(layer[2]) >= first
+
+
+def _check_beside_weights(path: str) -> None:
+    """Checks the files beside the weights that transformers reads with them, before it meets what is wrong there."""
+    if file := find_model_file(path, "generation_config.json"):
+        read_generation_config(file)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = Path(path) / f"{name}.index.json"
+        if index.is_file() and not (Path(path) / name).exists():
+            read_index(index)
+            break
 
 
 @contextmanager

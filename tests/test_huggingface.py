@@ -137,3 +137,61 @@ def test_check_same_model_names_the_size_that_differs(bloom, tokenizer):
     check_same_model({}, bloom.config, "x")
     with pytest.raises(FireflyError, match="x: has hidden_size 32, but the checkpoint is of a model with 16"):
         check_same_model(description, BloomConfig(vocab_size=328, hidden_size=32, n_layer=2, n_head=2), "x")
+
+
+ADAPTER = {"base_model_name_or_path": "bigscience/bloom-560m", "peft_type": "LORA"}
+
+
+@pytest.mark.parametrize("load", [lambda path: load_bloom(path, torch.float32), load_tokenizer])
+def test_an_adapter_is_called_one(load, tmp_path, tiny_folder):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTER))
+    (tmp_path / "adapter_model.safetensors").write_bytes((tiny_folder / "model.safetensors").read_bytes())
+    for path in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(FireflyError) as raised:
+            load(str(path))
+    assert raised_line(raised).startswith(f"{tmp_path}: is an adapter of bigscience/bloom-560m, not a whole model")
+
+
+@pytest.mark.parametrize("load", [lambda path: load_bloom(path, torch.float32), load_tokenizer])
+def test_an_adapter_of_the_hub_is_called_one(load, tmp_path, monkeypatch):
+    def download(path, name):
+        if name != "adapter_config.json":
+            raise EntryNotFoundError("404")
+        (tmp_path / name).write_text(json.dumps(ADAPTER))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("firefly_lightning.huggingface.hf_hub_download", download)
+    with pytest.raises(FireflyError, match="somebody/lora: is an adapter of bigscience/bloom-560m"):
+        load("somebody/lora")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", {"n_layer": 0}, "config.json: n_layer is 0"),
+        ("config.json", {"n_layer": 1}, r"the weights have transformer\.h\.1\..* which config\.json lacks"),
+        ("config.json", {"hidden_dropout": None}, "config.json: hidden_dropout is null"),
+        ("generation_config.json", {"top_k": -5}, "generation_config.json: top_k is -5"),
+        ("model.safetensors.index.json", {"weight_map": {"a": 1}}, "index.json: is no index of weights"),
+        ("model.safetensors.index.json", {"weight_map": {"a": "b.safetensors"}}, "b.safetensors of model.safetensors"),
+    ],
+)
+def test_what_a_file_beside_the_weights_says_is_checked(tiny_folder, tmp_path, name, content, message):
+    path = tmp_path / "模型"
+    break_folder(tiny_folder, path, lambda path: None)
+    before = json.loads((path / name).read_text()) if (path / name).exists() else {}
+    (path / name).write_text(json.dumps(before | content))
+    if "index" in name:
+        (path / "model.safetensors").unlink()
+    with pytest.raises(FireflyError, match=message) as raised:
+        load_bloom(str(path), torch.float32)
+    assert raised_line(raised).startswith(str(path))
+
+
+def test_a_whole_number_is_taken_where_transformers_takes_a_fraction(tiny_folder, tmp_path):
+    path = tmp_path / "model"
+    settings = {"do_sample": True, "temperature": 2, "repetition_penalty": 1, "top_p": 1, "max_new_tokens": 3}
+    break_folder(tiny_folder, path, lambda path: (path / "generation_config.json").write_text(json.dumps(settings)))
+    bloom = load_bloom(str(path), torch.float32)
+    assert bloom.generate(torch.arange(5)[None], pad_token_id=3).shape[1] > 5
+    assert isinstance(bloom.generation_config.temperature, float)

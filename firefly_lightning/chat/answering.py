@@ -34,6 +34,11 @@ class Answering:
         self._bloom, self._encoder = _load(path, device, dtype)
         self._seed = seed
         self.config = default_decoding(self._bloom)
+        if (self.config.num_beams or 1) > 1:
+            raise FireflyError(
+                f"{path}: generation_config.json has num_beams {self.config.num_beams}, with which no answer can be "
+                "shown as it comes; set it to 1"
+            )
         self.config.max_new_tokens = max_new_tokens or self.config.max_new_tokens
 
     def __call__(self, turns: Sequence[Turn], question: str, config: GenerationConfig | None = None) -> Iterator[str]:

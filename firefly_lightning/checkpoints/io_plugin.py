@@ -5,13 +5,13 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
 
+from firefly_lightning.checkpoints.contents import check_contents
 from firefly_lightning.checkpoints.layout import TRAINER_FILE, VERSION_KEY, WRITER_KEY
 from firefly_lightning.checkpoints.portable import PortableReader
-from firefly_lightning.checkpoints.torch_file import load_file
+from firefly_lightning.checkpoints.torch_file import load_file, save_file
 from firefly_lightning.checkpoints.unsharded import can_be_portable, read_whole, write_whole
 from firefly_lightning.errors import FireflyError, describe_os_error
 from firefly_lightning.files.atomic import remove_whole, whole_file, whole_folder
@@ -54,7 +54,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                     write_whole(checkpoint, folder)
                 return
             with whole_file(Path(path)) as file:
-                torch.save(checkpoint, file)
+                save_file(checkpoint, file)
         except (OSError, RuntimeError) as error:
             os_error = _os_error_behind(error)
             if os_error is None:
@@ -84,9 +84,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if PortableReader.is_at(Path(path)):
             return read_whole(PortableReader(Path(path)))
         if Path(path).is_dir():
-            engine = load_file(Path(path) / TRAINER_FILE, "cpu").get(WRITER_KEY, {}).get("engine", "another strategy")
+            trainer = load_file(Path(path) / TRAINER_FILE, "cpu")
+            check_contents(trainer, Path(path) / TRAINER_FILE)
+            engine = trainer.get(WRITER_KEY, {}).get("engine", "another strategy")
             raise FireflyError(f"{path}: is {engine}'s own; resume under the strategy that saved it")
         checkpoint = load_file(Path(path), map_location, weights_only)
+        check_contents(checkpoint, Path(path))
         return checkpoint if VERSION_KEY in checkpoint else _OfNoRun(checkpoint, path)
 
     @override

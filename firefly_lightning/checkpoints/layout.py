@@ -18,13 +18,19 @@ An engine's own checkpoint is a folder that the same strategy reads on the same 
     weights/                       ColossalAI's: the weights, unsharded
     optimizer-*.ckpt               ColossalAI's: for each process, its part of the optimizer's states
     rank-*.pt                      PyTorch's: for each process, its parts of weights and optimizer states
+    digests.json                   names, sizes and xxh3_128 digests of the other files; written last
 
-Where a checkpoint is not to be portable or cannot be, one device and ``ddp`` write a single file as Lightning does. In
-that file and in ``trainer.ckpt``, keys that are not named here are Lightning's own.
+Where a checkpoint is not to be portable or cannot be, one device and ``ddp`` write a single file as Lightning does,
+with its digest at its end. In that file and in ``trainer.ckpt``, keys that are not named here are Lightning's own.
 """
+
+import re
 
 MANIFEST = "checkpoint.json"
 """File of a portable checkpoint with the names, sizes and digests of its other files."""
+
+DIGESTS = "digests.json"
+"""File of an engine's own checkpoint with the names, sizes and digests of its other files."""
 
 TRAINER_FILE = "trainer.ckpt"
 """File of a checkpoint folder with all that Lightning saves except weights and optimizer states."""
@@ -77,6 +83,12 @@ TIED_KEY = "tied"
 WRITER_KEY = "written_by"
 """Key that says which strategy wrote an engine's own checkpoint, and on how many processes."""
 
+DIGESTED_KEY = "digests"
+"""Key, beside the settings of the writer, that says that there are digests: an older release wrote none."""
+
+FILES_KEY = "tensor_files"
+"""Key of the names of the files of tensors in a portable checkpoint, none of which may be missing."""
+
 BY_NAME = "by_name"
 """Key of an optimizer's states by parameter name, in memory only, until the parameters are numbered."""
 
@@ -96,6 +108,11 @@ def tensor_file(kind: str, rank: int, number: int) -> str:
         number: How many files of this kind the process has written before.
     """
     return f"{kind}-{rank}-{number}.safetensors"
+
+
+def is_tensor_file(file: str) -> bool:
+    """Whether a file's name is one that :func:`tensor_file` gives."""
+    return re.fullmatch(rf"({MODEL}|{MODULE}|{OPTIMIZER})-\d+-\d+\.safetensors", file) is not None
 
 
 def kind_of(file: str) -> str | None:

@@ -8,34 +8,43 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from firefly_lightning.checkpoints.contents import DAMAGED, check_contents
 from firefly_lightning.checkpoints.layout import (
+    FILES_KEY,
     FORMAT,
     INDEX,
     MANIFEST,
     MODEL,
     MODULE,
     OPTIMIZER,
+    SCALARS_KEY,
+    TIED_KEY,
     TRAINER_FILE,
     WEIGHT,
+    is_tensor_file,
     kind_of,
     name_in_module,
     stored_name,
     tensor_file,
 )
 from firefly_lightning.checkpoints.torch_file import load_file
-from firefly_lightning.errors import FireflyError, MissingFileError, reason, unreadable
-from firefly_lightning.files.atomic import sync
+from firefly_lightning.errors import FireflyError, reason
+from firefly_lightning.files.manifest import (
+    FileEntry,
+    check_files,
+    check_listed,
+    entry_of,
+    listed_files,
+    read_manifest,
+    write_manifest,
+)
 
 FLUSH_BYTES = 256 * 2**20
 """Bytes of pending tensors at which a process writes them to a file; a single tensor may be larger."""
-
-FileEntry = dict[str, Any]
-"""What is known of a file that was written: its size, its digest, and the size in bytes of each tensor by name."""
 
 States = dict[str, Tensor]
 """A parameter's unsharded tensors: its weight under :data:`WEIGHT`, the optimizer's of the same shape by their keys."""
@@ -87,7 +96,7 @@ class PortableWriter:
             if number := re.search(r"os error (\d+)", str(error)):  # only the error's text has the system's answer
                 raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
             raise
-        self._files[path.name] = _written(path) | {"tensors": {name: tensor.nbytes for name, tensor in tensors.items()}}
+        self._files[path.name] = entry_of(path) | {"tensors": {name: tensor.nbytes for name, tensor in tensors.items()}}
 
 
 def finish(folder: Path, files: Mapping[str, FileEntry]) -> None:
@@ -100,15 +109,12 @@ def finish(folder: Path, files: Mapping[str, FileEntry]) -> None:
     tensors = {file: entry["tensors"] for file, entry in files.items() if kind_of(file) == MODEL}
     weight_map = {name: file for file, sizes in tensors.items() for name in sizes}
     size = sum(sum(sizes.values()) for sizes in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    # With the digests the index belongs to these very weights: that of another checkpoint of the run would be the same.
+    metadata = {"total_size": size, "xxh3_128": {file: files[file]["xxh3_128"] for file in sorted(tensors)}}
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", "utf-8")
-    entries = {file: {name: entry[name] for name in ("bytes", "xxh3_128")} for file, entry in files.items()}
-    entries |= {name: _written(folder / name) for name in (TRAINER_FILE, INDEX)}
-    manifest = {"format": FORMAT, "files": dict(sorted(entries.items()))}
-    manifest["xxh3_128"] = _digest_of(manifest)
-    (folder / MANIFEST).write_bytes(_as_bytes(manifest))
-    sync(folder / MANIFEST)
-    sync(folder)
+    written = {name: entry_of(folder / name) for name in (TRAINER_FILE, INDEX)}
+    write_manifest(folder / MANIFEST, {**files, **written}, format=FORMAT)
 
 
 class PortableReader:
@@ -141,8 +147,19 @@ class PortableReader:
         return (path / MANIFEST).is_file() or (path / INDEX).is_file()
 
     def trainer(self) -> dict[str, Any]:
-        """All that Lightning saved except weights and optimizer states."""
-        return load_file(self.folder / TRAINER_FILE, "cpu")
+        """All that Lightning saved except weights and optimizer states.
+
+        Raises:
+            FireflyError: If it is not what a run saves, or belongs to other files than those of this checkpoint.
+        """
+        file = self.folder / TRAINER_FILE
+        trainer = load_file(file, "cpu")
+        check_contents(trainer, file, required=(TIED_KEY, SCALARS_KEY))
+        others = set(self._files) - {TRAINER_FILE, INDEX}
+        weights = set(self.names())
+        if set(trainer.get(FILES_KEY, others)) != others or not weights >= set(trainer[TIED_KEY].values()):
+            raise FireflyError(f"{file}: is not of the other files of this checkpoint; {DAMAGED}")
+        return trainer
 
     def names(self) -> list[str]:
         """Names of all weights in the ``LightningModule``; of a weight that has two names, the first."""
@@ -201,49 +218,15 @@ class PortableReader:
 
 
 def _check(folder: Path) -> list[str]:
+    """Names of the files of a checkpoint that is whole."""
     path = folder / MANIFEST
-    try:
-        contents = path.read_bytes()
-        manifest = json.loads(contents)
-        entries, version = manifest["files"], manifest["format"]
-        sound = contents == _as_bytes(manifest) and manifest.pop("xxh3_128") == _digest_of(manifest)
-    except OSError as error:
-        raise unreadable(error, path) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise FireflyError(f"{path}: damaged; use an earlier checkpoint") from error
-    if not sound:
-        raise FireflyError(f"{path}: damaged; use an earlier checkpoint")
-    if version != FORMAT:
-        raise FireflyError(f"{path}: is of format {version}; this release reads {FORMAT}, take a later one")
-    for name, entry in entries.items():
-        file = folder / name
-        if not file.is_file():
-            raise MissingFileError(f"{file}: missing; use an earlier checkpoint")
-        if file.stat().st_size != entry["bytes"]:
-            sizes = f"{file.stat().st_size:,} bytes, not {entry['bytes']:,}"
-            raise FireflyError(f"{file}: damaged, it has {sizes}; use an earlier checkpoint")
-        if _digest(file) != entry["xxh3_128"]:
-            raise FireflyError(f"{file}: damaged, its contents have changed; use an earlier checkpoint")
+    manifest = read_manifest(path, DAMAGED)
+    if (version := manifest.get("format")) != FORMAT:
+        raise FireflyError(f"{path}: is of format {version!r:.20}; this release reads {FORMAT}, take a later one")
+    entries = listed_files(path, manifest, DAMAGED)
+    if others := [name for name in entries if name not in (TRAINER_FILE, INDEX) and not is_tensor_file(name)]:
+        raise FireflyError(f"{path}: lists {others[0][:80]!r}, which no checkpoint has; {DAMAGED}")
+    check_listed(path, entries, [TRAINER_FILE, INDEX], DAMAGED)
+    check_listed(path, entries, (file.name for file in folder.iterdir() if is_tensor_file(file.name)), DAMAGED)
+    check_files(folder, entries, DAMAGED)
     return list(entries)
-
-
-def _written(path: Path) -> FileEntry:
-    """Makes a file survive a power failure, and returns its size and digest."""
-    sync(path)
-    return {"bytes": path.stat().st_size, "xxh3_128": _digest(path)}
-
-
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _as_bytes(manifest: Any) -> bytes:
-    return (json.dumps(manifest, indent=1) + "\n").encode()
-
-
-def _digest_of(manifest: Any) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())

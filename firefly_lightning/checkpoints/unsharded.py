@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from firefly_lightning.checkpoints.layout import (
     BY_NAME,
+    FILES_KEY,
     NAMES_KEY,
     SCALARS_KEY,
     TENSOR_KEYS,
@@ -48,7 +49,8 @@ def write_whole(checkpoint: Mapping[str, Any], folder: Path) -> None:
             tied[name] = first
     kept = {name: value for name, value in checkpoint.items() if name not in TENSOR_KEYS}
     files = writer.close()
-    torch.save(kept | {TIED_KEY: tied, SCALARS_KEY: summed_up(scalars)}, folder / TRAINER_FILE)
+    more = {TIED_KEY: tied, SCALARS_KEY: summed_up(scalars), FILES_KEY: sorted(files)}
+    torch.save(kept | more, folder / TRAINER_FILE)
     finish(folder, files)
 
 

@@ -1,7 +1,7 @@
 """Token ids of a source, made once, kept in an Arrow file and mapped into memory.
 
 One folder of the cache holds one source under one tokenizer, format, length and policy; its name is a hash of all of
-these and of the code that makes the folder. A folder gets its name when it is complete, so one that exists can be used.
+these and of the code that makes the folder.
 """
 
 import functools
@@ -10,11 +10,9 @@ import inspect
 import itertools
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,11 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import xxhash
-from filelock import FileLock
 from tqdm import tqdm
 
 from firefly_lightning import prompt as prompt_module
 from firefly_lightning.data import row_arrays as row_arrays_module
+from firefly_lightning.data.cache_folder import ensure_folder
 from firefly_lightning.data.row_arrays import RowArrays, TooLong, cut_rows, join_rows
 from firefly_lightning.data.sources import json_arrays as json_arrays_module
 from firefly_lightning.data.sources import records as records_module
@@ -37,6 +35,7 @@ from firefly_lightning.data.sources.records import is_file, load_hub_dataset
 from firefly_lightning.data.sources.row_forms import Row, RowFormat, read_rows
 from firefly_lightning.data.tokenized_rows import COUNTED, REPORT_FILE, ROWS_FILE
 from firefly_lightning.errors import FireflyError, describe_os_error
+from firefly_lightning.files.versions import Version, version_of
 from firefly_lightning.prompt import PromptEncoder
 
 # Tokenising in parallel and then forking loader workers is safe here, since workers never tokenise; unset, it warns.
@@ -86,14 +85,17 @@ def tokenize(
     Raises:
         FireflyError: If the source is malformed, or the disk does not take the result.
     """
+    version = version_of(Path(source)) if is_file(source) else None
     folder = cache_dir / _key(source, encoder, max_length, too_long, row_format)
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache_dir / f"{folder.name}.lock"):
-            if not folder.is_dir():
-                _make(folder, lambda path: _write(path, source, encoder, max_length, too_long, row_format))
-    except OSError as error:
-        raise FireflyError(describe_os_error(error, cache_dir)) from error
+
+    def fill(partial: Path) -> None:
+        report = _write(partial / ROWS_FILE, source, encoder, max_length, too_long, row_format)
+        (partial / REPORT_FILE).write_text(json.dumps(report, ensure_ascii=False), "utf-8")
+        # What was read may not be what the folder is named for, not even if it has been changed back since.
+        if version and not (is_file(source) and version_of(Path(source)) == version):
+            raise FireflyError(f"{source}: was changed while it was read; start again when nothing writes to it")
+
+    ensure_folder(folder, fill, f"the token ids of {source}")
     return folder
 
 
@@ -132,12 +134,11 @@ def _hash_content(source: str) -> str:
 
 def _hash_once(path: str) -> str:
     """Hash of a file's content; ``prepare_data`` and ``setup`` both ask, and only a file that has changed is reread."""
-    status = Path(path).stat()
-    return _hash_of_version(path, status.st_ino, status.st_size, status.st_mtime_ns)
+    return _hash_of_version(path, version_of(Path(path)))
 
 
 @functools.lru_cache
-def _hash_of_version(path: str, *version: int) -> str:
+def _hash_of_version(path: str, version: Version) -> str:
     return _hash_files([path])
 
 
@@ -151,19 +152,6 @@ def _hash_files(paths: Sequence[str]) -> str:
         except OSError as error:
             raise FireflyError(describe_os_error(error, path)) from error
     return digest.hexdigest()
-
-
-def _make(folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
-    """Makes a cache folder: fills a temporary folder beside it and renames that."""
-    for left_over in folder.parent.glob(f"{folder.name}.tmp*"):
-        shutil.rmtree(left_over)  # left by a process that was killed; a living one would hold the lock
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
-    try:
-        report = write(temporary / ROWS_FILE)
-        (temporary / REPORT_FILE).write_text(json.dumps(report, ensure_ascii=False), "utf-8")
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(

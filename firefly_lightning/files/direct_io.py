@@ -212,12 +212,14 @@ def _transfer(file: int, call: Any, buffer: Bytes, start: int, wanted: int) -> N
     """Reads or writes until at least ``wanted`` bytes have been transferred."""
     done = 0
     while done < wanted:
+        direct = _is_direct(file)  # before the call: another thread may end it, and this call may have had it
         try:
             count = call(file, [buffer[done:]], start + done)
         except OSError as error:
             # The file system knows only the cache, or the last call ended within a block, as on a full disk.
-            if error.errno != errno.EINVAL or not _through_cache(file):
+            if error.errno != errno.EINVAL or not direct:
                 raise
+            _through_cache(file)
             continue
         if not count:
             raise EOFError("the file ends before its tensors do")
@@ -234,8 +236,10 @@ def _open(path: Path, flags: int) -> int:
         return opened(flags)  # a file system that knows only the cache
 
 
-def _through_cache(file: int) -> bool:
-    """Ends direct access to an open file; returns whether the file had it."""
-    flags = fcntl.fcntl(file, fcntl.F_GETFL)
-    fcntl.fcntl(file, fcntl.F_SETFL, flags & ~_DIRECT)
-    return bool(flags & _DIRECT)
+def _is_direct(file: int) -> bool:
+    return bool(fcntl.fcntl(file, fcntl.F_GETFL) & _DIRECT)
+
+
+def _through_cache(file: int) -> None:
+    """Ends direct access to an open file, for all threads that use its descriptor."""
+    fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~_DIRECT)

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from firefly_lightning.data.prompt_choice import own_format
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.errors import FireflyError, MissingFileError
 from firefly_lightning.files.json_object import read_json_object, write_json
+from firefly_lightning.files.model_json import CURE, read_config, read_generation_config, refuse_adapter
 from firefly_lightning.prompt import SPECIAL_TOKENS, PromptFormat, format_of_template
 from firefly_lightning.pruning.tensor_files import EMBEDDING, HEAD, Checkpoint, count_parameters, open_checkpoint
 from firefly_lightning.pruning.vocabulary import (
@@ -28,18 +29,16 @@ from firefly_lightning.pruning.vocabulary import (
     write_pruned_tokenizer,
 )
 
-DOWNLOAD = "download it again"
-"""What to do about a damaged file of a model."""
-
 
 class Large(NamedTuple):
-    """A large Bloom: folder, configuration, tokenizer, ids by token, places of tensors in files, own prompt format."""
+    """A large Bloom: folder, configurations, tokenizer, ids by token, places of tensors in files, own prompt format."""
 
     folder: Path
     config: dict[str, Any]
     tokenizer: PreTrainedTokenizerFast
     ids: dict[str, int]
     tensors: Checkpoint
+    generation: dict[str, Any] | None
     prompt: PromptFormat | None
 
 
@@ -49,11 +48,10 @@ def open_large(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
     Raises:
         FireflyError: If the folder holds no Bloom, or its configuration and weights do not belong together.
     """
+    refuse_adapter(folder, str(folder))
     if not (folder / "config.json").is_file():
-        raise FireflyError(f"{folder}: has no config.json; give the folder of a Hugging Face model")
-    config = read_json_object(folder / "config.json", DOWNLOAD)
-    if config.get("model_type") != "bloom":
-        raise FireflyError(f"{folder}: its model_type is {config.get('model_type')!r}, not 'bloom'; use a Bloom model")
+        raise MissingFileError(f"{folder}: has no config.json; give the folder of a Hugging Face model")
+    config = read_config(folder / "config.json")
     tensors = open_checkpoint(folder, tied=config.get("tie_word_embeddings", True))
     vocabulary = tensors[EMBEDDING].shape[0]
     if config.get("vocab_size", vocabulary) != vocabulary:
@@ -65,10 +63,10 @@ def open_large(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
 
 
 def load_large(folder: Path, config: dict[str, Any], tensors: Checkpoint) -> Large:
-    """Adds the tokenizer and the prompt format to what :func:`open_large` gives.
+    """Adds tokenizer, settings of generation and prompt format to what :func:`open_large` gives.
 
     Raises:
-        FireflyError: If the tokenizer or the prompt format cannot be read, or tokens have no row in the embedding.
+        FireflyError: If one of them cannot be used, or a token has no row in the embedding.
     """
     tokenizer = load_bpe_tokenizer(folder)
     ids = token_ids(tokenizer)
@@ -78,7 +76,9 @@ def load_large(folder: Path, config: dict[str, Any], tensors: Checkpoint) -> Lar
             f"{folder}: the tokenizer has {tokens:,} tokens, the model's vocabulary only {vocabulary:,}; "
             "use the tokenizer that belongs to the model"
         )
-    return Large(folder, config, tokenizer, ids, tensors, own_format(str(folder), tokenizer))
+    file = folder / "generation_config.json"
+    generation = read_generation_config(file) if file.is_file() else None
+    return Large(folder, config, tokenizer, ids, tensors, generation, own_format(str(folder), tokenizer))
 
 
 def plan_tokenizer(
@@ -123,10 +123,9 @@ def write_configs(large: Large, small: PreTrainedTokenizerFast, vocabulary: int,
         "tie_word_embeddings": HEAD not in large.tensors,
     }
     write_json({**large.config, **special, **new}, out / "config.json")
-    if (large.folder / "generation_config.json").is_file():
-        generation = read_json_object(large.folder / "generation_config.json", DOWNLOAD)
-        known = {name: number for name, number in special.items() if generation.get(name) is not None}
-        write_json({**generation, **known}, out / "generation_config.json")
+    if large.generation is not None:
+        known = {name: number for name, number in special.items() if large.generation.get(name) is not None}
+        write_json({**large.generation, **known}, out / "generation_config.json")
 
 
 def keep_prompt_format(large: Large, small: PreTrainedTokenizerFast, out: Path) -> None:
@@ -138,7 +137,7 @@ def keep_prompt_format(large: Large, small: PreTrainedTokenizerFast, out: Path) 
         return
     write_json(asdict(large.prompt), out / "prompt_format.json")
     if small.chat_template != large.tokenizer.chat_template and format_of_template(small) != large.prompt:
-        config = read_json_object(out / "tokenizer_config.json", DOWNLOAD)
+        config = read_json_object(out / "tokenizer_config.json", CURE)
         write_json(config | {"chat_template": large.prompt.chat_template()}, out / "tokenizer_config.json")
         for name in TEMPLATE_FILES:
             (out / name).unlink(missing_ok=True)

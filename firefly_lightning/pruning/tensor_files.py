@@ -17,8 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from firefly_lightning.checkpoints.torch_file import how_to_save_anew, is_legacy
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.files.direct_io import FileRange
+from firefly_lightning.files.model_json import read_index
 
 EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
 
@@ -113,19 +115,8 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return [folder / part for part in _indexed(index)]
+            return [folder / part for part in read_index(index)]
     raise FireflyError(f"{folder}: has no weights (model.safetensors or pytorch_model.bin); download them")
-
-
-def _indexed(index: Path) -> list[str]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise FireflyError(f"{index}: is no index of weights ({error}); download it again") from error
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise FireflyError(f"{index.parent}: {', '.join(missing)} of {index.name} missing; download the rest")
-    return names
 
 
 def _list_tensors(file: Path) -> Iterator[StoredTensor]:
@@ -150,8 +141,12 @@ def _list_bin(file: Path) -> Iterator[StoredTensor]:
     try:
         tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if is_legacy(file):
+            raise FireflyError(f"{file}: {how_to_save_anew(file)}") from error
         reason = str(error).partition("\n")[0]
         raise FireflyError(f"{file}: is no complete PyTorch checkpoint ({reason}); download it again") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise FireflyError(f"{file}: holds more than the tensors of a model; save its state_dict alone")
     base = _mapped_at(file, tensors)
     for key, tensor in tensors.items():
         dtype = _known(_DTYPE_NAMES.get(tensor.dtype), file, key)

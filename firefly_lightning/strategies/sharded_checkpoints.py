@@ -16,6 +16,8 @@ from typing_extensions import override
 
 from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
 from firefly_lightning.checkpoints.layout import (
+    DIGESTED_KEY,
+    FILES_KEY,
     SCALARS_KEY,
     SCALER_KEY,
     TENSOR_KEYS,
@@ -24,11 +26,12 @@ from firefly_lightning.checkpoints.layout import (
     WEIGHT,
     WRITER_KEY,
 )
-from firefly_lightning.checkpoints.portable import FileEntry, PortableReader, PortableWriter, States, finish
-from firefly_lightning.checkpoints.torch_file import load_file
+from firefly_lightning.checkpoints.own_form import files_of, finish_own, read_own
+from firefly_lightning.checkpoints.portable import PortableReader, PortableWriter, States, finish
 from firefly_lightning.checkpoints.unsharded import parameter_names, summed_up
 from firefly_lightning.errors import FireflyError, MissingFileError
 from firefly_lightning.files.atomic import partial_path, whole_folder
+from firefly_lightning.files.manifest import FileEntry, entry_of
 from firefly_lightning.strategies.agreement import agreed
 
 
@@ -112,8 +115,8 @@ class ShardedCheckpoints(Strategy):
 
             def complete() -> None:
                 torch.save(trainer, partial / TRAINER_FILE)
-                if files is not None:
-                    finish(partial, files)
+                finish_form = finish if self.saves_portable else finish_own
+                finish_form(partial, files)
                 folder.close()
 
             self._on_first(complete)
@@ -136,7 +139,7 @@ class ShardedCheckpoints(Strategy):
             return self._reader.trainer()
         if not (self._folder / TRAINER_FILE).is_file():
             raise FireflyError(f"{checkpoint_path}: was not saved by this strategy; resume with the one that saved it")
-        checkpoint = load_file(self._folder / TRAINER_FILE, "cpu")
+        checkpoint = agreed(lambda: read_own(self._folder, dist.get_rank(), dist.get_world_size()))
         saved, now = checkpoint.get(WRITER_KEY, {}), self.writer()
         changed = [f"{name} {saved.get(name)} → {now[name]}" for name in now if saved.get(name) != now[name]]
         if changed:
@@ -176,17 +179,18 @@ class ShardedCheckpoints(Strategy):
     def restore_checkpoint_after_setup(self) -> bool:
         return True
 
-    def _fill(self, folder: Path, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, FileEntry] | None]:
-        """Writes the tensors; returns the contents of ``trainer.ckpt`` and the files of a portable checkpoint."""
+    def _fill(self, folder: Path, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, FileEntry]]:
+        """Writes the tensors; returns the contents of ``trainer.ckpt`` and the entries of the other files."""
         kept = {name: value for name, value in checkpoint.items() if name not in TENSOR_KEYS}
         if self.optimizers and (scaler := self.scaler_state()):
             kept[SCALER_KEY] = scaler
         if self.saves_portable:
             files = self._write_tensors(folder)
-            return kept | {TIED_KEY: self._tied(), SCALARS_KEY: summed_up({"": self._scalars()})}, files
+            scalars = summed_up({"": self._scalars()})
+            return kept | {TIED_KEY: self._tied(), SCALARS_KEY: scalars, FILES_KEY: sorted(files)}, files
         self.save_shards(folder)
         self.barrier()
-        return kept | {WRITER_KEY: self.writer()}, None
+        return kept | {WRITER_KEY: self.writer() | {DIGESTED_KEY: True}}, self._digests(folder)
 
     def _on_first(self, act: Callable[[], Any]) -> None:
         """Calls ``act`` on the first process only; an error of it ends all processes."""
@@ -213,6 +217,14 @@ class ShardedCheckpoints(Strategy):
         written: list[dict[str, FileEntry]] = [{}] * dist.get_world_size()
         dist.all_gather_object(written, agreed(close))
         return {name: entry for files in written for name, entry in files.items()}
+
+    def _digests(self, folder: Path) -> dict[str, FileEntry]:
+        """Entries of all files that the processes have written; each process digests a share of them."""
+        names: list[str] = self.broadcast(files_of(folder))
+        share = names[dist.get_rank() :: dist.get_world_size()]
+        found: list[dict[str, FileEntry]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(found, agreed(lambda: {name: entry_of(folder / name) for name in share}))
+        return {name: entry for entries in found for name, entry in entries.items()}
 
     def _load_whole_tensors(self, reader: PortableReader) -> None:
         saved = set(reader.names())

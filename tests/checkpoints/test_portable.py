@@ -1,6 +1,5 @@
 """Portable checkpoints: what is in them, damage that is found, what holds on resume, and signals."""
 
-import json
 import os
 import random
 import re
@@ -19,6 +18,7 @@ from firefly_lightning import FireflyModule
 from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
 from firefly_lightning.checkpoints.paths import find_checkpoint
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.files.manifest import entry_of, write_manifest
 from tests.support.helpers import PATIENCE, ROOT, Stopping, fit, forked, logged, one_line, raised_line
 from tests.support.ranks import run_rank
 
@@ -128,15 +128,38 @@ def test_every_command_names_the_damaged_file(checkpoint, model_folder, rows_fil
     assert line.startswith(f"{file}: damaged, it has ")
 
 
-def test_a_later_format_is_refused(checkpoint):
-    from firefly_lightning.checkpoints.portable import _as_bytes, _digest_of
+def relist(checkpoint: Path, changes: dict | None = None, version: int = 1) -> None:
+    """Changes what `trainer.ckpt` holds, and the manifest with it, as somebody would who knows the form."""
+    torch.save(state(checkpoint) | (changes or {}), checkpoint / "trainer.ckpt")
+    entries = {file.name: entry_of(file) for file in checkpoint.iterdir() if file.name != "checkpoint.json"}
+    write_manifest(checkpoint / "checkpoint.json", entries, format=version)
 
-    manifest = json.loads((checkpoint / "checkpoint.json").read_text())
-    del manifest["xxh3_128"]
-    manifest["format"] = 2
-    (checkpoint / "checkpoint.json").write_bytes(_as_bytes(manifest | {"xxh3_128": _digest_of(manifest)}))
+
+def test_a_later_format_is_refused(checkpoint):
+    relist(checkpoint, version=2)
     with pytest.raises(FireflyError, match="format 2; this release reads 1"):
         AtomicCheckpointIO().load_checkpoint(checkpoint)
+
+
+CONFIGURATIONS = {
+    "Python tag": "a: !!python/object/apply:os.system [touch ran]",
+    "bomb": "x0: &x0 [1]\n" + "".join(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 9)}]\n" for n in range(1, 20)),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_configuration_that_is_only_shown_ends_no_run(name, runs, checkpoint, model_folder, rows_file, tmp_path):
+    relist(checkpoint, {"configuration": CONFIGURATIONS[name]})
+    fit(model_folder, rows_file, tmp_path, *RUN, "--ckpt_path", checkpoint, "--trainer.max_steps", HALF + 1)
+    assert logged(tmp_path) == {HALF: logged(runs / "whole")[HALF]}
+    assert not (ROOT / "ran").exists()
+
+
+def test_a_step_that_is_no_number_ends_a_run_in_a_line(checkpoint, model_folder, rows_file, tmp_path):
+    relist(checkpoint, {"global_step": "5"})
+    line = one_line(fit(model_folder, rows_file, tmp_path / "run", *RUN, "--ckpt_path", checkpoint, check=False))
+    expected = "its global_step is str, not a number of steps; use an earlier checkpoint"
+    assert line == f"{checkpoint / 'trainer.ckpt'}: {expected}"
 
 
 def test_a_folder_a_file_in_it_and_last_mean_the_same(checkpoint):

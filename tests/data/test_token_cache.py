@@ -16,6 +16,7 @@ from firefly_lightning.data import token_cache as tokenized
 from firefly_lightning.data.token_cache import tokenize
 from firefly_lightning.data.tokenized_rows import TokenizedRows
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.files.atomic import partial_path
 from firefly_lightning.huggingface import load_tokenizer
 from firefly_lightning.prompt import PRESETS, PromptEncoder
 from tests.conftest import write_rows
@@ -98,7 +99,7 @@ def test_too_long_rows(tokenizer, encoder, tmp_path, policy):
 
 def test_a_complete_entry_is_reused(encoder, rows_file, tmp_path, monkeypatch):
     folder = tokenize(str(rows_file), encoder, 512, "truncate", tmp_path)
-    monkeypatch.setattr(tokenized, "_make", lambda *args: pytest.fail("tokenised again"))
+    monkeypatch.setattr(tokenized, "_write", lambda *args: pytest.fail("tokenised again"))
     assert tokenize(str(rows_file), encoder, 512, "truncate", tmp_path) == folder
 
 
@@ -153,7 +154,7 @@ def test_an_unfinished_entry_is_never_read(encoder, tmp_path):
 
 def test_what_a_killed_process_left_is_cleared(encoder, rows_file, tmp_path):
     key = tokenized._key(str(rows_file), encoder, 512, "truncate")
-    left_over = tmp_path / f"{key}.tmpabc"
+    left_over = partial_path(tmp_path / key)
     left_over.mkdir()
     (left_over / "rows.arrow").write_bytes(b"half")
     folder = tokenize(str(rows_file), encoder, 512, "truncate", tmp_path)

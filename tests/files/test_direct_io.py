@@ -1,7 +1,11 @@
 """Files put together from ranges of others, whatever a file system lets us do and wherever ranges begin."""
 
 import errno
+import fcntl
+import itertools
 import os
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -25,8 +29,6 @@ def refuse_direct(monkeypatch):
 
     def refusing(call):
         def checked(file, buffers, position, *flags):
-            import fcntl
-
             if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
                 raise OSError(errno.EINVAL, "Invalid argument")
             return call(file, buffers, position, *flags)
@@ -92,3 +94,33 @@ def test_rows_in_any_order(source):
 def test_a_range_past_the_end(source, tmp_path):
     with pytest.raises(EOFError):
         list(write_file(tmp_path / "out", [FileRange(source, SIZE - 5, 10)]))
+
+
+def test_threads_that_share_a_file_may_all_be_refused(source, tmp_path, monkeypatch):
+    """One ends direct access to the file while others still wait for the answer to a direct call of theirs."""
+    monkeypatch.setattr(direct_io, "PIECE", 1 << 16)
+    others, first, write = threading.Event(), itertools.count(), os.pwritev
+
+    def refusing(file, buffers, position):
+        if not fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+            return write(file, buffers, position)
+        if next(first):
+            others.set()
+            while fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+                time.sleep(0.001)
+        else:
+            others.wait(10)
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "pwritev", refusing)
+    list(write_file(tmp_path / "out", [FileRange(source, 0, SIZE)]))
+    assert (tmp_path / "out").read_bytes() == source.read_bytes()
+
+
+def test_what_is_refused_without_direct_access_is_an_error(source, tmp_path, monkeypatch):
+    def refusing(file, buffers, position):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "pwritev", refusing)
+    with pytest.raises(OSError, match="Invalid argument"):
+        list(write_file(tmp_path / "out", [FileRange(source, 0, SIZE)]))

@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.pruning.command import prune
@@ -56,10 +57,19 @@ def other_kind(folder: Path) -> None:
     edit(folder / "tokenizer.json", model=words, added_tokens=[], post_processor=None)
 
 
+def as_adapter(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "config.json").unlink()
+    write(folder / "adapter_config.json", json.dumps({"base_model_name_or_path": "x"}))
+
+
 BROKEN_MODELS = {
     "has no config.json": lambda folder: (folder / "config.json").unlink(),
-    "config.json: not JSON .*download it again": lambda folder: (folder / "config.json").write_text("{"),
-    "its model_type is 'gpt2'": lambda folder: edit(folder / "config.json", model_type="gpt2"),
+    "config.json: not JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "is a gpt2 model; only Bloom models can be used": lambda folder: edit(folder / "config.json", model_type="gpt2"),
+    "is an adapter of x, not a whole model": as_adapter,
+    "top_k is -5": lambda folder: write(folder / "generation_config.json", json.dumps({"top_k": -5})),
+    "n_layer is 0": lambda folder: edit(folder / "config.json", n_layer=0),
     "has no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "pytorch_model-00002-of-00002.bin of pytorch_model.bin.index.json missing": lose_a_shard,
     "is no complete safetensors file": cut,
@@ -115,3 +125,23 @@ def test_wrong_arguments_are_refused(model, corpus, tmp_path, monkeypatch, argum
     with pytest.raises(FireflyError, match=message):
         prune(**{"model": str(model), "out": "out", "corpus": corpus, **arguments})
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_weights_of_pytorch_before_1_6_are_called_so_and_read_once_saved_anew(copied, corpus, tmp_path):
+    held = weights(copied)
+    (copied / "model.safetensors").unlink()
+    file = copied / "pytorch_model.bin"
+    torch.save(held, file, _use_new_zipfile_serialization=False)
+    with pytest.raises(FireflyError, match=r"is of PyTorch before 1\.6, which cannot be read in parts") as caught:
+        prune(str(copied), str(tmp_path / "out"), corpus)
+    code = str(caught.value).partition('python -c "')[2].removesuffix('"')
+    exec(code)  # what the message says to do
+    prune(str(copied), str(tmp_path / "out"), corpus)
+
+
+@pytest.mark.parametrize("held", [[1, 2], {"a": 1}, {"a": {"b": 2}}])
+def test_a_file_that_holds_no_weights_is_refused(copied, corpus, tmp_path, held):
+    (copied / "model.safetensors").unlink()
+    torch.save(held, copied / "pytorch_model.bin")
+    with pytest.raises(FireflyError, match="holds more than the tensors of a model"):
+        prune(str(copied), str(tmp_path / "out"), corpus)

@@ -13,6 +13,7 @@ import torch
 from firefly_lightning import FireflyError, FireflyModule
 from firefly_lightning.strategies import GeminiStrategy, TensorParallelStrategy
 from tests.support.choice import DIVIDED
+from tests.support.damage import assert_damage_is_found
 from tests.support.helpers import fit, logged, one_line, raised_line, run_ranks
 from tests.support.reference import Trained
 from tests.support.strategies import BATCH_SIZE, CLIP, LEARNING_RATE, WARMUP
@@ -63,6 +64,8 @@ def test_a_resumed_run_goes_on_exactly_and_its_checkpoint_validates(odd_folder, 
         assert [float(loss) for loss in logged(parts, "val_loss", version=2).values()] == [
             pytest.approx(float(validated[0]), rel=1e-6)
         ]
+    for name in RESUMED:
+        assert_damage_is_found(tmp_path / name / "own" / "checkpoints" / "last.ckpt", tmp_path / f"{name}.ckpt")
 
 
 PLACED = {

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from firefly_lightning.checkpoints.own_form import files_of, finish_own
+from firefly_lightning.files.manifest import entry_of
 from tests.strategies.deepspeed.test_strategy import command, steps
 from tests.support.choice import DIVIDED
+from tests.support.damage import assert_damage_is_found
 from tests.support.helpers import logged, one_line, run, run_ranks
 
 PRECISIONS = {
@@ -92,15 +95,24 @@ def test_a_checkpoint_is_validated(resumed, strategy, kind):
 
 def test_a_checkpoint_of_another_stage_or_number_of_processes_is_refused(resumed, dropout_folder, rows_file, tmp_path):
     last = resumed / "zero1" / "own" / "checkpoints" / "last.ckpt"
-    args = [tmp_path, *steps(STEPS), "--ckpt_path", last, "--trainer.devices", 1]
-    other = command("fit", "zero3", dropout_folder, rows_file, *args)
-    text = run_ranks(1, ["-" + other[0], *other[1:]])
+    damaged = shutil.copytree(last, tmp_path / "damaged.ckpt")
+    (shard,) = damaged.glob("checkpoint/*rank_1_*optim_states.pt")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    commands = []
+    for strategy, given in (("zero3", last), ("zero1", damaged)):
+        args = [tmp_path, *steps(STEPS), "--ckpt_path", given, "--trainer.devices", 1]
+        name, *rest = command("fit", strategy, dropout_folder, rows_file, *args)
+        commands.append([f"-{name}", *rest])
+    text = run_ranks(1, *commands)
     assert "was saved otherwise (stage 1 → 3, processes 2 → 1); resume as it was saved" in text
+    assert f"{shard}: damaged, its contents have changed; use an earlier checkpoint" in text
     assert "Traceback" not in text
 
 
+@pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize("damage", ["cut", "missing", "code"])
-def test_damaged_shards_are_refused_and_code_in_them_is_not_run(resumed, tmp_path, damage):
+def test_damaged_shards_are_refused_and_code_in_them_is_not_run(resumed, tmp_path, damage, listed):
     folder = tmp_path / "last.ckpt"
     shutil.copytree(resumed / "zero3" / "own" / "checkpoints" / "last.ckpt", folder)
     shard = folder / "checkpoint" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -113,10 +125,17 @@ def test_damaged_shards_are_refused_and_code_in_them_is_not_run(resumed, tmp_pat
         torch.save(Touching(str(ran)), shard)
         with pytest.raises(pickle.UnpicklingError):
             torch.load(shard, weights_only=True)
+    if listed:  # as by somebody who knows the form
+        finish_own(folder, {name: entry_of(folder / name) for name in files_of(folder)})
     export = run("firefly", "export", "--checkpoint", folder, "--out", tmp_path / "out", check=False)
-    assert f"{folder}: the shards cannot be read" in one_line(export)
+    assert (f"{folder}: the shards cannot be read" if listed else f"{shard}: ") in one_line(export)
     assert not export.stdout
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_changed_byte_of_any_file_is_found(resumed, tmp_path, strategy):
+    assert_damage_is_found(resumed / strategy / "own" / "checkpoints" / "last.ckpt", tmp_path / "last.ckpt")
 
 
 class Touching:

@@ -20,6 +20,7 @@ from firefly_lightning.errors import FireflyError
 from firefly_lightning.strategies import FSDP2Strategy, NativeTensorParallelStrategy
 from firefly_lightning.strategies.native.dtensors import local, norm
 from tests.integration.test_parity import REFUSED, differences, relative
+from tests.support.damage import assert_damage_is_found
 from tests.support.helpers import logged, one_line, raised_line, run, run_forked, run_ranks
 
 STEPS = 8
@@ -146,10 +147,15 @@ def test_checkpoints_are_what_was_asked_for(runs):
     assert (root / "whole" / "checkpoints" / "last.ckpt").is_file()
     for kind in ("folder", "file"):
         files = sorted(path.name for path in (root / kind / "checkpoints" / "last.ckpt").iterdir())
-        assert files == ["rank-0.pt", "rank-1.pt", "trainer.ckpt"]
+        assert files == ["digests.json", "rank-0.pt", "rank-1.pt", "trainer.ckpt"]
     whole = (root / "whole" / "checkpoints" / "last.ckpt").stat().st_size
     part = (root / "folder" / "checkpoints" / "last.ckpt" / "rank-0.pt").stat().st_size
     assert part < 0.6 * whole, "weights and optimizer states are in parts, the embedding once"
+
+
+def test_a_changed_byte_of_any_file_is_found(runs, tmp_path):
+    _, root = runs
+    assert_damage_is_found(root / "folder" / "checkpoints" / "last.ckpt", tmp_path / "last.ckpt")
 
 
 def test_runs_move_to_one_device_and_back(runs, alone, odd_folder, rows_file):
