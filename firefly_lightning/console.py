@@ -39,7 +39,7 @@ def render(table: Table, width: int | None = None) -> str:
 def markdown(table: Table) -> str:
     """A table in Markdown, below its title."""
     columns = table.columns
-    lines = [[column.header for column in columns], *map(list, _rows(columns))]
+    lines = [tuple(str(column.header) for column in columns), *_rows(columns)]
     rules = ["---:" if column.justify == "right" else "---" for column in columns]
     written = [f"| {' | '.join(map(_cell, line))} |" for line in lines]
     written.insert(1, f"| {' | '.join(rules)} |")
@@ -90,6 +90,6 @@ def _taken(columns: Sequence[Column]) -> int:
     return sum(_needed(column) + 2 for column in columns) + 1
 
 
-def _cell(text: object) -> str:
+def _cell(text: str) -> str:
     """A text as a cell of a table in Markdown, in which a bar would end the cell."""
-    return " ".join(str(text).split()).replace("|", "\\|")
+    return " ".join(text.split()).replace("|", "\\|")

@@ -163,6 +163,26 @@ def test_empty_values_are_refused_by_every_command(command, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (
+            "stats --files {rows} --tokenizer x --micro_batch_size -1",
+            "data.micro_batch_size is -1; it must be at least 1",
+        ),
+        (
+            "stats --files {rows} --tokenizer x --micro_batch_size 0",
+            "data.micro_batch_size is 0; it must be at least 1",
+        ),
+        ("prune --model x --corpus {rows} --pad_multiple 1099511627776", "--pad_multiple is 1099511627776; it must be"),
+    ],
+)
+def test_numbers_of_other_commands_have_their_ranges(command, says, rows_file, tmp_path):
+    words = command.format(rows=rows_file).split()
+    assert says in one_line(run("firefly", *words, "--out", tmp_path / "out", check=False))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_timer_runs_with_its_default_interval(model_folder, rows_file, tmp_path):
     timer = ["--trainer.callbacks", "Timer", "--trainer.callbacks.duration", "00:01:00:00"]
     fit(model_folder, rows_file, tmp_path, "--trainer.max_steps", 1, "--model.warmup_steps", 1, *timer)

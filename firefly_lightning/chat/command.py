@@ -56,7 +56,8 @@ def chat(
         FireflyError: If a setting is out of its range, the model cannot be loaded, the device is not there, or the page
             cannot be served.
     """
-    decoding = _decoding(max_new_tokens, temperature, top_p, greedy)
+    decoding: Any = _decoding(max_new_tokens, temperature, top_p, greedy)
+    check_number("--seed", seed, least=-(2**63), most=2**63 - 1)
     if web:
         _require_web(prompt)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
@@ -93,6 +94,7 @@ def _decoding(
     check_number("--top_p", top_p, above=0, most=1)
     if temperature == 0:
         greedy, temperature = True, None
+    check_number("--temperature", temperature, least=0.001)  # what is less divides by nothing
     given = {"temperature": temperature, "top_p": top_p}
     changes = {name: float(value) for name, value in given.items() if value is not None}
     if greedy and changes:

@@ -20,7 +20,7 @@ class Refusals:
 
     def __init__(self, *others: type[Exception]) -> None:
         self.noted: Exception | None = None
-        self._others = others
+        self._mistakes: tuple[type[Exception], ...] = (ValueError, TypeError, ImportError, *others)
 
     def noting(self, make: Callable[..., Any]) -> Callable[..., Any]:
         """A function that makes an object as the given one does, and notes why it cannot be made."""
@@ -28,7 +28,7 @@ class Refusals:
         def note(kind: type, *args: Any, applied_instantiation_links: dict[str, Any], **kwargs: Any) -> Any:
             try:
                 return make(kind, *args, applied_instantiation_links=applied_instantiation_links, **kwargs)
-            except (ValueError, TypeError, ImportError, *self._others) as error:
+            except self._mistakes as error:
                 self.noted = FireflyError(f"{kind.__name__}: {_line(str(error))}")
                 raise self.noted from error
             except Exception as error:

@@ -228,6 +228,8 @@ def test_chat_decodes_as_its_flags_say(name, folder, monkeypatch, capsys):
     [
         ({"temperature": -0.1}, "--temperature is -0.1; it must be at least 0 and at most 100"),
         ({"temperature": float("nan")}, "--temperature is nan"),
+        ({"temperature": 1e-300}, "--temperature is 1e-300; it must be at least 0.001"),
+        ({"seed": 2**70}, "--seed is"),
         ({"top_p": 0}, "--top_p is 0; it must be above 0 and at most 1"),
         ({"top_p": 1.1}, "--top_p is 1.1"),
         ({"max_new_tokens": 0}, "--max_new_tokens is 0; it must be at least 1"),
