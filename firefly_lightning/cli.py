@@ -1,6 +1,8 @@
 """firefly-fit: LightningCLI with this project's module, data, checkpoints and loggers as defaults."""
 
 import logging
+import shutil
+import sys
 import warnings
 from functools import cached_property
 from pathlib import Path
@@ -9,29 +11,37 @@ from typing import Any
 import lightning as L
 from jsonargparse import ArgumentParser, capture_parser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, _InstantiatorFn
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities import LightningEnum, rank_zero_info
+from yaml import SafeDumper
 
 from firefly_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from firefly_lightning.callbacks.model_size import ModelSize
 from firefly_lightning.callbacks.prediction_writer import PredictionWriter
-from firefly_lightning.callbacks.progress_bar import RunProgressBar
+from firefly_lightning.callbacks.progress_bar import RunProgressBar, spare_bars
 from firefly_lightning.callbacks.run_report import Report
 from firefly_lightning.callbacks.sample_answers import Samples
 from firefly_lightning.callbacks.signals import EndOnSignals
+from firefly_lightning.callbacks.start_checks import StartChecks
 from firefly_lightning.callbacks.throughput import Throughput
 from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
 from firefly_lightning.checkpoints.layout import CONFIGURATION_KEY
 from firefly_lightning.checkpoints.paths import find_checkpoint
 from firefly_lightning.checkpoints.saved_config import differences, read_configuration
-from firefly_lightning.cli_errors import OneLineErrors
+from firefly_lightning.cli_errors import OneLineErrors, Refusals, alike_names, check_numbers, check_values, refusals_of
 from firefly_lightning.data.datamodule import FireflyDataModule
 from firefly_lightning.errors import FireflyError, one_line_errors
 from firefly_lightning.interrupts import ends_on_signals
 from firefly_lightning.module import FireflyModule
+from firefly_lightning.strategies.catalogue import BY_NAME
 from firefly_lightning.strategies.registration import load_classes
+
+_OF_A_START = ("config.yaml", "hparams.yaml", "events.out.tfevents.")
+"""Beginnings of the names of files that a run writes before it has measured anything."""
 
 
 class _Parser(OneLineErrors, LightningArgumentParser):
@@ -63,6 +73,10 @@ class FireflyCLI(LightningCLI):
     """LightningCLI whose model, data and trainer have defaults that fit each other."""
 
     def __init__(self, **kwargs: Any) -> None:
+        self._refusals = Refusals(MisconfigurationException)
+        self._new_folders: list[Path] = []
+        # The default of Lightning's Timer is one, which the saved configuration could not hold otherwise.
+        SafeDumper.add_multi_representer(LightningEnum, lambda dumper, value: dumper.represent_str(value.value))
         load_classes()  # so that the classes are known by their last names, and listed in the help
         super().__init__(
             FireflyModule,
@@ -73,7 +87,7 @@ class FireflyCLI(LightningCLI):
             # A run may be resumed into its own folder; its configuration is then written again.
             save_config_kwargs={"overwrite": True},
             save_config_callback=SavedConfiguration,
-            trainer_defaults={"log_every_n_steps": 1, "callbacks": [Report(), PredictionWriter()]},
+            trainer_defaults={"log_every_n_steps": 1, "callbacks": [Report(), PredictionWriter(), StartChecks()]},
             parser_class=_Parser,
             parser_kwargs={
                 "predict": {"description": "Answers every row of data.predict_files; writes predictions.jsonl."}
@@ -92,6 +106,21 @@ class FireflyCLI(LightningCLI):
         """Answers the rows of ``data.predict_files``: what ``firefly-fit predict`` runs."""
         self.trainer.predict(return_predictions=False, **kwargs)
 
+    def validate(self, verbose: bool = True, **kwargs: Any) -> None:
+        """Runs ``firefly-fit validate``, which prints the table of its report, not Lightning's list of all digits."""
+        self._report_prints(verbose)
+        self.trainer.validate(verbose=False, **kwargs)
+
+    def test(self, verbose: bool = True, **kwargs: Any) -> None:
+        """Runs ``firefly-fit test``, which prints the table of its report, not Lightning's list of all digits."""
+        self._report_prints(verbose)
+        self.trainer.test(verbose=False, **kwargs)
+
+    def _report_prints(self, prints: bool) -> None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Report):
+                callback.prints = prints
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the keys of throughput, samples and checkpoints, and gives the data the model's tokenizer."""
         parser.set_defaults(
@@ -103,19 +132,48 @@ class FireflyCLI(LightningCLI):
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.link_arguments("model.init_args.path", "data.init_args.tokenizer")
 
+    def _set_seed(self) -> None:
+        """Sets the seed, once the numbers of the configuration are known to be in their ranges."""
+        check_numbers(self.config[self.subcommand])
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
         """Finds the checkpoint to resume from, and shows which settings have changed since, before loading anything."""
         config = self.config[self.subcommand]
-        if config.get("ckpt_path"):
-            folder = Path(config.checkpoint.dirpath or _checkpoints(config)) if config.ckpt_path == "last" else Path()
-            config.ckpt_path = str(find_checkpoint(str(folder / config.ckpt_path)))
+        if config.get("ckpt_path") == "":
+            raise FireflyError("ckpt_path is empty; name a checkpoint, last or best, or leave the key out")
+        if config.get("ckpt_path") not in (None, "hpc"):  # SLURM's requeued run has its own checkpoint
+            own = {"last": config.checkpoint, "best": config.best_checkpoint}.get(config.ckpt_path)
+            folder = Path(own.dirpath or _checkpoints(config)) if own else Path()
+            config.ckpt_path = str(find_checkpoint(str(folder / config.ckpt_path), config.best_checkpoint.mode))
             if self.subcommand == "fit":
                 now = self._parser(self.subcommand).dump(config, skip_none=False)
                 if table := differences(read_configuration(Path(config.ckpt_path)), now):
                     rank_zero_info(table)
 
+    def instantiate_classes(self) -> None:
+        """Makes the objects of the configuration.
+
+        Raises:
+            FireflyError: If the constructor of one refuses its arguments.
+        """
+        try:
+            super().instantiate_classes()
+        except Exception:  # jsonargparse wraps it into many lines on all the types that it has tried
+            if self._refusals.noted:
+                raise self._refusals.noted from None
+            raise
+
+    def _add_instantiators(self) -> None:
+        """Has every object be made by a function that knows what its constructor says, before jsonargparse wraps it."""
+        super()._add_instantiators()
+        for key, kind in (("model", FireflyModule), ("data", FireflyDataModule)):
+            self.parser.add_instantiator(self._refusals.noting(_InstantiatorFn(self, key)), kind)
+        self.parser.add_instantiator(self._refusals.noting(_make), object)
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """A trainer that logs to CSV and TensorBoard and saves checkpoints atomically, unless told otherwise."""
+        self._refusals.noted = None
         config = self.config_init[self.subcommand].trainer
         if config.logger in (None, True):
             kwargs["logger"] = _loggers(config.default_root_dir)
@@ -126,12 +184,25 @@ class FireflyCLI(LightningCLI):
             # Checkpoints lie beside, not inside, the logs of one run, so that the next run finds `last`.
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(_checkpoints(self.config[self.subcommand]))
+        self._new_folders = [
+            folder for folder in map(Path, _csv_folders(trainer)) if trainer.is_global_zero and not folder.exists()
+        ]
         return trainer
 
     def after_instantiate_classes(self) -> None:
         """Tells the data which checkpoint is loaded: rows are put into its prompt format."""
         if isinstance(self.datamodule, FireflyDataModule):
             self.datamodule.checkpoint = self.config[self.subcommand].get("ckpt_path")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs the subcommand; where it fails before it has measured anything, it leaves no folder of figures."""
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            for folder in self._new_folders:
+                if folder.is_dir() and all(path.name.startswith(_OF_A_START) for path in folder.iterdir()):
+                    shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:
         """Makes the trainer, with this project's progress bar, and without its checkpoints where none are to be saved.
@@ -144,7 +215,11 @@ class FireflyCLI(LightningCLI):
         own = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
         if config["enable_progress_bar"] is not False and not any(isinstance(one, ProgressBar) for one in own):
             callbacks = [*callbacks, RunProgressBar()]
+        if config["enable_model_summary"] is not False and not any(isinstance(one, ModelSummary) for one in own):
+            config["enable_model_summary"] = False
+            callbacks = [*callbacks, ModelSize()]
         callbacks = [*callbacks, EndOnSignals()]
+        _check_strategy(config["strategy"])
         try:
             return super()._instantiate_trainer(config, callbacks)
         except ValueError as error:  # what Lightning says of arguments that do not go together
@@ -162,7 +237,12 @@ def make_parser() -> ArgumentParser:
 def main() -> None:
     """Entry point of ``firefly-fit``."""
     _quiet_lightning()
-    with ends_on_signals("firefly-fit"), one_line_errors("firefly-fit", MisconfigurationException):
+    with (
+        ends_on_signals("firefly-fit"),
+        one_line_errors("firefly-fit", MisconfigurationException),
+        refusals_of(Path(L.__file__).parent),
+    ):
+        check_values(sys.argv[1:])
         FireflyCLI()
 
 
@@ -171,6 +251,7 @@ def _quiet_lightning() -> None:
     advertisement = "litlogger"
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: advertisement not in record.getMessage())
+    spare_bars("lightning.pytorch", "lightning.fabric")
     for message in (
         ".*LeafSpec.* is deprecated",  # Lightning's own use of torch
         "Total length of `list` across ranks is zero",  # a run without validation rows
@@ -179,12 +260,28 @@ def _quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+def _make(kind: type, *args: Any, applied_instantiation_links: Any = None, **kwargs: Any) -> Any:
+    return kind(*args, **kwargs)
+
+
+def _check_strategy(name: Any) -> None:
+    known = [*StrategyRegistry.available_strategies(), "auto"]
+    if isinstance(name, str) and name not in known:
+        near = alike_names(name.replace("_", ""), [*BY_NAME]) or alike_names(name, known)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(BY_NAME)}"
+        raise FireflyError(f"trainer.strategy {name}: no such strategy; {hint}")
+
+
 def _path_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _checkpoints(config: Any) -> Path:
     return Path(config.trainer.default_root_dir or Path.cwd()) / "checkpoints"
+
+
+def _csv_folders(trainer: L.Trainer) -> list[str]:
+    return [logger.log_dir for logger in trainer.loggers if isinstance(logger, CSVLogger)]
 
 
 def _loggers(root: str | None) -> list[Logger]:

@@ -1,6 +1,7 @@
 """The one exception for what a user can mend, the wording of its message, and how a program reports it."""
 
 import errno
+import math
 import os
 import re
 import sys
@@ -77,6 +78,38 @@ def reason(error: BaseException) -> str:
 def some(names: list[str]) -> str:
     """The first three of many names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_number(
+    name: str,
+    value: float | None,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+) -> None:
+    """Checks a number that a user wrote.
+
+    Args:
+        name: The key or flag that sets the number.
+        value: The number; None, where nothing is set, is accepted.
+        least: Least number that is accepted.
+        most: Largest number that is accepted.
+        above: A number that it must be larger than.
+
+    Raises:
+        FireflyError: If the number is not finite or not in this range.
+    """
+    bounds = {"at least": least, "above": above, "at most": most}
+    fits = value is None or (
+        math.isfinite(value)
+        and (least is None or value >= least)
+        and (most is None or value <= most)
+        and (above is None or value > above)
+    )
+    if not fits:
+        finite = value is not None and math.isfinite(value)
+        wanted = [f"{text} {bound:,}" for text, bound in bounds.items() if bound is not None]
+        raise FireflyError(f"{name} is {value}; it must be {' and '.join([*([] if finite else ['finite']), *wanted])}")
 
 
 def _exit(program: str, message: str, code: int = 1, wait: float = 0.0) -> None:

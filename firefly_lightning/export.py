@@ -1,5 +1,6 @@
 """``firefly export``: from a checkpoint of any strategy to a plain Hugging Face folder."""
 
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -47,3 +48,4 @@ def export(
             raise FireflyError(f"max_shard_size {max_shard_size!r}: write a size such as 5GB or 500MB") from error
         except SafetensorError as error:
             raise FireflyError(f"{out}: {reason(error)}; is the disk full?") from error
+    print(f"{out}: a plain Hugging Face folder; talk with it: firefly chat --model {shlex.quote(out)}")

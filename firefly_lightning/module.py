@@ -20,7 +20,7 @@ from firefly_lightning.checkpoints.unsharded import accept_names, numbered_names
 from firefly_lightning.data.batches import MicroBatch, data_parallel_share
 from firefly_lightning.data.prompt_choice import check_same_format, tokenizer_and_format
 from firefly_lightning.data.protocol import data_of
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.errors import FireflyError, check_number
 from firefly_lightning.evaluation.generation import Decoding, change_decoding, default_decoding
 from firefly_lightning.evaluation.predictions import Prediction, predict
 from firefly_lightning.evaluation.totals import ALL, EvaluationTotals, kinds_of
@@ -75,14 +75,14 @@ class FireflyModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        check_number("model.learning_rate", learning_rate, least=0)
+        check_number("model.warmup_steps", warmup_steps, least=0)
         self.path = path
-        self.learning_rate = learning_rate
-        self.warmup_steps = warmup_steps
+        self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.attention = attention
         self.gradient_checkpointing = gradient_checkpointing
         self.from_scratch = from_scratch
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.decoding = decoding or Decoding()
         self.model: BloomForCausalLM = None  # until configure_model, where Lightning wants it to be built
         self._fast: FastBloom | None = None

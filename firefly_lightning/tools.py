@@ -37,9 +37,10 @@ def main(args: Sequence[str] | None = None) -> None:
     with ends_on_signals("firefly"), one_line_errors("firefly"):
         from jsonargparse import CLI
 
-        from firefly_lightning.cli_errors import OneLineErrors
+        from firefly_lightning.cli_errors import OneLineErrors, check_values
 
         given = list(sys.argv[1:] if args is None else args)
+        check_values(given)
         if given == ["--version"]:
             print(f"firefly {__version__}")
             return

@@ -23,6 +23,9 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 # Tools of this environment, among them the ninja that DeepSpeed compiles with: another one would begin anew.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
+# Tables are as wide as the terminal, and tests read them whatever that of the developer is.
+os.environ["COLUMNS"] = "120"
+
 # As many as the processes that tests start have: another number sums in another order, and last digits differ.
 torch.set_num_threads(1)
 

@@ -1,5 +1,7 @@
 """Checkpoints of a run: the last ones and the best."""
 
+import uuid
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -10,6 +12,9 @@ from lightning.pytorch.strategies import Strategy
 from firefly_lightning import interrupts
 from firefly_lightning.callbacks.signals import Signals
 from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
+from firefly_lightning.checkpoints.layout import TRAINER_FILE
+from firefly_lightning.checkpoints.torch_file import load_file
+from firefly_lightning.errors import FireflyError, check_number
 from firefly_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
 
 
@@ -27,11 +32,16 @@ class LastCheckpoint(ModelCheckpoint):
             are in the strategy's own form, which may be faster to save. They are in its own form, too, where the
             trainer's ``AtomicCheckpointIO`` says so.
         dirpath: Folder of the checkpoints; ``checkpoints`` under ``trainer.default_root_dir`` by default.
+
+    Raises:
+        FireflyError: If one of the two numbers is below 1.
     """
 
     def __init__(
         self, every_n_steps: int = 1000, keep: int = 1, portable: bool = True, dirpath: str | None = None
     ) -> None:
+        check_number("checkpoint.every_n_steps", every_n_steps, least=1)
+        check_number("checkpoint.keep", keep, least=1)
         several = {"save_top_k": keep, "monitor": "step", "mode": "max", "filename": "{step}", "save_last": "link"}
         one = {"save_top_k": 0, "save_last": True}
         super().__init__(dirpath=dirpath, every_n_train_steps=every_n_steps, **(several if keep > 1 else one))
@@ -108,11 +118,15 @@ class BestCheckpoint(ModelCheckpoint):
         mode: Whether the lowest (``min``) or the highest (``max``) value is best.
         save_top_k: How many of the best checkpoints are kept.
         dirpath: Folder of the checkpoints; ``checkpoints`` under ``trainer.default_root_dir`` by default.
+
+    Raises:
+        FireflyError: If fewer than -1 checkpoints, all of them, are to be kept.
     """
 
     def __init__(
         self, monitor: str = "val_loss", mode: str = "min", save_top_k: int = 1, dirpath: str | None = None
     ) -> None:
+        check_number("best_checkpoint.save_top_k", save_top_k, least=-1)
         filename = f"best-step={{step}}-{monitor}={{{monitor}:.4f}}"
         super().__init__(
             dirpath=dirpath,
@@ -123,3 +137,49 @@ class BestCheckpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
             save_on_train_epoch_end=False,
         )
+        self._run = uuid.uuid4().hex
+        self._surplus: list[str] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scores of the checkpoints that are kept, and the run that they belong to."""
+        return {**super().state_dict(), "run": self._run}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up the scores of the run that is resumed, also of what it saved after the checkpoint it resumes from.
+
+        A run that was interrupted may have validated once more, and one that was killed may have gone on for long.
+        """
+        super().load_state_dict(state)
+        self._run = state.get("run", self._run)
+        if self.dirpath and self.dirpath == state.get("dirpath"):
+            scores = dict(self.best_k_models)
+            for path in Path(self.dirpath).glob("best-*.ckpt"):
+                own = _saved_state(path, self.state_key)
+                scores |= own["best_k_models"] if own.get("run") == self._run else {}
+            self._keep_best({path: score for path, score in scores.items() if Path(path).exists()})
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Removes checkpoints of this run that are among the best no longer."""
+        super().on_train_start(trainer, pl_module)
+        for path in self._surplus:
+            self._remove_checkpoint(trainer, path)
+        self._surplus = []
+
+    def _keep_best(self, scores: dict[str, Any]) -> None:
+        ranked = sorted(scores, key=lambda path: float(scores[path]), reverse=self.mode == "max")
+        kept = len(ranked) if self.save_top_k == -1 else self.save_top_k
+        self.best_k_models = {path: scores[path] for path in ranked[:kept]}
+        self._surplus = ranked[kept:]
+        if self.best_k_models:
+            self.best_model_path, self.kth_best_model_path = ranked[0], ranked[:kept][-1]
+            self.best_model_score, self.kth_value = scores[ranked[0]], scores[self.kth_best_model_path]
+
+
+def _saved_state(checkpoint: Path, key: str) -> dict[str, Any]:
+    """The state of a callback in a checkpoint; empty where there is none, or it cannot be read."""
+    try:
+        saved = load_file(checkpoint / TRAINER_FILE if checkpoint.is_dir() else checkpoint, "cpu")
+    except FireflyError:
+        return {}
+    state: dict[str, Any] = saved.get("callbacks", {}).get(key, {})
+    return state

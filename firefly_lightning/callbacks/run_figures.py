@@ -41,7 +41,7 @@ def read_metrics(log_dir: Path) -> Metrics:
 
 
 def draw_losses(metrics: Metrics, path: Path) -> None:
-    """Draws training and validation loss and the learning rate by step, as a PNG.
+    """Draws training and validation loss and the learning rate by step, counted from 1, as a PNG.
 
     The training loss is drawn as a running mean too, since steps of few rows vary much.
     """
@@ -53,14 +53,15 @@ def draw_losses(metrics: Metrics, path: Path) -> None:
         sum(train[step] for step in steps[max(0, index - window + 1) : index + 1]) / min(window, index + 1)
         for index in range(len(steps))
     ]
-    axes.plot(steps, [train[step] for step in steps], color=BLUE, alpha=0.25, label="training")
-    axes.plot(steps, means, color=BLUE, label=f"training, mean of {window} steps")
+    done = [step + 1 for step in steps]  # metrics.csv counts steps from 0
+    axes.plot(done, [train[step] for step in steps], color=BLUE, alpha=0.25, label="training")
+    axes.plot(done, means, color=BLUE, label=f"training, mean of {window} steps")
     if validated := metrics.get("val_loss"):
-        axes.plot(*zip(*sorted(validated.items()), strict=True), "o-", color=RED, label="validation")
+        axes.plot(*_by_step(validated), "o-", color=RED, label="validation")
     axes.set(xlabel="optimizer step", ylabel="loss per target token (nats)")
     if rates := metrics.get("lr"):
         right = axes.twinx()
-        right.plot(*zip(*sorted(rates.items()), strict=True), "--", color=GREY, linewidth=1)
+        right.plot(*_by_step(rates), "--", color=GREY, linewidth=1)
         right.set_ylim(bottom=0)
         right.set_ylabel("learning rate", color=GREY)
         right.tick_params(colors=GREY)
@@ -82,7 +83,7 @@ def draw_kinds(perplexities: Mapping[str, Mapping[int, float]], path: Path) -> N
     figure = Figure(figsize=(10, max(5, 1 + 0.24 * len(last))), layout="constrained")
     axes = figure.add_subplot()
     for at, kind in enumerate(sorted(last, key=lambda kind: (-last[kind], kind))):
-        steps, values = zip(*sorted(perplexities[kind].items()), strict=True)
+        steps, values = _by_step(perplexities[kind])
         label = f"{kind.replace('$', chr(92) + '$')}  {last[kind]:,.4g}"  # `$` would begin a formula
         axes.plot(steps, values, LINES[at // 10 % 3], marker="o", markersize=3, color=f"C{at % 10}", label=label)
     axes.set_yscale("log")
@@ -92,6 +93,12 @@ def draw_kinds(perplexities: Mapping[str, Mapping[int, float]], path: Path) -> N
     _finish(axes)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False, prop=_font("".join(last)))
     figure.savefig(path, dpi=150)
+
+
+def _by_step(values: Mapping[int, float]) -> tuple[list[int], list[float]]:
+    """Steps counted from 1, in order, and the value at each."""
+    steps = sorted(values)
+    return [step + 1 for step in steps], [values[step] for step in steps]
 
 
 def _finish(axes: Axes) -> None:

@@ -11,8 +11,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
+from rich.table import Table
 
 from firefly_lightning.callbacks.run_figures import Metrics, draw_kinds, draw_losses, kind_perplexities, read_metrics
+from firefly_lightning.console import markdown, new_table, render
 from firefly_lightning.data.counts_table import counts_table
 from firefly_lightning.data.protocol import data_of
 from firefly_lightning.files.atomic import new_file
@@ -23,7 +25,16 @@ SPEED = ("target_tokens_per_second", "data_wait", "memory_gb", "mfu")
 
 
 class Report(Callback):
-    """Writes the report of a training, a validation or a test that logs to CSV, and draws the figures of a training."""
+    """Writes the report of a training, a validation or a test that logs to CSV, and draws the figures of a training.
+
+    The results of a validation or a test are printed too.
+
+    Args:
+        prints: Whether results are printed.
+    """
+
+    def __init__(self, prints: bool = True) -> None:
+        self.prints = prints
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -33,26 +44,32 @@ class Report(Callback):
             draw_losses(metrics, folder / "loss.png")
             if perplexities := kind_perplexities(metrics):
                 draw_kinds(perplexities, folder / "kinds.png")
-            _write(folder, trainer, [*training_results(metrics), *_last_values(metrics, "val")])
+            _write(folder, trainer, [*training_results(metrics), *last_values(metrics, "val")])
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes the report of a validation that is no part of a training."""
+        """Prints and writes the results of a validation that is no part of a training."""
         if trainer.state.fn == "validate":
-            self._write_evaluation(trainer, "val")
+            self._show_evaluation(trainer, pl_module, "val")
 
     @rank_zero_only
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes the report of a test."""
-        self._write_evaluation(trainer, "test")
+        """Prints and writes the results of a test."""
+        self._show_evaluation(trainer, pl_module, "test")
 
-    def _write_evaluation(self, trainer: L.Trainer, stage: str) -> None:
+    def _show_evaluation(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.prints:  # what was logged, since there may be no logger of files
+            values = {name: {0: float(value)} for name, value in sorted(trainer.callback_metrics.items())}
+            pl_module.print("\n".join(map(render, last_values(values, stage))))
         for folder in _folders(trainer):
-            _write(folder, trainer, _last_values(read_metrics(folder), stage))
+            _write(folder, trainer, last_values(read_metrics(folder), stage))
 
 
-def training_results(metrics: Metrics) -> Iterator[str]:
-    """The losses and the speed of a training, as a table in Markdown; nothing where no step was logged."""
+def training_results(metrics: Metrics) -> Iterator[Table]:
+    """The losses and the speed of a training, as a table; nothing where no step was logged.
+
+    Steps count from 1, as in the names of checkpoints; rows of ``metrics.csv`` count from 0.
+    """
     losses, validated = metrics["train_loss"], metrics.get("val_loss", {})
     if not losses:
         return
@@ -61,40 +78,40 @@ def training_results(metrics: Metrics) -> Iterator[str]:
     rows = [("steps", f"{len(losses):,}"), ("training loss, first and last", ends)]
     if validated:
         best = min(validated, key=lambda step: validated[step])
-        rows.append(("lowest validation loss", f"{validated[best]:.4f} at step {best:,}"))
+        rows.append(("lowest validation loss", f"{validated[best]:.4f} at step {best + 1:,}"))
     rows += [(f"{name}, median", _shown(median(metrics[name].values()))) for name in SPEED if metrics.get(name)]
-    yield from _table(("training", ""), rows)
+    yield _table(("training", ""), rows)
 
 
-def _last_values(metrics: Metrics, stage: str) -> Iterator[str]:
+def last_values(metrics: Metrics, stage: str) -> Iterator[Table]:
     """The last value of every metric of a stage: a table of overall values, and a table with a row for each kind."""
     last = {name: values[max(values)] for name, values in metrics.items() if name.startswith(f"{stage}_") and values}
     parted = {name: name.removeprefix(f"{stage}_").partition("/") for name in last}
     overall = [(parts[0], _shown(last[name])) for name, parts in parted.items() if not parts[1]]
     if not overall:
         return
-    yield from _table(({"val": "validation", "test": "test"}[stage], ""), overall)
+    yield _table(({"val": "validation", "test": "test"}[stage], ""), overall)
     columns = list(dict.fromkeys(parts[0] for parts in parted.values() if parts[1]))
     of_kind: dict[str, dict[str, str]] = {}
     for name, (metric, slash, kind) in parted.items():
         if slash:
             of_kind.setdefault(kind, {})[metric] = _shown(last[name])
     if of_kind:
-        rows = [(_cell(kind), *(of_kind[kind].get(column, "") for column in columns)) for kind in sorted(of_kind)]
-        yield from _table(("kind", *columns), rows)
+        rows = [(kind, *(of_kind[kind].get(column, "") for column in columns)) for kind in sorted(of_kind)]
+        yield _table(("kind", *columns), rows)
 
 
-def _write(folder: Path, trainer: L.Trainer, results: Iterable[str]) -> None:
+def _write(folder: Path, trainer: L.Trainer, results: Iterable[Table]) -> None:
     figures = [f"![{name}]({name})\n" for name in ("loss.png", "kinds.png") if (folder / name).is_file()]
     configuration = folder / "config.yaml"
     parts = [
         f"# {folder.name}\n",
         "## Results\n",
-        *results,
+        *(f"{markdown(table)}\n" for table in results),
         *figures,
-        *_section("Data", "text", "\n\n".join(_counts(trainer))),
+        *(["## Data\n", *(f"{table}\n" for table in counts)] if (counts := [*_counts(trainer)]) else []),
         "## Versions\n",
-        *_table(("", ""), _versions(trainer)),
+        f"{markdown(_table(('', ''), _versions(trainer)))}\n",
         *_section("Configuration", "yaml", configuration.read_text("utf-8") if configuration.is_file() else ""),
     ]
     with new_file(folder / "report.md", []) as file:
@@ -109,7 +126,7 @@ def _counts(trainer: L.Trainer) -> Iterator[str]:
     data = data_of(trainer)
     parts = (data.train, data.val, data.test) if data else ()
     for rows in {id(part.rows): part.rows for part in parts if part is not None}.values():
-        yield counts_table(rows.names, rows.counts)
+        yield counts_table(rows.names, rows.counts, markdown)
 
 
 def _versions(trainer: L.Trainer) -> Iterator[tuple[str, str]]:
@@ -130,14 +147,13 @@ def _section(title: str, language: str, text: str) -> list[str]:
     return [f"## {title}\n", f"```{language}\n{text.strip()}\n```\n"] if text else []
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    lines = [head, ("---",) * len(head), *rows]
-    return ["\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"]
-
-
-def _cell(text: str) -> str:
-    """The name of a kind as a cell of a table, in which a bar would end the cell."""
-    return " ".join(text.split()).replace("|", "\\|")
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
+    table = new_table()
+    for at, heading in enumerate(head):
+        table.add_column(heading, justify="right" if at else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _shown(value: float) -> str:

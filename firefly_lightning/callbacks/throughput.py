@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from transformers import BloomConfig
 
 from firefly_lightning.data.batches import data_parallel_share
+from firefly_lightning.errors import check_number
 
 PRODUCT_SECONDS = 0.01
 """A matrix product that takes this many seconds is large enough to show what a device can do."""
@@ -31,9 +32,13 @@ class Throughput(Callback):
     Args:
         peak_tflops: Peak of a device, in 10¹² floating-point operations a second, as its maker states it for the
             precision of the run; by default, matrix products measure it when training starts.
+
+    Raises:
+        FireflyError: If the peak is not above 0.
     """
 
     def __init__(self, peak_tflops: float | None = None) -> None:
+        check_number("throughput.peak_tflops", peak_tflops, above=0)
         self.peak_tflops = peak_tflops
         self._peak = 0.0
         self._since: float | None = None

@@ -3,15 +3,23 @@
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.errors import FireflyError, check_number
 from firefly_lightning.interrupts import interruptible
 from firefly_lightning.prompt import Turn
+
+COMMANDS = {
+    "/clear": "forgets what was said",
+    "/help": "shows these lines",
+    "/exit": "leaves, as Ctrl-D does",
+}
+"""What a line of a conversation may be beside a question."""
 
 
 def chat(
@@ -21,6 +29,9 @@ def chat(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     seed: int | None = None,
     max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    greedy: bool = False,
     web: bool = False,
     host: str = "127.0.0.1",
     port: int = 7860,
@@ -34,13 +45,19 @@ def chat(
         dtype: Type of the weights; auto is bfloat16 on a GPU and float32 elsewhere.
         seed: Makes the answers repeatable.
         max_new_tokens: Most tokens of an answer; the model's own setting by default.
+        temperature: How freely tokens are drawn, 1 as the model says; at 0 the likeliest is taken, as with ``greedy``.
+        top_p: Share of the probability, above 0 and at most 1, of which tokens are drawn; the model's own by default.
+        greedy: Takes the likeliest token every time, and draws nothing.
         web: Serves a page to talk on; it needs the extra ``web``.
         host: Address at which the page is served; by default nobody outside this machine reaches it.
         port: Port at which the page is served; 0 takes any that is free.
 
     Raises:
-        FireflyError: If the model cannot be loaded, the device is not there, or the page cannot be served.
+        FireflyError: If a setting is out of its range, the model cannot be loaded, the device is not there, or the page
+            cannot be served.
     """
+    decoding: Any = _decoding(max_new_tokens, temperature, top_p, greedy)
+    check_number("--seed", seed, least=-(2**63), most=2**63 - 1)
     if web:
         _require_web(prompt)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
@@ -48,6 +65,10 @@ def chat(
     from firefly_lightning.chat.answering import Answering
 
     answer = Answering(model, device, dtype, seed, max_new_tokens)
+    if decoding:
+        from firefly_lightning.evaluation.generation import change_decoding
+
+        answer.config = change_decoding(answer.config, decoding)
     if web:
         from firefly_lightning.chat.server import serve
 
@@ -58,6 +79,27 @@ def chat(
     else:
         # Where the locale could not decode the prompt on the command line, it is read as UTF-8.
         _show(answer([], os.fsencode(prompt).decode("utf-8", "replace")), [])
+
+
+def _decoding(
+    max_new_tokens: int | None, temperature: float | None, top_p: float | None, greedy: bool
+) -> dict[str, Any]:
+    """The settings of generation that differ from the model's own.
+
+    Raises:
+        FireflyError: If one is out of its range, or they do not go together.
+    """
+    check_number("--max_new_tokens", max_new_tokens, least=1)
+    check_number("--temperature", temperature, least=0, most=100)
+    check_number("--top_p", top_p, above=0, most=1)
+    if temperature == 0:
+        greedy, temperature = True, None
+    check_number("--temperature", temperature, least=0.001)  # what is less divides by nothing
+    given = {"temperature": temperature, "top_p": top_p}
+    changes = {name: float(value) for name, value in given.items() if value is not None}
+    if greedy and changes:
+        raise FireflyError(f"--greedy draws no token: leave {' and '.join(f'--{name}' for name in changes)} out")
+    return {"do_sample": not greedy, **changes} if greedy or changes else {}
 
 
 def _require_web(prompt: str | None) -> None:
@@ -72,16 +114,31 @@ def _require_web(prompt: str | None) -> None:
 def _converse(answer: Callable[[Sequence[Turn], str], Iterator[str]]) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # gives input() line editing
-    print("/clear forgets what was said, /exit or Ctrl-D leaves, Ctrl-C stops an answer.", file=sys.stderr)
+    print("/help lists what else to type, Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
     turns: list[Turn] = []
     while (question := _ask()) not in (None, "/exit"):
         if question == "/clear":
             turns.clear()
+        elif re.fullmatch(r"/[a-zA-Z_]+", (question or "").partition(" ")[0]):
+            _help(question or "")
         elif question:
             pieces: list[str] = []
+            question = question.removeprefix("/") if question.startswith("//") else question
             with contextlib.suppress(KeyboardInterrupt):
                 _show(answer(turns, question), pieces)
             turns.append((question, "".join(pieces)))
+
+
+def _help(typed: str) -> None:
+    """Lists what may be typed beside questions, on standard error, so that answers alone are on standard output."""
+    if typed != "/help":
+        print(f"{typed.partition(' ')[0]}: no such command, and not sent to the model", file=sys.stderr)
+    for name, text in COMMANDS.items():
+        print(f"{name:8}{text}", file=sys.stderr)
+    print(
+        "Ctrl-C stops an answer. All else is a question, also what begins with // (one / of it is sent).",
+        file=sys.stderr,
+    )
 
 
 def _ask() -> str | None:

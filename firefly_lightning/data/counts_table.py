@@ -1,13 +1,11 @@
 """A table of what a set of rows is made of."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from rich.box import SIMPLE
-from rich.cells import cell_len
 from rich.table import Table
 
-from firefly_lightning.console import render
+from firefly_lightning.console import new_table, render
 from firefly_lightning.data.tokenized_rows import COUNTED, Counts
 
 HEADINGS = {
@@ -21,12 +19,13 @@ HEADINGS = {
 }
 
 
-def counts_table(names: Sequence[str], counts: Sequence[Counts]) -> str:
+def counts_table(names: Sequence[str], counts: Sequence[Counts], written: Callable[[Table], str] = render) -> str:
     """A table of the rows that were read, cut, left out and kept: a line for each kind, and one for all kinds.
 
     Args:
         names: Names of the sources, for the title.
         counts: The counts of each source.
+        written: What makes a text of the table: ``render`` for a terminal, ``markdown`` for a file.
     """
     kinds = sorted({kind for source in counts for kind in source})
     totals = {kind: Counter[str]() for kind in [*kinds, "all"]}
@@ -34,10 +33,10 @@ def counts_table(names: Sequence[str], counts: Sequence[Counts]) -> str:
         for kind, numbers in source.items():
             totals[kind].update(numbers)
             totals["all"].update(numbers)
-    table = Table(title=", ".join(names), box=SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
-    table.add_column("kind", min_width=max(cell_len(kind) for kind in totals))
+    table = new_table(title=", ".join(names))
+    table.add_column("kind")
     for name in COUNTED:
-        table.add_column(HEADINGS[name], justify="right", min_width=max(map(len, HEADINGS[name].split())))
+        table.add_column(HEADINGS[name], justify="right")
     for kind, numbers in totals.items():
         table.add_row(kind, *(f"{numbers[name]:,}" for name in COUNTED))
-    return render(table)
+    return written(table)

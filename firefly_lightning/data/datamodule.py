@@ -22,7 +22,7 @@ from firefly_lightning.data.sources.records import find_sources
 from firefly_lightning.data.sources.row_forms import RowFormat
 from firefly_lightning.data.token_cache import WHOLE, default_cache_dir, tokenize
 from firefly_lightning.data.tokenized_rows import TokenizedRows
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.errors import FireflyError, check_number
 from firefly_lightning.huggingface import load_tokenizer
 from firefly_lightning.prompt import PromptEncoder, PromptFormat, prompt_format
 
@@ -208,10 +208,8 @@ class FireflyDataModule(L.LightningDataModule):
         return [self.train.rows.describe(int(row)) for row in self.train.plan.rows(step)]
 
     def _check_arguments(self) -> None:
-        for name in ("batch_size", "micro_batch_size", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise FireflyError(f"data.{name} is {value}; it must be at least 1")
+        for name, least in {"batch_size": 1, "micro_batch_size": 1, "max_length": 1, "num_workers": 0}.items():
+            check_number(f"data.{name}", getattr(self, name), least)
         if not 0 <= self.val_fraction < 1:
             raise FireflyError(f"data.val_fraction is {self.val_fraction}; it must be at least 0 and below 1")
         if self.val_fraction and self.val_files:

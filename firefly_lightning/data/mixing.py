@@ -10,7 +10,10 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from firefly_lightning.data.plan import Rows, WeightedRows, apportion, permutation
 from firefly_lightning.data.tokenized_rows import TokenizedRows
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.errors import FireflyError, check_number
+
+MOST = 1_000_000
+"""Largest weight of a source or a kind, and the most epochs that it can be held to."""
 
 
 class Share(TypedDict, total=False):
@@ -53,11 +56,10 @@ def check_share(share: Mapping[str, Any], key: str, name: str) -> None:
         name: Name of the source or the kind.
 
     Raises:
-        FireflyError: If a number of the share is not above 0.
+        FireflyError: If a number of the share is not above 0, or so large that an epoch would have no end.
     """
-    for part in ("weight", "cap", "epochs"):
-        if part in share and not share[part] > 0:
-            raise FireflyError(f"{key}: the {part} of {name} is {share[part]}; it must be above 0")
+    for part, most in {"weight": MOST, "cap": None, "epochs": MOST}.items():
+        check_number(f"{key}: the {part} of {name}", share.get(part), above=0, most=most)
 
 
 def mix(

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.errors import FireflyError, check_number
 
 Rows = npt.NDArray[np.int64]
 
@@ -200,6 +200,7 @@ def check_shares(batch_size: int, world_size: int, micro_batch_size: int | None)
             f"data.batch_size {batch_size} cannot be shared by {world_size} devices; "
             f"choose a multiple of {world_size}, or another trainer.devices"
         )
+    check_number("data.micro_batch_size", micro_batch_size, least=1)
     share = batch_size // world_size
     micro_batch_size = micro_batch_size or share
     if share % micro_batch_size:

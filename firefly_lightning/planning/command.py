@@ -69,7 +69,7 @@ def plan(
         raise FireflyError("--measure trains the model of --config: leave --vocab_size and the other sizes out")
     for name in strategies or ["auto"]:
         settings.run(name, 1, 1, False, refuse=True)
-    if out:
+    if out is not None:
         check_new_folder(Path(out).expanduser(), inputs)
     about = describe(settings)
     planned = plan_all(settings, strategies or STRATEGIES, micro_batch_sizes)
@@ -78,7 +78,7 @@ def plan(
     fits = largest(planned, limits)
     print_largest(fits, limits)
     measured = compare(settings, strategies, devices, micro_batch_sizes) if measure else []
-    if out:
+    if out is not None:
         with new_folder(Path(out).expanduser(), inputs) as scratch:
             content = report(planned, fits, about | {"measured": measured})
             (scratch / "plan.json").write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-8")

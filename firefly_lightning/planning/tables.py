@@ -2,10 +2,7 @@
 
 from collections.abc import Sequence
 
-from rich.box import SIMPLE
-from rich.table import Table
-
-from firefly_lightning.console import render
+from firefly_lightning.console import new_table, render
 from firefly_lightning.planning.memory import PARTS
 from firefly_lightning.planning.planned import Planned
 
@@ -14,8 +11,8 @@ GIGA = 1e9
 
 def parts_table(planned: Sequence[Planned], title: str) -> str:
     """A table with a line for each run: GB of each part at the moment that needs most, their sum, and the host's."""
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("strategy", min_width=15)
+    table = new_table(title)
+    table.add_column("strategy")
     for heading in (*PARTS, "device", "host"):
         table.add_column(heading, justify="right")
     table.add_column("peak in")
@@ -23,7 +20,7 @@ def parts_table(planned: Sequence[Planned], title: str) -> str:
         host = sum(one.takes.host.values())
         numbers = [*one.takes.parts.values(), one.takes.peak, host]
         table.add_row(one.run.strategy, *map(gigabytes, numbers), one.takes.peak_at)
-    return f"{title}\n{render(table)}"
+    return render(table)
 
 
 def grid_table(cells: dict[str, dict[str, str]], title: str, first: str = "strategy") -> str:
@@ -34,13 +31,13 @@ def grid_table(cells: dict[str, dict[str, str]], title: str, first: str = "strat
         title: Title of the table.
         first: Heading of the column of names.
     """
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column(first, min_width=15)
+    table = new_table(title)
+    table.add_column(first)
     for heading in dict.fromkeys(heading for row in cells.values() for heading in row):
         table.add_column(heading, justify="right")
     for name, row in cells.items():
         table.add_row(name, *row.values())
-    return f"{title}\n{render(table)}"  # rich would break its own title to the width of the table
+    return render(table)
 
 
 def gigabytes(size: float) -> str:

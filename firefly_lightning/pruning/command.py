@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.errors import FireflyError, check_number
 from firefly_lightning.files.atomic import check_new_folder, new_folder
 
 
@@ -91,6 +91,7 @@ def _check_arguments(
     for name, value in (("min_count", min_count), ("pad_multiple", pad_multiple)):
         if value < 1:
             raise FireflyError(f"--{name}: {value} is less than 1; give 1 or more")
+    check_number("--pad_multiple", pad_multiple, most=65536)  # more would be rows of nothing but padding
 
 
 def _print_report(report: dict[str, Any], out: str) -> None:

@@ -1,5 +1,6 @@
 """What a run shows while it trains and leaves for people to read."""
 
+import io
 import re
 import time
 from pathlib import Path
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 import yaml
 from lightning import __version__ as lightning_version
+from rich.console import Console
+from rich.progress import Progress, TextColumn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from firefly_lightning.callbacks.progress_bar import RunProgressBar
+from firefly_lightning.callbacks.progress_bar import SHOWN, RunProgressBar
 from firefly_lightning.callbacks.run_figures import draw_kinds, read_metrics
 from firefly_lightning.callbacks.sample_answers import PROMPTS
+from firefly_lightning.data.counts_table import HEADINGS
 from tests.conftest import write_rows
 from tests.support.helpers import fit, logged, run
 from tests.support.predicting import DECODING
@@ -54,6 +58,7 @@ def shown(tmp_path_factory, model_folder, rows):
 def test_the_bar_shows_what_is_logged(shown):
     root, printed = shown
     last = next(line for line in reversed(printed.splitlines()) if line.startswith("Training"))
+    assert "FLOPs" not in printed
     assert re.search(r"━+ 4/4 0:00:\d\d loss: ", last)
     rate, memory = (float(logged(root, name)[3]) for name in ("target_tokens_per_second", "memory_gb"))
     for part in (
@@ -78,6 +83,25 @@ def test_time_left_follows_from_the_steps_of_this_run():
     assert bar.seconds_left(trainer) == pytest.approx(3 * 80, rel=0.01)
     trainer.estimated_stepping_batches = float("inf")
     assert bar.seconds_left(trainer) is None
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 250])
+def test_the_bar_and_its_figures_keep_to_one_line(width):
+    bar = RunProgressBar()
+    logged = dict.fromkeys(SHOWN, 1.0) | {"target_tokens_per_second": 123456.0, "lr": 3e-5, "memory_gb": 79.9}
+    bar._trainer = trainer = SimpleNamespace(
+        global_step=45678, estimated_stepping_batches=90000, callback_metrics=logged, progress_bar_metrics={}
+    )
+    bar._console = Console(width=width, file=io.StringIO(), force_terminal=True, legacy_windows=False)
+    bar._started = time.monotonic() - 36000
+    shown = bar.get_metrics(trainer, None)
+    assert list(shown)[:1] == ["loss"]
+    assert len(shown) == {60: 1, 80: 2, 100: 4, 250: 8}[width]
+    text = " · ".join(f"{name}: {value}" for name, value in shown.items())
+    columns = [*bar.configure_columns(trainer), TextColumn(text)]
+    progress = Progress(*columns, console=bar._console)
+    progress.add_task("Training", total=90000, completed=45678)
+    assert len(bar._console.render_lines(progress.get_renderable())) == 1
 
 
 def test_answers_to_three_prompts_are_on_the_console_and_in_tensorboard(shown):
@@ -111,17 +135,21 @@ def test_the_report_of_a_training(shown):
     assert all((folder / figure).read_bytes().startswith(b"\x89PNG") for figure in figures)
     losses, validated = logged(root), logged(root, "val_loss")
     best = min(validated, key=lambda step: float(validated[step]))
+    saved = [path.name for path in (root / "checkpoints").glob("best-*")]
+    assert [name.split("-val")[0] for name in saved] == [f"best-step={best + 1}"], "one count of steps everywhere"
     table = cells(text)
+    results = results_of(text)
     assert table["steps"] == ["4"]
     assert table["training loss, first and last"] == [f"{float(losses[0]):.4f}, {float(losses[3]):.4f}"]
-    assert table["lowest validation loss"] == [f"{float(validated[best]):.4f} at step {best}"]
+    assert table["lowest validation loss"] == [f"{float(validated[best]):.4f} at step {best + 1}"]
     assert table["perplexity"] == [f"{float(logged(root, 'val_perplexity')[3]):,.4g}"]
     for kind in ("对联", "Summary", "a|b$c"):
         names = (f"val_{name}/{kind}" for name in ("accuracy", "eos_accuracy", "perplexity"))
         values = [logged(root, name).get(3) for name in names]
-        assert table[kind.replace("|", "\\|")] == [f"{float(value):,.4g}" if value else "" for value in values]
+        assert results[kind.replace("|", "\\|")] == [f"{float(value):,.4g}" if value else "" for value in values]
     assert table["lightning"] == [lightning_version]
-    assert re.search("^ all +60 ", text, re.MULTILINE)
+    assert table["all"][0] == "60"
+    assert table["kind"] == [*HEADINGS.values()], "the last table with kinds is that of the rows"
     assert "\x1b" not in text
     saved = re.search(r"^## Configuration\n\n```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[1]
     assert yaml.safe_load(saved) == yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
@@ -130,7 +158,7 @@ def test_the_report_of_a_training(shown):
 def test_the_reports_of_a_validation_and_a_test(model_folder, rows, tmp_path):
     common = ["--model.path", model_folder, "--data.val_files", rows, "--trainer.default_root_dir", tmp_path]
     for version, stage in enumerate(("validate", "test")):
-        run(
+        printed = run(
             "firefly-fit",
             stage,
             *common,
@@ -139,14 +167,24 @@ def test_the_reports_of_a_validation_and_a_test(model_folder, rows, tmp_path):
             "--trainer.enable_progress_bar",
             "false",
             *DECODING,
-        )
-        table = cells((tmp_path / "lightning_logs" / f"version_{version}" / "report.md").read_text("utf-8"))
+        ).stdout
+        text = (tmp_path / "lightning_logs" / f"version_{version}" / "report.md").read_text("utf-8")
+        table = results_of(text)
         name = {"validate": "val", "test": "test"}[stage]
         ((_, loss),) = logged(tmp_path, f"{name}_loss", version).items()
         assert table["loss"] == [f"{float(loss):,.4g}"]
         assert "steps" not in table
+        shown = [line.split() for line in printed.splitlines()]
+        assert ["loss", f"{float(loss):,.4g}"] in shown
+        assert all([kind, *table[kind.replace("|", "\\|")]] in shown for kind in ("对联", "Summary", "a|b$c"))
+        assert not re.search(r"\d\.\d{8}", printed), "no list of all digits"
         columns = ["accuracy", "eos_accuracy", "perplexity"] + (["bleu", "chrf", "rouge_l"] if stage == "test" else [])
-        assert sorted(table["kind"]) == sorted(columns)
+        assert sorted(results_of(text)["kind"]) == sorted(columns)
+
+
+def results_of(text: str) -> dict[str, list[str]]:
+    """The cells of the tables before those of the data."""
+    return cells(text.split("## Data")[0])
 
 
 def cells(text: str) -> dict[str, list[str]]:

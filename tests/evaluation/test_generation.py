@@ -1,6 +1,7 @@
 import builtins
 import io
 import json
+import re
 import sys
 import threading
 
@@ -13,6 +14,7 @@ from firefly_lightning.errors import FireflyError
 from firefly_lightning.evaluation.generation import answer_prompts, default_decoding, generate_stream
 from firefly_lightning.prompt import PRESETS, PromptEncoder
 from tests.conftest import ANSWERS
+from tests.support.helpers import raised_line
 
 GREEDY = GenerationConfig(max_new_tokens=40, do_sample=False)
 
@@ -182,6 +184,63 @@ def test_a_conversation_remembers_until_cleared(folder, tokenizer, monkeypatch, 
     first = f"<s>你好</s></s>{ANSWERS['你好']}</s>hello</s>"
     assert asked == [tokenizer.encode(text) for text in ("<s>你好</s></s>", first, "<s>hello</s></s>")]
     assert capsys.readouterr().out.endswith(ANSWERS["hello"] + "\n")
+
+
+def test_what_is_typed_for_the_program_is_not_sent_to_the_model(folder, tokenizer, monkeypatch, capsys):
+    asked = asked_ids(monkeypatch)
+    type_in(monkeypatch, "/help", "/temperature 3", "/clera", "/usr/bin", "//你好", "/exit", "你好")
+    chat(str(folder), device="cpu", seed=0, max_new_tokens=1)
+    shown = capsys.readouterr()
+    assert "/temperature: no such command, and not sent to the model" in shown.err
+    assert "/clera: no such command, and not sent to the model" in shown.err
+    assert shown.err.count("/clear  forgets what was said") == 3
+    assert asked[0] == tokenizer.encode("<s>/usr/bin</s></s>")
+    assert tokenizer.decode(asked[1]).endswith("</s>/你好</s>")
+    assert len(asked) == 2
+
+
+SETTINGS = {
+    "nothing": ({}, {"do_sample": True, "temperature": 0.35, "top_p": 0.85}),
+    "temperature": ({"temperature": 1}, {"do_sample": True, "temperature": 1.0, "top_p": 0.85}),
+    "top_p": ({"top_p": 0.5}, {"do_sample": True, "temperature": 0.35, "top_p": 0.5}),
+    "greedy": ({"greedy": True}, {"do_sample": False}),
+    "no temperature": ({"temperature": 0}, {"do_sample": False}),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_chat_decodes_as_its_flags_say(name, folder, monkeypatch, capsys):
+    given, expected = SETTINGS[name]
+    used, generate = [], BloomForCausalLM.generate
+
+    def record(self, inputs, **kwargs):
+        used.append(kwargs["generation_config"].to_dict())
+        return generate(self, inputs, **kwargs)
+
+    monkeypatch.setattr(BloomForCausalLM, "generate", record)
+    chat(str(folder), prompt="你好", device="cpu", seed=0, **given)
+    assert {key: used[0][key] for key in expected} == expected
+    if not expected["do_sample"]:
+        assert capsys.readouterr().out == ANSWERS["你好"] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"temperature": -0.1}, "--temperature is -0.1; it must be at least 0 and at most 100"),
+        ({"temperature": float("nan")}, "--temperature is nan"),
+        ({"temperature": 1e-300}, "--temperature is 1e-300; it must be at least 0.001"),
+        ({"seed": 2**70}, "--seed is"),
+        ({"top_p": 0}, "--top_p is 0; it must be above 0 and at most 1"),
+        ({"top_p": 1.1}, "--top_p is 1.1"),
+        ({"max_new_tokens": 0}, "--max_new_tokens is 0; it must be at least 1"),
+        ({"greedy": True, "temperature": 0.5}, "--greedy draws no token: leave --temperature out"),
+    ],
+)
+def test_chat_refuses_settings_before_a_model_is_loaded(given, says):
+    with pytest.raises(FireflyError, match=re.escape(says)) as raised:
+        chat("nowhere", prompt="你好", **given)
+    raised_line(raised)
 
 
 def test_an_interrupt_ends_the_answer_and_not_the_conversation(folder, tokenizer, monkeypatch, capsys):

@@ -16,7 +16,7 @@ import yaml
 
 from tests.conftest import write_rows
 from tests.support.choice import DIVIDED
-from tests.support.helpers import PATIENCE, ROOT
+from tests.support.helpers import PATIENCE, ROOT, fit
 from tests.support.ranks import BIN
 
 MOMENTS = int(os.environ.get("FIREFLY_MOMENTS", 2))
@@ -45,12 +45,14 @@ def places(tmp_path_factory, model_folder, rows_file) -> dict[str, Path]:
     (folder / "run.yaml").write_text(yaml.safe_dump(run), "utf-8")
     run["trainer"]["limit_predict_batches"] = 15
     (folder / "predicting.yaml").write_text(yaml.safe_dump(run), "utf-8")
+    fit(model_folder, rows_file, folder / "trained", "--trainer.max_steps", 1, "--data.batch_size", 4)
     return {
         "rows": write_rows(folder / "rows.jsonl", rows),
         "raw": write_rows(folder / "raw.jsonl", raw),
         "model": model_folder,
         "config": folder / "run.yaml",
         "predicting": folder / "predicting.yaml",
+        "checkpoint": folder / "trained" / "checkpoints",
     }
 
 
@@ -63,6 +65,10 @@ COMMANDS = {
     "plan": "firefly plan --config {config} --out {out}",
     "validate": "firefly-fit validate --config {config} --trainer.default_root_dir {out}",
     "predict": "firefly-fit predict --config {predicting} --trainer.default_root_dir {out}",
+    "fit": "firefly-fit fit --config {config} --trainer.default_root_dir {out}",
+    "test": "firefly-fit test --config {config} --trainer.default_root_dir {out} --model.decoding.max_new_tokens 9",
+    "export": "firefly export --checkpoint {checkpoint} --out {out}",
+    "chat": "firefly chat --model {model} --device cpu --prompt 你好 --max_new_tokens 900",
 }
 
 

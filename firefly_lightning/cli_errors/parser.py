@@ -1,0 +1,60 @@
+"""A parser that answers a mistake in one line, and reads files of configuration by their own rules."""
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from firefly_lightning.cli_errors.explain import explain, known_keys
+from firefly_lightning.errors import FireflyError, describe_os_error, reason
+
+
+class OneLineErrors(ArgumentParser):  # type: ignore[misc]
+    """A parser that raises a one-line :class:`FireflyError` where it would print its usage and exit."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises the error; a parser inside a type reports to the parser around it, as in jsonargparse."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise FireflyError(explain(message, known_keys(self))) from ex
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Parses a file of configuration, whose name every error begins with.
+
+        Raises:
+            FireflyError: If the file cannot be read, or holds a value that cannot be.
+        """
+        check_yaml(Path(path))
+        try:
+            return super().parse_path(path, *args, **kwargs)
+        except FireflyError as error:
+            raise FireflyError(f"{path}: {error}") from error
+
+
+def check_yaml(path: Path) -> None:
+    """Checks that a file of configuration is YAML, or JSON, that holds keys.
+
+    Raises:
+        FireflyError: If it is not, or cannot be read.
+    """
+    try:
+        root = yaml.compose(path.expanduser().read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise FireflyError(describe_os_error(error, path)) from error
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise FireflyError(
+            f"{path}: byte 0x{byte:02x} is not UTF-8; convert the file, for example with: iconv -f GB18030 -t UTF-8"
+        ) from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f":{mark.line + 1}" if mark else ""
+        column = f" at column {mark.column + 1}" if mark else ""
+        raise FireflyError(
+            f"{path}{place}: not YAML, {error.problem or error.context}{column}; mend the line"
+        ) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise FireflyError(f"{path}: not YAML ({reason(error)}); mend it") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise FireflyError(f"{path}: holds no keys; a configuration is lines such as KEY: VALUE")
