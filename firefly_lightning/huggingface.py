@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,10 @@ from firefly_lightning.files.json_object import read_json_object
 from firefly_lightning.files.model_json import (
     CURE,
     FLOATS,
+    check_index,
+    layers_beyond,
     read_config,
     read_generation_config,
-    read_index,
     refuse_adapter,
 )
 from firefly_lightning.prompt import SPECIAL_TOKENS, PromptFormat
@@ -72,7 +72,11 @@ def load_config(path: str) -> BloomConfig:
         _refuse_adapter(path)
     if file is None:
         raise FireflyError(f"{path}: has no config.json; give a folder that holds a Bloom model")
-    return BloomConfig.from_dict(read_config(file))
+    fields = read_config(file)
+    try:
+        return BloomConfig.from_dict(fields)
+    except Exception as error:  # transformers 5 checks the types of further fields
+        raise FireflyError(f"{file}: is no configuration of a Bloom ({reason(error)}); {CURE}") from error
 
 
 def load_bloom(path: str, dtype: torch.dtype) -> BloomForCausalLM:
@@ -86,19 +90,23 @@ def load_bloom(path: str, dtype: torch.dtype) -> BloomForCausalLM:
         FireflyError: If the model is no Bloom, its weights are missing, damaged, incomplete or of other sizes, or its
             settings of generation cannot be used.
     """
-    load_config(path)
-    _check_beside_weights(path)
+    config = load_config(path)
+    if file := find_model_file(path, "generation_config.json"):
+        read_generation_config(file)
+    check_index(Path(path))
     # transformers 4.51 knows only the old name of the argument, 5 means to drop it.
     dtype_name = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
     try:
         with _quiet_transformers():
-            model, info = BloomForCausalLM.from_pretrained(path, output_loading_info=True, **{dtype_name: dtype})
+            model, info = BloomForCausalLM.from_pretrained(
+                path, config=config, output_loading_info=True, **{dtype_name: dtype}
+            )
     except Exception as error:  # whatever the readers of the several weight formats raise
         raise FireflyError(f"{path}: the weights cannot be read ({reason(error)}); fetch them again") from error
     # transformers would go on with random numbers in the place of missing weights, and without layers too many.
     if missing := sorted(info["missing_keys"]):
         raise FireflyError(f"{path}: the weights lack {some(missing)}; fetch them again")
-    if layers := sorted(filter(partial(_is_of_a_layer, model.config.n_layer), info["unexpected_keys"])):
+    if layers := layers_beyond(config.n_layer, info["unexpected_keys"]):
         raise FireflyError(f"{path}: the weights have {some(layers)}, which config.json lacks; fetch both again")
     for name in FLOATS:  # transformers refuses a temperature of 2, and takes 2.0
         if isinstance(value := getattr(model.generation_config, name, None), int):
@@ -268,23 +276,6 @@ def _tokenizer_json(tokenizer: PreTrainedTokenizerFast) -> str:
 def _refuse_adapter(path: str) -> None:
     if file := find_model_file(path, "adapter_config.json"):
         refuse_adapter(file.parent, path)
-
-
-def _is_of_a_layer(first: int, name: str) -> bool:
-    """Whether a weight is of a layer from the given one on."""
-    layer = re.match(r"(transformer\.)?h\.(\d+)\.", name)
-    return layer is not None and int(layer[2]) >= first
-
-
-def _check_beside_weights(path: str) -> None:
-    """Checks the files beside the weights that transformers reads with them, before it meets what is wrong there."""
-    if file := find_model_file(path, "generation_config.json"):
-        read_generation_config(file)
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = Path(path) / f"{name}.index.json"
-        if index.is_file() and not (Path(path) / name).exists():
-            read_index(index)
-            break
 
 
 @contextmanager

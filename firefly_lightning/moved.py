@@ -53,7 +53,7 @@ MOVED = {
     "strategies.padded_vocabulary": "strategies.colossalai.padded_vocabulary",
     "strategies.shards": "strategies.sharded_checkpoints",
     "strategies.simulated_device": "strategies.colossalai.simulated_device", "throughput": "callbacks.throughput",
-    "web": "chat.server",
+    "web": "chat.server chat.questions",
 }  # fmt: skip
 """For the old name of a module, the modules that now have its contents."""
 

@@ -20,6 +20,9 @@ from firefly_lightning.errors import FireflyError
 DAMAGED = "use an earlier checkpoint"
 """What to do about a checkpoint that is damaged."""
 
+OF_A_RUN = (VERSION_KEY, "global_step")
+"""Keys that every checkpoint of a run has."""
+
 Check = tuple[Callable[[Any], bool], str]
 """Whether a value can be used, and what it must be, in words."""
 
@@ -71,6 +74,10 @@ def _are_optimizers(value: Any) -> bool:
     return _of(list, dict)(value) and all(isinstance(one.get("state"), dict) for one in value)
 
 
+def _are_loops(value: Any) -> bool:
+    return _of(dict, dict)(value) and "fit_loop" in value
+
+
 def _are_scalars(value: Any) -> bool:
     return _of(dict, dict)(value) and "all" in value and _of(dict, dict)(value.get("own"))
 
@@ -86,8 +93,8 @@ _CHECKS: dict[str, Check] = {
     "state_dict": (_of(dict), "weights by name"),
     "optimizer_states": (_are_optimizers, "a list of states"),
     "lr_schedulers": (_of(list, dict), "a list of states"),
-    "loops": (_of(dict, dict), "states by name"),
-    "callbacks": (_of(dict), "states by name"),
+    "loops": (_are_loops, "states by name with that of fit_loop"),
+    "callbacks": (_of(dict, dict), "states by name"),
     DESCRIPTION_KEY: (_is_description, "files by name with fields of config.json"),
     SCALER_KEY: (_of(dict), "numbers by name"),
     NAMES_KEY: (_of(list, list), "names of each optimizer's parameters"),

@@ -8,8 +8,8 @@ from typing import Any
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
 
-from firefly_lightning.checkpoints.contents import check_contents
-from firefly_lightning.checkpoints.layout import TRAINER_FILE, VERSION_KEY, WRITER_KEY
+from firefly_lightning.checkpoints.contents import OF_A_RUN, check_contents
+from firefly_lightning.checkpoints.layout import TRAINER_FILE, WRITER_KEY
 from firefly_lightning.checkpoints.portable import PortableReader
 from firefly_lightning.checkpoints.torch_file import load_file, save_file
 from firefly_lightning.checkpoints.unsharded import can_be_portable, read_whole, write_whole
@@ -90,7 +90,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise FireflyError(f"{path}: is {engine}'s own; resume under the strategy that saved it")
         checkpoint = load_file(Path(path), map_location, weights_only)
         check_contents(checkpoint, Path(path))
-        return checkpoint if VERSION_KEY in checkpoint else _OfNoRun(checkpoint, path)
+        return checkpoint if checkpoint.keys() >= set(OF_A_RUN) else _OfNoRun(checkpoint, path)
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -104,7 +104,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class _OfNoRun(dict[str, Any]):
     """Contents of a file that no run saved, such as the weights that Lightning's own processes hand over.
 
-    A run that resumes from such a file is refused, when Lightning asks for the version that a run would have saved.
+    A run that resumes from such a file is refused, when Lightning asks for what every run saves.
 
     Args:
         contents: The dictionary that the file holds.
@@ -117,7 +117,7 @@ class _OfNoRun(dict[str, Any]):
         self._path = path
 
     def __missing__(self, key: str) -> Any:
-        if key == VERSION_KEY:
+        if key in OF_A_RUN:
             raise FireflyError(f"{self._path}: is not a checkpoint of a run; name a file that training saved")
         raise KeyError(key)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from firefly_lightning.checkpoints.contents import DAMAGED, check_contents
+from firefly_lightning.checkpoints.contents import DAMAGED, OF_A_RUN, check_contents
 from firefly_lightning.checkpoints.layout import DIGESTED_KEY, DIGESTS, TRAINER_FILE, WRITER_KEY
 from firefly_lightning.checkpoints.torch_file import load_file
 from firefly_lightning.errors import MissingFileError
@@ -60,7 +60,7 @@ def read_own(folder: Path, rank: int = 0, processes: int = 1) -> dict[str, Any]:
         share = [TRAINER_FILE, *sorted(entries.keys() - {TRAINER_FILE})[rank::processes]]
         check_files(folder, {name: entries[name] for name in share}, DAMAGED)
     trainer = load_file(folder / TRAINER_FILE, "cpu")
-    check_contents(trainer, folder / TRAINER_FILE)
-    if trainer.get(WRITER_KEY, {}).get(DIGESTED_KEY) and not path.is_file():
+    check_contents(trainer, folder / TRAINER_FILE, required=(*OF_A_RUN, WRITER_KEY))
+    if trainer[WRITER_KEY].get(DIGESTED_KEY) and not path.is_file():
         raise MissingFileError(f"{path}: missing; {DAMAGED}")
     return trainer

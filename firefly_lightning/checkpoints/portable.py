@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from firefly_lightning.checkpoints.contents import DAMAGED, check_contents
+from firefly_lightning.checkpoints.contents import DAMAGED, OF_A_RUN, check_contents
 from firefly_lightning.checkpoints.layout import (
     FILES_KEY,
     FORMAT,
@@ -154,7 +154,7 @@ class PortableReader:
         """
         file = self.folder / TRAINER_FILE
         trainer = load_file(file, "cpu")
-        check_contents(trainer, file, required=(TIED_KEY, SCALARS_KEY))
+        check_contents(trainer, file, required=(*OF_A_RUN, TIED_KEY, SCALARS_KEY))
         others = set(self._files) - {TRAINER_FILE, INDEX}
         weights = set(self.names())
         if set(trainer.get(FILES_KEY, others)) != others or not weights >= set(trainer[TIED_KEY].values()):

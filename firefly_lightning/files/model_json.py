@@ -6,7 +6,8 @@ by whatever library meets the value first.
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,14 @@ FLOATS = ("temperature", "repetition_penalty", "top_p", "typical_p", "min_p", "l
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The fields of a Bloom's ``config.json``, those that are used checked.
+    """The fields of a Bloom's ``config.json``, those that are used checked; fractions may be written as whole numbers.
 
     Raises:
         FireflyError: If the file is no configuration of a Bloom, or a field has a value that no Bloom can have.
     """
     fields = read_json_object(file, CURE)
     check_config(fields, file)
-    return fields
+    return fields | {name: float(fields[name]) for name in _FRACTIONS if name in fields}
 
 
 def check_config(fields: Mapping[str, Any], where: str | Path) -> None:
@@ -78,7 +79,7 @@ def check_generation_config(fields: Mapping[str, Any], where: str | Path) -> Non
     if given.get("temperature") == 0 and not given.get("do_sample"):
         del given["temperature"]  # a way to say that answers are not sampled
     _check(given, _GENERATION, where)
-    if asked := [name for name in _NOT_HERE if not _is_neutral(given.get(name))]:
+    if asked := [name for name in _NOT_HERE if not _changes_nothing(name, given.get(name))]:
         raise FireflyError(f"{where}: {some(asked)} cannot be used here; take it out")
 
 
@@ -95,6 +96,26 @@ def read_index(file: Path) -> list[str]:
     if missing := [name for name in names if not (file.parent / name).is_file()]:
         raise FireflyError(f"{file.parent}: {some(missing)} of {file.name} missing; download the rest")
     return names
+
+
+def check_index(folder: Path) -> None:
+    """Checks the index of the weights in a folder, if they are in several files.
+
+    Raises:
+        FireflyError: If it is no index of weights, or a file that it lists is missing.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return
+        if (index := folder / f"{name}.index.json").is_file():
+            read_index(index)
+            return
+
+
+def layers_beyond(count: int, names: Iterable[str]) -> list[str]:
+    """Names of the weights that belong to a layer after the first ``count`` ones, in order."""
+    layers = ((re.match(r"(transformer\.)?h\.(\d+)\.", name), name) for name in names)
+    return sorted(name for layer, name in layers if layer and int(layer[2]) >= count)
 
 
 def refuse_adapter(folder: Path, name: str) -> None:
@@ -161,13 +182,17 @@ def _are_ids(value: Any) -> bool:
     return _is_id(value) or (isinstance(value, list) and bool(value) and all(map(_ID[0], value)))
 
 
-def _is_neutral(value: Any) -> bool:
-    """Whether a setting changes nothing: it is off, empty, or a factor or number of 1."""
-    return not value or (value == 1 and value is not True)
+def _changes_nothing(name: str, value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or value is False or (number and value == _NEUTRAL.get(name))
+
+
+def _are_listed_ids(value: Any) -> bool:
+    return isinstance(value, list) and _are_ids(value)
 
 
 def _are_lists_of_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, list) and _are_ids(one) for one in value)
+    return isinstance(value, list) and bool(value) and all(map(_are_listed_ids, value))
 
 
 def _is_type(value: Any) -> bool:
@@ -183,6 +208,8 @@ _ID = _count(0, 2**31 - 1)
 _BOOL: Check = (lambda value: isinstance(value, bool), "true or false")
 _PARTS, _SHARE, _ABOVE = _count(1, 10_000), _number(0, 1), _number(0, 1e6, beyond=True)
 
+_FRACTIONS = ("hidden_dropout", "attention_dropout", "layer_norm_epsilon", "initializer_range")
+
 _CONFIG: dict[str, Check] = {
     "vocab_size": _count(1, 10**8),
     "hidden_size": _count(1, 10**6),
@@ -191,7 +218,9 @@ _CONFIG: dict[str, Check] = {
     **dict.fromkeys(("hidden_dropout", "attention_dropout"), _SHARE),
     "layer_norm_epsilon": _number(0, 1, beyond=True),
     "initializer_range": _number(0, 1000),
-    **dict.fromkeys(("tie_word_embeddings", "slow_but_exact", "apply_residual_connection_post_layernorm"), _BOOL),
+    **dict.fromkeys(
+        ("tie_word_embeddings", "use_cache", "slow_but_exact", "apply_residual_connection_post_layernorm"), _BOOL
+    ),
     **dict.fromkeys(("torch_dtype", "dtype"), (_is_type, f"one of {', '.join(_TYPES)}")),
     **dict.fromkeys(("bos_token_id", "pad_token_id"), (_is_id, "a token's number")),
     "eos_token_id": (_are_ids, "a token's number"),
@@ -205,16 +234,23 @@ _GENERATION: dict[str, Check] = {
     "early_stopping": (lambda value: isinstance(value, bool) or value == "never", "true, false or never"),
     **dict.fromkeys(("temperature", "repetition_penalty", "max_time"), _ABOVE),
     **dict.fromkeys(("top_p", "epsilon_cutoff", "eta_cutoff", "min_p"), _SHARE),
-    "typical_p": _number(0, 1, beyond=True),
+    **dict.fromkeys(("typical_p", "top_h"), _number(0, 1, beyond=True)),
     "length_penalty": _number(-1e6, 1e6),
     "bad_words_ids": (_are_lists_of_ids, "lists of token numbers"),
     **dict.fromkeys(("bos_token_id", "pad_token_id", "forced_bos_token_id"), (_is_id, "a token's number")),
     **dict.fromkeys(
-        ("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
+        ("eos_token_id", "forced_eos_token_id"),
         (_are_ids, "a token's number, or some"),
     ),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), (_are_listed_ids, "some numbers of tokens")),
 }
 """Of ``generation_config.json``: the settings that ``model.decoding`` has too, and those that stand in most folders."""
+
+_NEUTRAL = {
+    **dict.fromkeys(("num_return_sequences", "guidance_scale", "num_beam_groups", "encoder_repetition_penalty"), 1),
+    **dict.fromkeys(("diversity_penalty", "encoder_no_repeat_ngram_size", "penalty_alpha"), 0),
+}
+"""Numbers with which a setting below changes nothing, as some folders write it out."""
 
 _NOT_HERE = (
     "stop_strings", "constraints", "force_words_ids", "num_return_sequences", "return_dict_in_generate",

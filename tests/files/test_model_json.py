@@ -114,6 +114,10 @@ def test_settings_of_real_folders_are_taken(tmp_path):
         ({"stop_strings": ["x"]}, "stop_strings cannot be used here; take it out"),
         ({"constraints": [{}], "num_return_sequences": 2}, "constraints, num_return_sequences cannot be used here"),
         ({"return_dict_in_generate": True}, "return_dict_in_generate cannot be used here"),
+        ({"stop_strings": ""}, "stop_strings cannot be used here"),
+        ({"guidance_scale": 0}, "guidance_scale cannot be used here"),
+        ({"bad_words_ids": []}, "bad_words_ids is a list, not lists of token numbers"),
+        ({"suppress_tokens": 3}, "suppress_tokens is 3, not some numbers of tokens"),
     ],
 )
 def test_settings_that_cannot_be_used_are_named(tmp_path, fields, message):
