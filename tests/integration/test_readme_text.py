@@ -231,8 +231,10 @@ def test_rows_that_are_documented_are_read(tmp_path):
     assert readme == raw
     assert raw.keys() == {"text", "label"}
     read = [next(read_rows(str(write_rows(tmp_path / f"{at}.jsonl", [row])))) for at, row in enumerate(rows)]
-    assert [len(row.turns) for row in read] == [1, 1, 2, 2]
-    assert read[2].turns == read[3].turns
+    assert [len(row.turns) for row in read] == [1, 1, 2, 2, 2, 2, 2, 1, 2]
+    assert read[2].turns == read[3].turns == read[4].turns == read[5].turns == read[6].turns
+    assert read[7].turns[0][0] == "你是翻译。\n再见怎么说？"
+    assert read[8].learned == (False, True)
 
 
 def test_commands_that_are_not_run_here_run_in_continuous_integration():
