@@ -6,7 +6,8 @@ from rich.table import Table
 
 def render(table: Table) -> str:
     """A table as plain text, 120 columns wide."""
-    console = Console(width=120, color_system=None)  # plain also where a terminal is forced
+    # Plain also where a terminal is forced, and as it is: a kind called [/x] is no markup.
+    console = Console(width=120, color_system=None, markup=False, emoji=False, highlight=False)
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())

@@ -12,9 +12,11 @@ import yaml
 from lightning import __version__ as lightning_version
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from firefly_lightning.callbacks import run_figures
 from firefly_lightning.callbacks.progress_bar import RunProgressBar
 from firefly_lightning.callbacks.run_figures import draw_kinds, read_metrics
 from firefly_lightning.callbacks.sample_answers import PROMPTS
+from firefly_lightning.preparation.figures import BLUE
 from tests.conftest import write_rows
 from tests.support.helpers import fit, logged, run
 from tests.support.predicting import DECODING
@@ -119,7 +121,10 @@ def test_the_report_of_a_training(shown):
     for kind in ("对联", "Summary", "a|b$c"):
         names = (f"val_{name}/{kind}" for name in ("accuracy", "eos_accuracy", "perplexity"))
         values = [logged(root, name).get(3) for name in names]
-        assert table[kind.replace("|", "\\|")] == [f"{float(value):,.4g}" if value else "" for value in values]
+        shown = [f"{float(value):,.4g}" if value else "–" for value in values]
+        assert table[kind.replace("|", "\\|")][1:] == shown
+    of_kinds = [int(table[kind][0]) for kind in ("对联", "Summary", "a\\|b$c")]
+    assert table["rows"] == [str(sum(of_kinds))] == ["24"], "0.4 of 60 rows"
     assert table["lightning"] == [lightning_version]
     assert re.search("^ all +60 ", text, re.MULTILINE)
     assert "\x1b" not in text
@@ -145,8 +150,11 @@ def test_the_reports_of_a_validation_and_a_test(model_folder, rows, tmp_path):
         ((_, loss),) = logged(tmp_path, f"{name}_loss", version).items()
         assert table["loss"] == [f"{float(loss):,.4g}"]
         assert "steps" not in table
-        columns = ["accuracy", "eos_accuracy", "perplexity"] + (["bleu", "chrf", "rouge_l"] if stage == "test" else [])
+        columns = ["rows", "accuracy", "eos_accuracy", "perplexity"] + (
+            ["bleu", "chrf", "rouge_l"] if stage == "test" else []
+        )
         assert sorted(table["kind"]) == sorted(columns)
+        assert [table[kind][0] for kind in ("对联", "Summary", "a\\|b$c")] == ["20"] * 3
 
 
 def cells(text: str) -> dict[str, list[str]]:
@@ -159,19 +167,29 @@ def cells(text: str) -> dict[str, list[str]]:
     return {first: others for first, *others in rows}
 
 
-def test_kinds_are_drawn_each_by_its_line(tmp_path):
+def test_kinds_are_drawn_each_in_a_panel_of_its_own(tmp_path):
     draw_kinds({"对联": {10: 100.0, 20: 10.0}, "b$": {10: 10.0, 20: 100.0}}, tmp_path / "kinds.png")
     pixels = matplotlib.image.imread(tmp_path / "kinds.png")[..., :3]
+    blue = np.abs(pixels - np.array([int(BLUE[at : at + 2], 16) for at in (1, 3, 5)]) / 255).max(-1) < 0.02
+    half = blue.shape[1] // 2
     heights = []
-    for color in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):  # the one that ends higher comes first
-        found = np.abs(pixels - np.array(color) / 255).max(-1) < 0.02
-        rows, columns = np.nonzero(found[:, : int(0.7 * found.shape[1])])
+    for panel in (blue[:, :half], blue[:, half:]):  # the one that ends higher comes first
+        rows, columns = np.nonzero(panel)
         heights.append([rows[columns < columns.min() + 5].mean(), rows[columns > columns.max() - 5].mean()])
-    (blue_start, blue_end), (orange_start, orange_end) = heights
-    assert blue_end < blue_start, "up"
-    assert orange_end > orange_start, "down"
-    # Up to where the legend begins, on a scale on which a hundredfold is as far up as down.
-    assert blue_start - blue_end == pytest.approx(orange_end - orange_start, abs=6)
+    (first_start, first_end), (second_start, second_end) = heights
+    assert first_end < first_start, "up"
+    assert second_end > second_start, "down"
+    # On one scale, on which a hundredfold is as far up as down.
+    assert first_start - first_end == pytest.approx(second_end - second_start, abs=6)
+    assert first_start == pytest.approx(second_end, abs=6)
+
+
+@pytest.mark.parametrize(("kinds", "width", "height"), [(1, 1, 1), (7, 4, 2), (12, 4, 2)])
+def test_many_kinds_have_rows_of_panels_up_to_a_number(tmp_path, monkeypatch, kinds, width, height):
+    monkeypatch.setattr(run_figures, "MOST_PANELS", 8)
+    draw_kinds({f"K{at}": {1: at + 2.0, 2: at + 1.0} for at in range(kinds)}, tmp_path / "kinds.png")
+    shape = matplotlib.image.imread(tmp_path / "kinds.png").shape
+    assert shape[:2] == (round(150 * (1 + 1.9 * height)), round(150 * max(5, 2.6 * width)))
 
 
 def test_metrics_of_a_run_that_left_none(tmp_path):
