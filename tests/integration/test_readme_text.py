@@ -36,7 +36,7 @@ def test_both_languages_hold_the_same_blocks_page_by_page():
         assert pair[0] == pair[1], english
     found = [block.language for block in blocks_of("en") + blocks_of("zh")]
     assert {language: found.count(language) for language in set(found)} == {
-        "bash": 2 * 41, "python": 2 * 7, "yaml": 2 * 5, "json": 2 * 6, "text": 2 * 7,
+        "bash": 2 * 41, "python": 2 * 7, "yaml": 2 * 5, "json": 2 * 11, "text": 2 * 7,
     }  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def test_the_table_of_kinds_is_that_of_the_templates():
 
 def test_flags_of_building_that_are_documented_are_understood():
     shown = re.findall(r"^\| `(--\w+) ", page("building"), re.MULTILINE)
-    assert len(shown) == 5
+    assert len(shown) == 6
     help_text = run("firefly", "build", "--help").stdout
     assert all(flag in help_text for flag in shown)
 
