@@ -75,9 +75,9 @@ def reason(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:199] + "…"
 
 
-def some(names: list[str]) -> str:
-    """The first three of many names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def some(names: list[str], count: int = 3) -> str:
+    """The first of many names, and how many more there are."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def check_number(

@@ -187,15 +187,19 @@ class PromptEncoder:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode_turn(self, prompt_ids: Sequence[int], target_ids: Sequence[int]) -> Turn:
-        """Input and target text of a row's first turn; where the row was cut, the text ends there.
+        """Input and target text of the turn that is asked; where the row was cut, the text ends there.
+
+        Earlier turns, where there are any, stand before the input with the control tokens that part them.
 
         Args:
-            prompt_ids: Token ids of the row up to its first target.
+            prompt_ids: Token ids of the row up to its first learned target.
             target_ids: Token ids of this target.
         """
-        source = _between(self.controls.start, list(prompt_ids), self.controls.separator)
+        ids, separators = list(prompt_ids), (self.controls.separator, self.controls.later_separator)
+        separator = next((one for one in separators if ids[-len(one) :] == one), separators[0])
+        source = _between(self.controls.start, ids, separator)
         target = _between([], list(target_ids), self.controls.end)
-        return self._decode(source), self._decode(target)
+        return str(self.backend.decode(source, skip_special_tokens=False)), self._decode(target)
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.backend.decode(ids, skip_special_tokens=True))

@@ -37,7 +37,10 @@ class RunProgressBar(RichProgressBar):
     """Counts the optimizer steps of the run, not the micro-batches of an epoch, and says how long the rest takes."""
 
     def __init__(self) -> None:
-        super().__init__(refresh_rate=10, theme=RichProgressBarTheme(metrics_text_delimiter=" · "))
+        # Without markup: what a run prints beside the bar may hold names of kinds, and a kind may be called [/x].
+        plain = {"markup": False, "emoji": False}
+        theme = RichProgressBarTheme(metrics_text_delimiter=" · ")
+        super().__init__(refresh_rate=10, theme=theme, console_kwargs=plain)
         self._started, self._first_step = 0.0, 0
 
     @override

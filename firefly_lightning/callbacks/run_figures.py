@@ -1,22 +1,23 @@
 """The metrics that a run has logged, and its two figures: losses, and the perplexity of each kind."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import LogFormatter
 
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.preparation.figures import BLUE, RED, find_font
+from firefly_lightning.preparation.figures import BLUE, RED, find_font, save_figure
 
 GREY = "#8C8C8C"
 KIND_PERPLEXITY = "val_perplexity/"
-LINES = ("-", "--", ":")
-"""Styles of lines: with ten colours, these three tell thirty kinds apart."""
+PANELS, MOST_PANELS = 4, 60
+"""Most panels beside one another, and in all: more would take minutes to draw, and nobody looks at them."""
 
 Metrics = dict[str, dict[int, float]]
 """By the name of a column of ``metrics.csv``: its values by step."""
@@ -78,27 +79,50 @@ def kind_perplexities(metrics: Metrics) -> Metrics:
 
 
 def draw_kinds(perplexities: Mapping[str, Mapping[int, float]], path: Path) -> None:
-    """Draws the perplexity of each kind by step, on a logarithmic scale, the highest at the end first, as a PNG."""
+    """Draws the perplexity of each kind by step, a panel a kind on one logarithmic scale, the highest at the end first.
+
+    The lines of all other kinds are grey in every panel, so that a kind can be compared with them.
+    """
     last = {kind: values[max(values)] for kind, values in perplexities.items() if values}
-    figure = Figure(figsize=(10, max(5, 1 + 0.24 * len(last))), layout="constrained")
-    axes = figure.add_subplot()
-    for at, kind in enumerate(sorted(last, key=lambda kind: (-last[kind], kind))):
-        steps, values = _by_step(perplexities[kind])
-        label = f"{kind.replace('$', chr(92) + '$')}  {last[kind]:,.4g}"  # `$` would begin a formula
-        axes.plot(steps, values, LINES[at // 10 % 3], marker="o", markersize=3, color=f"C{at % 10}", label=label)
+    kinds = sorted(last, key=lambda kind: (-last[kind], kind))
+    shown, lines = kinds[:MOST_PANELS], [_points(perplexities[kind]) for kind in kinds]
+    width = min(PANELS, len(shown))
+    height = -(-len(shown) // width)
+    figure = Figure(figsize=(max(5, 2.6 * width), 1 + 1.9 * height), layout="constrained")
+    grid = figure.subplots(height, width, sharex=True, sharey=True, squeeze=False)
+    font = _font("".join(shown))
+    for at, axes in enumerate(grid.flat):
+        if at >= len(shown):
+            axes.set_axis_off()
+            continue
+        name = shown[at].replace("$", chr(92) + "$")  # a dollar sign would begin a formula
+        axes.set_title(f"{name}  {last[shown[at]]:,.4g}", fontproperties=font, fontsize=9, loc="left")
+        _draw_panel(axes, lines, at)
+        axes.tick_params(which="both", labelsize=7, labelbottom=at + width >= len(shown))
+    figure.supxlabel("optimizer step")
+    more = f"; {len(kinds) - len(shown)} more kinds are in metrics.csv" if len(kinds) > len(shown) else ""
+    figure.supylabel(f"validation perplexity, the last one beside the name{more}")
+    save_figure(figure, path)
+
+
+def _draw_panel(axes: Axes, lines: Sequence[Sequence[tuple[int, float]]], at: int) -> None:
+    """Draws one line in colour before all others."""
+    axes.add_collection(LineCollection(lines, colors=GREY, linewidths=0.5, alpha=0.4))
+    axes.plot(*zip(*lines[at], strict=True), marker="o", markersize=3, color=BLUE)
     axes.set_yscale("log")
     for show in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        show(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
-    axes.set(xlabel="optimizer step", ylabel="validation perplexity")
+        show(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.4)))
     _finish(axes)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False, prop=_font("".join(last)))
-    figure.savefig(path, dpi=150)
 
 
 def _by_step(values: Mapping[int, float]) -> tuple[list[int], list[float]]:
     """Steps counted from 1, in order, and the value at each."""
     steps = sorted(values)
     return [step + 1 for step in steps], [values[step] for step in steps]
+
+
+def _points(values: Mapping[int, float]) -> list[tuple[int, float]]:
+    return list(zip(*_by_step(values), strict=True))
 
 
 def _finish(axes: Axes) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from firefly_lightning.callbacks.run_figures import Metrics, draw_kinds, draw_losses, kind_perplexities, read_metrics
 from firefly_lightning.console import markdown, new_table, render
-from firefly_lightning.data.counts_table import counts_table
+from firefly_lightning.data.counts_table import row_summary
 from firefly_lightning.data.protocol import data_of
 from firefly_lightning.files.atomic import new_file
 
@@ -44,7 +45,7 @@ class Report(Callback):
             draw_losses(metrics, folder / "loss.png")
             if perplexities := kind_perplexities(metrics):
                 draw_kinds(perplexities, folder / "kinds.png")
-            _write(folder, trainer, [*training_results(metrics), *last_values(metrics, "val")])
+            _write(folder, trainer, [*training_results(metrics), *last_values(metrics, "val", trainer)])
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -60,9 +61,9 @@ class Report(Callback):
     def _show_evaluation(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.prints:  # what was logged, since there may be no logger of files
             values = {name: {0: float(value)} for name, value in sorted(trainer.callback_metrics.items())}
-            pl_module.print("\n".join(map(render, last_values(values, stage))))
+            pl_module.print("\n".join(map(render, last_values(values, stage, trainer))))
         for folder in _folders(trainer):
-            _write(folder, trainer, last_values(read_metrics(folder), stage))
+            _write(folder, trainer, last_values(read_metrics(folder), stage, trainer))
 
 
 def training_results(metrics: Metrics) -> Iterator[Table]:
@@ -83,22 +84,39 @@ def training_results(metrics: Metrics) -> Iterator[Table]:
     yield _table(("training", ""), rows)
 
 
-def last_values(metrics: Metrics, stage: str) -> Iterator[Table]:
+def last_values(metrics: Metrics, stage: str, trainer: L.Trainer) -> Iterator[Table]:
     """The last value of every metric of a stage: a table of overall values, and a table with a row for each kind."""
     last = {name: values[max(values)] for name, values in metrics.items() if name.startswith(f"{stage}_") and values}
     parted = {name: name.removeprefix(f"{stage}_").partition("/") for name in last}
     overall = [(parts[0], _shown(last[name])) for name, parts in parted.items() if not parts[1]]
     if not overall:
         return
+    rows = _rows_of(trainer, stage)
+    if rows:
+        overall.insert(0, ("rows", f"{sum(rows.values()):,}"))
     yield _table(({"val": "validation", "test": "test"}[stage], ""), overall)
     columns = list(dict.fromkeys(parts[0] for parts in parted.values() if parts[1]))
     of_kind: dict[str, dict[str, str]] = {}
     for name, (metric, slash, kind) in parted.items():
         if slash:
             of_kind.setdefault(kind, {})[metric] = _shown(last[name])
+    for kind, count in rows.items():
+        of_kind.setdefault(kind, {})["rows"] = f"{count:,}"
     if of_kind:
-        rows = [(kind, *(of_kind[kind].get(column, "") for column in columns)) for kind in sorted(of_kind)]
-        yield _table(("kind", *columns), rows)
+        columns = [*(["rows"] if rows else []), *columns]
+        lines = [(kind, *(of_kind[kind].get(column, "–") for column in columns)) for kind in sorted(of_kind)]
+        yield _table(("kind", *columns), lines)
+
+
+def _rows_of(trainer: L.Trainer, stage: str) -> dict[str, int]:
+    """Number of rows of each kind that a stage evaluates; nothing where the data is not this project's."""
+    data = data_of(trainer)
+    batches = {"val": data.val, "test": data.test}[stage] if data else None
+    if batches is None:
+        return {}
+    taken = np.concatenate([part.rows for part in batches.plan.sources])
+    counts = np.bincount(batches.rows.kind_ids[taken], minlength=len(batches.rows.kinds))
+    return {kind: int(count) for kind, count in zip(batches.rows.kinds, counts, strict=True) if count}
 
 
 def _write(folder: Path, trainer: L.Trainer, results: Iterable[Table]) -> None:
@@ -126,7 +144,7 @@ def _counts(trainer: L.Trainer) -> Iterator[str]:
     data = data_of(trainer)
     parts = (data.train, data.val, data.test) if data else ()
     for rows in {id(part.rows): part.rows for part in parts if part is not None}.values():
-        yield counts_table(rows.names, rows.counts, markdown)
+        yield row_summary(rows, markdown)
 
 
 def _versions(trainer: L.Trainer) -> Iterator[tuple[str, str]]:

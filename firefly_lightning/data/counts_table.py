@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from rich.table import Table
 
 from firefly_lightning.console import new_table, render
-from firefly_lightning.data.tokenized_rows import COUNTED, Counts
+from firefly_lightning.data.tokenized_rows import COUNTED, Counts, TokenizedRows
+from firefly_lightning.errors import some
 
 HEADINGS = {
     "rows": "rows read",
@@ -17,6 +18,23 @@ HEADINGS = {
     "tokens": "tokens kept",
     "target_tokens": "tokens learned",
 }
+
+
+def row_summary(rows: TokenizedRows, written: Callable[[Table], str] = render) -> str:
+    """The table of counts, and a line for each source that has text in fields which are not read."""
+    return "\n".join([counts_table(rows.names, rows.counts, written), *unused_fields(rows)])
+
+
+def unused_fields(rows: TokenizedRows) -> list[str]:
+    """A line for each source that has text in fields which no form of rows reads, with the number of rows of each."""
+    lines = []
+    for name, unused in zip(rows.names, rows.unused, strict=True):
+        counted = [f"{field} ({count:,})" for field, count in sorted(unused.items(), key=lambda one: (-one[1], one[0]))]
+        if counted:
+            lines.append(
+                f"{name}: nothing is learned of the text in these fields, here with their rows: {some(counted, 10)}"
+            )
+    return lines
 
 
 def counts_table(names: Sequence[str], counts: Sequence[Counts], written: Callable[[Table], str] = render) -> str:

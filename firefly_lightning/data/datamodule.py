@@ -13,14 +13,15 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from firefly_lightning.data.batches import MicroBatch, PlanLoader, PlannedBatches, data_parallel_share, make_loader
-from firefly_lightning.data.counts_table import counts_table
+from firefly_lightning.data.counts_table import row_summary
 from firefly_lightning.data.mixing import Share, Source, check_share, split
 from firefly_lightning.data.plan import Rows, StepPlan, WeightedRows, check_shares
 from firefly_lightning.data.prompt_choice import choose_format
 from firefly_lightning.data.row_arrays import TooLong
 from firefly_lightning.data.sources.records import find_sources
-from firefly_lightning.data.sources.row_forms import RowFormat
-from firefly_lightning.data.token_cache import WHOLE, default_cache_dir, tokenize
+from firefly_lightning.data.sources.row_forms import Learn, RowFormat, RowRules
+from firefly_lightning.data.token_cache import WHOLE, default_cache_dir
+from firefly_lightning.data.tokenized_files import tokenized_files
 from firefly_lightning.data.tokenized_rows import TokenizedRows
 from firefly_lightning.errors import FireflyError, check_number
 from firefly_lightning.huggingface import load_tokenizer
@@ -53,8 +54,9 @@ class FireflyDataModule(L.LightningDataModule):
         cache_dir: Where token ids are kept; a folder of the user's cache by default.
         kinds: Shares of kinds of training rows over all files, ``{KIND: {weight, cap, epochs}}``; a row's weight is its
             file's weight times its kind's.
-        row_format: Function for rows in a form of your own, such as ``my_rows.messages``: from a row's fields it gives
-            kind and (input, target) turns, or None where the row is in one of the three known forms.
+        row_format: Function for rows in a form of your own, such as ``my_rows.dialog``: from a row's fields it gives
+            kind and (input, target) turns, or None where the row is in one of the known forms.
+        learn: Which targets of a row are learned: ``all``, or only the ``last`` one, which answers all turns before it.
 
     Raises:
         FireflyError: If an argument is out of its range.
@@ -79,6 +81,7 @@ class FireflyDataModule(L.LightningDataModule):
         cache_dir: str | None = None,
         kinds: dict[str, Share] | None = None,
         row_format: RowFormat | None = None,
+        learn: Learn = "all",
     ) -> None:
         super().__init__()
         self.tokenizer_path = tokenizer
@@ -87,10 +90,12 @@ class FireflyDataModule(L.LightningDataModule):
         self.val_files, self.test_files, self.predict_files = map(_listed, (val_files, test_files, predict_files))
         self.val_fraction = val_fraction
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
-        self.max_length, self.too_long = max_length, too_long
+        self.max_length = max_length
+        self.too_long: TooLong = too_long
         self._told = None if prompt is None else prompt_format(prompt)
         self.checkpoint: str | None = None  # that the run begins with; it is told before the format is asked for
         self.seed, self.row_format = seed, row_format
+        self.learn: Learn = learn
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.train: PlannedBatches = None  # type: ignore[assignment]  # until it is set up to train
@@ -121,8 +126,7 @@ class FireflyDataModule(L.LightningDataModule):
         answered = self._files_to_answer() if getattr(self.trainer, "predicting", False) else []
         for files in [answered] if answered else [train_files, self.val_files, self.test_files]:
             if files:
-                rows = self._tokenized(files, encoder, WHOLE if answered else self.max_length)
-                rank_zero_info(counts_table(rows.names, rows.counts))
+                rank_zero_info(row_summary(self._tokenized(files, encoder, answering=bool(answered))))
 
     def setup(self, stage: str) -> None:
         """Maps the token ids, plans the steps and tells the trainer how many micro-batches make a step."""
@@ -131,7 +135,7 @@ class FireflyDataModule(L.LightningDataModule):
         self.world_size, self.rank = data_parallel_share(self.trainer.strategy if self.trainer else None)
         micro_batch_size = check_shares(self.batch_size, self.world_size, self.micro_batch_size)
         if stage == "predict" and (answered := self._files_to_answer()):
-            rows = self._tokenized(answered, encoder, WHOLE)
+            rows = self._tokenized(answered, encoder, answering=True)
             self.answered = self._prompted(rows, np.arange(len(rows)), micro_batch_size)
             return
         val_rows = None
@@ -139,7 +143,7 @@ class FireflyDataModule(L.LightningDataModule):
             if not self.train_sources:
                 raise FireflyError("data.train_files: nothing to train on; name at least one file")
             files = [(file, source) for source in self.train_sources for file in find_sources([source["path"]])]
-            train_rows = self._tokenized([file for file, _ in files], encoder, self.max_length)
+            train_rows = self._tokenized([file for file, _ in files], encoder)
             taken, held_out = split(
                 train_rows, [source for _, source in files], self.kinds, self.val_fraction, self.seed
             )
@@ -219,16 +223,10 @@ class FireflyDataModule(L.LightningDataModule):
         for kind, share in self.kinds.items():
             check_share(share, "data.kinds", kind)
 
-    def _tokenized(self, files: Sequence[str], encoder: PromptEncoder, max_length: int) -> TokenizedRows:
-        sources = find_sources(files)
-        settings = max_length, self.too_long, self.cache_dir, self.row_format
-        rows = TokenizedRows([tokenize(source, encoder, *settings) for source in sources], sources)
-        if not len(rows):
-            raise FireflyError(
-                f"{', '.join(sources)}: no row has a target within {max_length} tokens; "
-                "raise data.max_length or change data.too_long"
-            )
-        return rows
+    def _tokenized(self, files: Sequence[str], encoder: PromptEncoder, answering: bool = False) -> TokenizedRows:
+        max_length = WHOLE if answering else self.max_length
+        rules = RowRules(self.row_format, self.learn, answering)
+        return tokenized_files(files, encoder, max_length, self.too_long, self.cache_dir, rules)
 
     def _files_to_answer(self) -> list[str]:
         return self.predict_files or self.test_files or self.val_files
@@ -236,7 +234,7 @@ class FireflyDataModule(L.LightningDataModule):
     def _evaluated(self, files: Sequence[str], encoder: PromptEncoder, micro_batch_size: int) -> PlannedBatches | None:
         if not files:
             return None
-        rows = self._tokenized(files, encoder, self.max_length)
+        rows = self._tokenized(files, encoder)
         return self._planned(rows, [WeightedRows(np.arange(len(rows)))], 0, micro_batch_size)
 
     def _prompted(self, rows: TokenizedRows, taken: Rows, micro_batch_size: int) -> PlannedBatches:

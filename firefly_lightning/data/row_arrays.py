@@ -50,13 +50,19 @@ class RowArrays(NamedTuple):
         return RowArrays(self.input_ids[tokens], self.target_mask[tokens], self.lengths[rows])
 
 
-def join_rows(texts: Sequence[Sequence[int]], turns: Sequence[int], controls: ControlIds) -> RowArrays:
+def join_rows(
+    texts: Sequence[Sequence[int]],
+    turns: Sequence[int],
+    controls: ControlIds,
+    learned: npt.NDArray[np.bool_] | None = None,
+) -> RowArrays:
     """Puts control tokens around the texts of rows.
 
     Args:
         texts: Token ids of the input and the target of every turn of every row, in order.
         turns: (rows,) how many turns each row has; at least one.
         controls: Control tokens to put around the texts.
+        learned: (turns,) whether the target of each turn of the rows is learned; all are where it is None.
     """
     last = 2 * np.cumsum(turns)
     first = last - 2 * np.asarray(turns)  # the number of each row's first text
@@ -80,7 +86,8 @@ def join_rows(texts: Sequence[Sequence[int]], turns: Sequence[int], controls: Co
         (controls.end, (ends - after)[target]),
     ):
         input_ids[begins[:, None] + np.arange(len(ids))] = np.array(ids, np.int32)
-    return RowArrays(input_ids, np.repeat(target, widths), np.add.reduceat(widths, first))
+    taught = target if learned is None else target & np.repeat(learned, 2)
+    return RowArrays(input_ids, np.repeat(taught, widths), np.add.reduceat(widths, first))
 
 
 def cut_rows(rows: RowArrays, max_length: int, too_long: TooLong, start: int) -> RowArrays:

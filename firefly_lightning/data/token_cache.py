@@ -29,10 +29,15 @@ from firefly_lightning.data import row_arrays as row_arrays_module
 from firefly_lightning.data.cache_folder import ensure_folder
 from firefly_lightning.data.row_arrays import RowArrays, TooLong, cut_rows, join_rows
 from firefly_lightning.data.sources import json_arrays as json_arrays_module
+from firefly_lightning.data.sources import known_forms as known_forms_module
+from firefly_lightning.data.sources import listed_turns as listed_turns_module
 from firefly_lightning.data.sources import records as records_module
 from firefly_lightning.data.sources import row_forms as rows_module
+from firefly_lightning.data.sources import row_texts as row_texts_module
+from firefly_lightning.data.sources import text_files as text_files_module
 from firefly_lightning.data.sources.records import is_file, load_hub_dataset
-from firefly_lightning.data.sources.row_forms import Row, RowFormat, read_rows
+from firefly_lightning.data.sources.row_forms import Row, RowFormat, RowReader, RowRules
+from firefly_lightning.data.sources.text_files import format_of
 from firefly_lightning.data.tokenized_rows import COUNTED, REPORT_FILE, ROWS_FILE
 from firefly_lightning.errors import FireflyError, describe_os_error
 from firefly_lightning.files.versions import Version, version_of
@@ -68,7 +73,7 @@ def tokenize(
     max_length: int,
     too_long: TooLong,
     cache_dir: Path,
-    row_format: RowFormat | None = None,
+    rules: RowRules | None = None,
 ) -> Path:
     """The cache folder of a source, made if it is not there.
 
@@ -80,16 +85,16 @@ def tokenize(
         max_length: Tokens beyond which a row is too long.
         too_long: What is done with a row that is too long.
         cache_dir: The folder of all cache folders.
-        row_format: A function that reads rows of a form of the user's own.
+        rules: How rows are read.
 
     Raises:
         FireflyError: If the source is malformed, or the disk does not take the result.
     """
-    version = version_of(Path(source)) if is_file(source) else None
-    folder = cache_dir / _key(source, encoder, max_length, too_long, row_format)
+    rules, version = rules or RowRules(), version_of(Path(source)) if is_file(source) else None
+    folder = cache_dir / _key(source, encoder, max_length, too_long, rules)
 
     def fill(partial: Path) -> None:
-        report = _write(partial / ROWS_FILE, source, encoder, max_length, too_long, row_format)
+        report = _write(partial / ROWS_FILE, source, encoder, max_length, too_long, rules)
         (partial / REPORT_FILE).write_text(json.dumps(report, ensure_ascii=False), "utf-8")
         # What was read may not be what the folder is named for, not even if it has been changed back since.
         if version and not (is_file(source) and version_of(Path(source)) == version):
@@ -99,10 +104,9 @@ def tokenize(
     return folder
 
 
-def _key(
-    source: str, encoder: PromptEncoder, max_length: int, too_long: TooLong, row_format: RowFormat | None = None
-) -> str:
-    settings = json.dumps([vars(encoder.prompt), max_length, too_long], sort_keys=True)
+def _key(source: str, encoder: PromptEncoder, max_length: int, too_long: TooLong, rules: RowRules | None = None) -> str:
+    row_format, *how = rules or RowRules()
+    settings = json.dumps([vars(encoder.prompt), max_length, too_long, how], sort_keys=True)
     parts = [settings, encoder.backend.to_str(), _hash_content(source), _hash_files(_CODE)]
     if row_format:
         parts += [getattr(row_format, "__qualname__", ""), _hash_files([_file_of(row_format)])]
@@ -120,14 +124,17 @@ def _file_of(row_format: RowFormat) -> str:
     return file
 
 
-_READERS = (prompt_module, rows_module, records_module, json_arrays_module, row_arrays_module)
+_READERS = (
+    prompt_module, rows_module, known_forms_module, listed_turns_module, row_texts_module, records_module,
+    json_arrays_module, text_files_module, row_arrays_module,
+)  # fmt: skip
 _CODE = [__file__, *(str(module.__file__) for module in _READERS)]
 
 
 def _hash_content(source: str) -> str:
     if is_file(source):
         # The suffix is part of the hash, since it decides whether a file is read as JSON lines or as Parquet.
-        return Path(source).suffix + _hash_once(source)
+        return format_of(source) + _hash_once(source)
     cached = [entry["filename"] for entry in load_hub_dataset(source).cache_files]
     return source + _hash_files(cached)
 
@@ -160,15 +167,24 @@ def _write(
     encoder: PromptEncoder,
     max_length: int,
     too_long: TooLong,
-    row_format: RowFormat | None = None,
+    rules: RowRules,
 ) -> dict[str, Any]:
     counts: defaultdict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(COUNTED, 0))
-    progress = tqdm(read_rows(source, row_format), desc=f"tokenising {Path(source).name}", unit=" rows", delay=2)
+    reader = RowReader(source, rules)
+    progress = tqdm(reader, desc=f"tokenising {Path(source).name}", unit=" rows", delay=2)
     with _no_garbage_collection(), pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
         for rows, texts in _encode_ahead(_chunks(progress, ROWS_PER_BATCH), encoder):
-            whole = join_rows(texts, [len(row.turns) for row in rows], encoder.controls)
+            whole = join_rows(texts, [len(row.turns) for row in rows], encoder.controls, _learned(rows))
             writer.write_batch(_count_and_cut(rows, whole, counts, max_length, too_long, len(encoder.controls.start)))
-    return {"source": source, "kinds": list(counts), "counts": counts}
+    left = {"unused": reader.unused, "faults": reader.faults}
+    return {"source": source, "kinds": list(counts), "counts": counts, **left}
+
+
+def _learned(rows: Sequence[Row]) -> npt.NDArray[np.bool_] | None:
+    """(turns,) whether the target of each turn of the rows is learned; None where all are."""
+    if not any(row.learned for row in rows):
+        return None
+    return np.array([one for row in rows for one in row.learned or (True,) * len(row.turns)])
 
 
 def _encode_ahead(chunks: Iterable[list[Row]], encoder: PromptEncoder) -> Iterator[tuple[list[Row], list[list[int]]]]:

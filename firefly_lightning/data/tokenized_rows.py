@@ -10,7 +10,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 REPORT_FILE = "report.json"
-"""File of a cache folder: the source's name, its kinds in the order of their numbers, and the counts of each kind."""
+"""File of a cache folder: the source's name, its kinds in the order of their numbers, the counts of each kind, and what
+was not read: by the name of a field, in how many rows it held text, and by fault, how many rows were passed over."""
 
 ROWS_FILE = "rows.arrow"
 """File of a cache folder: the rows, in batches whose schema :mod:`firefly_lightning.data.token_cache` defines."""
@@ -34,11 +35,18 @@ class TokenizedRows:
     Args:
         folders: Cache folders made by :func:`firefly_lightning.data.token_cache.tokenize`.
         names: Name of each folder's source in messages.
+
+    Attributes:
+        counts: What each source holds, by kind.
+        unused: Of each source, by the name of a field that is not read: in how many rows it holds text.
+        faults: Of each source, by fault: how many rows were passed over, where they are counted and not refused.
     """
 
     def __init__(self, folders: Sequence[Path], names: Sequence[str]) -> None:
         self.folders, self.names = list(folders), list(names)
         self.counts: list[Counts] = []
+        self.unused: list[dict[str, int]] = []
+        self.faults: list[dict[str, int]] = []
         self.kinds: list[str] = []
         self._batches: list[pa.RecordBatch] = []
         kinds: list[npt.NDArray[np.int32]] = []
@@ -46,6 +54,8 @@ class TokenizedRows:
         for folder in self.folders:
             report = json.loads((folder / REPORT_FILE).read_text("utf-8"))
             self.counts.append(report["counts"])
+            self.unused.append(report["unused"])
+            self.faults.append(report["faults"])
             renumbered = np.array([self._kind_id(kind) for kind in report["kinds"]], np.int32)
             batches = _map_batches(folder / ROWS_FILE)
             kinds += [renumbered[_numbers(batch.column("kind"))] for batch in batches]

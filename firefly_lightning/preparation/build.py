@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from tqdm import tqdm
 
 from firefly_lightning.data.sources.records import find_sources, is_file, load_hub_dataset, read_records
+from firefly_lightning.data.sources.row_texts import printable
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.files.atomic import check_new_file
 from firefly_lightning.files.resumable import ResumableFile, code_digest
@@ -34,6 +35,9 @@ REASONS, OTHERS = 50, "other reasons"
 BadRows = Literal["stop", "skip"]
 """What becomes of a row that cannot be used: it ends the command with its line, or is left out and counted."""
 
+Unusable = Literal["leave_out", "keep"]
+"""What becomes of a row that holds a word by which its template file knows rows that make no good instruction."""
+
 
 def build(
     kind: str,
@@ -47,6 +51,7 @@ def build(
     only: list[str] | None = None,
     bad_rows: BadRows = "stop",
     workers: int | None = None,
+    unusable: Unusable = "leave_out",
 ) -> None:
     """Turns raw task rows into instruction rows through the hand-written templates of their kind.
 
@@ -68,6 +73,8 @@ def build(
         bad_rows: What to do about a row that lacks a field, or holds what no template knows: ``stop`` the build and
             name the row's line, or ``skip`` the row and count it.
         workers: Number of processes to work with; one for each core by default.
+        unusable: Whether to ``leave_out`` and count rows that hold a word which the template file lists under
+            ``unusable``, or to ``keep`` them.
 
     Raises:
         FireflyError: If templates, rows or the output file are not as they must be; with file and line.
@@ -76,7 +83,9 @@ def build(
     folder = Path(templates).expanduser() if templates else TEMPLATE_FOLDER
     flags = {"--rename": rename, "--constant": constant, "--only": only}
     columns = Columns(*(read_assignments(texts, flag) for flag, texts in flags.items()))
-    work = ChunkBuilder(load_templates(kind, folder), columns, seed, per_row, bad_rows)
+    filled = load_templates(kind, folder)
+    filled = filled if unusable == "leave_out" else replace(filled, unusable={})
+    work = ChunkBuilder(filled, columns, seed, per_row, bad_rows)
     sources = find_sources(source)
     target = Path(out).expanduser().resolve()
     template_file = folder / f"{kind}.yaml"
@@ -89,6 +98,7 @@ def build(
         per_row,
         columns,
         bad_rows,
+        unusable,
         [_identify(name) for name in sources],
         _CODE,
     ]
@@ -150,11 +160,13 @@ class ChunkBuilder:
                 built = self._fill(row, where, number)
                 lines += [json.dumps(filled, ensure_ascii=False) + "\n" for filled in built]
             except UnusableRowError as reason:
-                lost[str(reason)] += 1
+                lost[printable(str(reason))] += 1
             except FireflyError as error:
                 if self.bad_rows == "stop":
-                    raise
-                lost[str(error).removeprefix(f"{where}: ")] += 1
+                    raise FireflyError(
+                        f"{error}; or leave such rows out and have them counted with --bad_rows skip"
+                    ) from error
+                lost[printable(str(error).removeprefix(f"{where}: "))] += 1
         return "".join(lines).encode(), Totals(len(chunk.rows), len(lines), lost)
 
     def _fill(self, row: dict[str, Any], where: str, number: int) -> list[dict[str, str]]:

@@ -2,10 +2,13 @@
 
 import json
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import UUID
 
 from rich.box import SIMPLE
 from rich.cells import cell_len
@@ -14,7 +17,8 @@ from tqdm import tqdm
 
 from firefly_lightning.console import render
 from firefly_lightning.data.sources.records import find_sources, read_records
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.data.sources.row_texts import printable
+from firefly_lightning.errors import FireflyError, some
 from firefly_lightning.files.atomic import check_new_file, new_file
 from firefly_lightning.preparation.duplicates import Duplicate, DuplicateIndex, Texts, normalise, sign
 from firefly_lightning.preparation.row_checks import kind_of, texts_of, turns_of, what_is_wrong
@@ -24,6 +28,9 @@ EXAMPLES = 5
 
 SHOWN = 200
 """Number of characters of a text that the report shows."""
+
+MANY = 10
+"""Number of near duplicates beside the row that they repeat from which on a hint says where they may come from."""
 
 
 def clean(
@@ -77,7 +84,7 @@ def clean(
             raise FireflyError(f"{', '.join(sources)}: nothing is left of {findings.read} rows: {findings.reasons()}")
         with new_file(reported, inputs) as written:
             written.write(json.dumps(findings.as_json(), ensure_ascii=False, indent=1).encode())
-    print(findings.table(out))
+    print("\n".join([findings.table(out), *findings.hints()]))
 
 
 class Findings:
@@ -86,6 +93,7 @@ class Findings:
     def __init__(self) -> None:
         self.counts: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
         self.examples: defaultdict[str, defaultdict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+        self.neighbours: Counter[str] = Counter()
 
     def count(self, kind: str, reason: str) -> None:
         """Counts one row more that was ``read``, ``kept``, or left out for a reason."""
@@ -95,8 +103,7 @@ class Findings:
         """Counts one row more that was left out; the first such rows become examples."""
         self.count(kind, reason)
         if len(self.examples[kind][reason]) < EXAMPLES:
-            # A broken character would break the report.
-            shown = texts.whole[:SHOWN].encode("utf-8", "backslashreplace").decode()
+            shown = printable(texts.whole[:SHOWN])
             self.examples[kind][reason].append({"where": where, "text": shown, **({"like": like} if like else {})})
 
     @property
@@ -120,6 +127,16 @@ class Findings:
     def reasons(self) -> str:
         """Why rows were left out, in words."""
         return ", ".join(f"{count} ({name})" for name, count in self.totals().items() if name not in ("read", "kept"))
+
+    def hints(self) -> list[str]:
+        """A line for each kind many of whose near duplicates follow the row that they repeat."""
+        return [
+            f"{count:,} of {read:,} {kind} rows nearly repeat the row before them, "
+            "as rows do that firefly build makes of one raw row by --per_row; "
+            "to keep them, clean raw rows before they are built, or use --near_duplicates 1"
+            for kind, count in self.neighbours.items()
+            if count >= MANY and count >= 0.2 * (read := self.counts[kind]["read"])
+        ]
 
     def as_json(self) -> dict[str, Any]:
         """The content of the report."""
@@ -166,6 +183,10 @@ class KeptRows:
         place = self._wheres[key]
         return f"{self._sources[place >> 40]}:{place & (1 << 40) - 1}"
 
+    def is_last(self, key: int, where: str) -> bool:
+        """Whether a row was the last one kept so far, and of the same file as ``where``."""
+        return key == len(self._starts) - 1 and self._sources[-1] == where.rpartition(":")[0]
+
     def _reread(self, key: int) -> Texts:
         self.file.seek(self._starts[key])
         return texts_of(json.loads(self.file.readline()))
@@ -204,7 +225,7 @@ def _sort(
     """Keeps a row, or leaves it out for the first reason there is."""
     kind, texts = kind_of(row, where), texts_of(row)
     findings.count(kind, "read")
-    line = _line(row)
+    line = _line(row, where)
     if (reason := what_is_wrong(row, kind, texts, lengths)) or line is None:
         findings.leave_out(kind, reason or "broken characters", where, texts)
         return
@@ -213,17 +234,41 @@ def _sort(
         findings.leave_out(kind, "in the validation rows", where, texts, like)
     elif duplicate := kept.index.find(texts, signature):
         findings.leave_out(kind, _name(duplicate), where, texts, kept.where(duplicate.key))
+        findings.neighbours[kind] += not duplicate.exact and kept.is_last(duplicate.key, where)
     else:
         findings.count(kind, "kept")
         kept.add(line, where, signature)
 
 
-def _line(row: dict[str, Any]) -> bytes | None:
-    """The line to write for a row; None where half a surrogate pair is in the row, be it in the name of a field."""
+def _line(row: dict[str, Any], where: str) -> bytes | None:
+    """The line to write for a row; None where half a surrogate pair is in the row, be it in the name of a field.
+
+    Raises:
+        FireflyError: If a value of a table or a dataset has no place in a line of JSON.
+    """
     try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        return json.dumps(row, ensure_ascii=False, default=_plain).encode() + b"\n"
+    except TypeError as error:
+        names = [printable(name) for name, value in row.items() if not _fits(value)]
+        message = f"{where}: the field {some(names)} holds {error}, which a line of JSON cannot; leave the column out"
+        raise FireflyError(message) from error
     except UnicodeEncodeError:
         return None
+
+
+def _plain(value: Any) -> str:
+    """A time or an exact number of a table, as a text."""
+    if isinstance(value, date | time | timedelta | Decimal | UUID):
+        return str(value)
+    raise TypeError(type(value).__name__)
+
+
+def _fits(value: Any) -> bool:
+    try:
+        json.dumps(value, default=_plain)
+    except TypeError:
+        return False
+    return True
 
 
 def _name(duplicate: Duplicate) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from warnings import catch_warnings, filterwarnings
 
 import numpy as np
 import numpy.typing as npt
@@ -65,7 +66,22 @@ def _finish(figure: Figure, path: Path) -> None:
         for axis in (axes.xaxis, axes.yaxis):
             if isinstance(axis.get_major_formatter(), ScalarFormatter):
                 axis.set_major_formatter("{x:,.0f}")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure; a character that the font lacks becomes a box, which whoever chose the font has said."""
+    with catch_warnings():
+        filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(path, dpi=150)
+
+
+def font_or_default(text: str, font: str | None = None) -> tuple[FontProperties, str | None]:
+    """A font for a text, as :func:`find_font` finds it; where there is none, Matplotlib's own and what it lacks."""
+    try:
+        return find_font(text, font), None
+    except FireflyError as error:
+        return FontProperties(fname=font_manager.findfont("DejaVu Sans")), str(error)
 
 
 def find_font(text: str, font: str | None = None) -> FontProperties:

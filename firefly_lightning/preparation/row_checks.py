@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from firefly_lightning.data.sources.row_forms import read_leniently
+from firefly_lightning.data.sources.text_files import COMPRESSIONS
 from firefly_lightning.preparation.duplicates import Texts, normalise
 
 BROKEN = re.compile(
@@ -45,7 +46,8 @@ def _repeats(question: str, target: str) -> bool:
 
 def kind_of(row: dict[str, Any], where: str) -> str:
     """The kind that a row names, else the name of the row's form, else the name of its file."""
-    return read_leniently(row).kind or Path(where.rpartition(":")[0]).stem
+    file = Path(where.rpartition(":")[0])
+    return read_leniently(row).kind or (Path(file.stem).stem if file.suffix in COMPRESSIONS else file.stem)
 
 
 def turns_of(row: dict[str, Any]) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -43,11 +44,13 @@ def stats(
     micro_batch_size: int | None = None,
     seed: int = 0,
     font: str | None = None,
+    learn: Literal["all", "last"] = "all",
 ) -> None:
     """Counts rows and tokens by kind, and draws the task distribution and the histogram of token lengths.
 
     Writes ``tasks.png``, ``lengths.png`` and ``stats.json``, and prints a table. What is cut and padded is what a
-    training with the same settings on one device cuts and pads in its first epoch.
+    training with the same settings on one device cuts and pads in its first epoch. Rows that training would refuse are
+    counted by reason and passed over.
 
     Args:
         files: Instruction rows: files, globs or names of datasets, as for training.
@@ -60,33 +63,42 @@ def stats(
         micro_batch_size: Rows that the device works on at a time, as in ``data.micro_batch_size``.
         seed: Seed of the order of rows, as in ``data.seed``.
         font: A font file for the names of kinds; by default an installed one that has their characters.
+        learn: Which targets of a row are learned, as in ``data.learn``.
 
     Raises:
-        FireflyError: If a file cannot be read or written, or no font has the characters of a kind.
+        FireflyError: If a file cannot be read or written, or no row of the files can be learned.
     """
     if max_length < 1 or batch_size < 1:
         raise FireflyError("--max_length and --batch_size must be at least 1")
     folder, sources = Path(out).expanduser(), find_sources(files)
     inputs = [*sources, tokenizer, *([font] if font else [])]
     check_new_folder(folder, inputs)
+    from firefly_lightning.data.counts_table import unused_fields
     from firefly_lightning.data.plan import check_shares
     from firefly_lightning.data.prompt_choice import choose_format
+    from firefly_lightning.data.sources.row_forms import RowRules
     from firefly_lightning.data.token_cache import WHOLE, default_cache_dir, tokenize
     from firefly_lightning.data.tokenized_rows import TokenizedRows
     from firefly_lightning.huggingface import load_tokenizer
-    from firefly_lightning.preparation.figures import draw_lengths, draw_tasks, find_font
+    from firefly_lightning.preparation.figures import draw_lengths, draw_tasks, find_font, font_or_default
     from firefly_lightning.preparation.token_counts import describe, histogram, padding_of
 
+    if font:
+        find_font("", font)  # a file that is no font is told before rows are read
     micro_batch_size, cache = check_shares(batch_size, 1, micro_batch_size), default_cache_dir()
     told, loaded = prompt_format(prompt) if prompt is not None else None, load_tokenizer(tokenizer)
     encoder = PromptEncoder(loaded, choose_format(told, tokenizer, loaded, partial(print, file=sys.stderr)))
+    rules = RowRules(learn=learn, counting_faults=True)
     whole, cut = (
-        TokenizedRows([tokenize(source, encoder, length, too_long, cache) for source in sources], sources)
+        TokenizedRows([tokenize(source, encoder, length, too_long, cache, rules) for source in sources], sources)
         for length in (WHOLE, max_length)
     )
+    refused = [f"{name}: {_refused(faults)}" for name, faults in zip(sources, whole.faults, strict=True) if faults]
+    if not len(whole):
+        raise FireflyError(f"no row can be learned: {'; '.join(refused) or 'no target is learned'}")
     counted = describe(whole, cut, padding_of(cut, batch_size, micro_batch_size, seed), max_length)
-    print(table(counted, max_length))
-    found = find_font("".join(whole.kinds), font)
+    print("\n".join([table(counted, max_length), *refused, *unused_fields(whole)]))
+    found, lacking = font_or_default("".join(whole.kinds), font)
     with new_folder(folder, inputs) as scratch:
         draw_tasks(scratch / "tasks.png", {kind: of["rows"] for kind, of in counted.items() if kind != ALL}, found)
         draw_lengths(scratch / "lengths.png", whole.lengths, max_length)
@@ -95,10 +107,19 @@ def stats(
             "max_length": max_length,
             "too_long": too_long,
             "kinds": counted,
+            "refused": dict(sum(map(Counter, whole.faults), Counter())),
+            "unused": dict(sum(map(Counter, whole.unused), Counter())),
             "histogram": histogram(whole.lengths),
         }
         (scratch / "stats.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), "utf-8")
+    if lacking:
+        print(f"tasks.png: names of kinds are not readable: {lacking}", file=sys.stderr)
     print(f"{folder}: tasks.png, lengths.png, stats.json")
+
+
+def _refused(faults: dict[str, int]) -> str:
+    counted = ", ".join(f"{count:,} ({fault})" for fault, count in sorted(faults.items()))
+    return f"rows that training refuses, which firefly clean leaves out: {counted}"
 
 
 def table(counted: dict[str, dict[str, Any]], max_length: int) -> str:
@@ -112,5 +133,7 @@ def table(counted: dict[str, dict[str, Any]], max_length: int) -> str:
     return render(made)
 
 
-def _written(name: str, value: float) -> str:
+def _written(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
     return f"{value:.2%}" if name in ("share", "beyond", "padding") else f"{value:,.0f}"

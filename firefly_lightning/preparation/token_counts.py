@@ -1,5 +1,6 @@
 """Counts of rows and tokens by kind: how long rows are, and what a training cuts and pads."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,14 +42,22 @@ def _describe(
         "share": len(lengths) / len(whole),
         "tokens": int(lengths.sum()),
         "target_tokens": int(whole.target_tokens[_of_kind(whole, kind)].sum()),
-        "mean": float(lengths.mean()),
-        **{f"p{round(100 * at)}": float(np.quantile(lengths, at)) for at in QUANTILES},
-        "longest": int(lengths.max()),
-        "beyond": float(np.mean(lengths > max_length)),
+        **_lengths(lengths, max_length),
         **{name: sum(numbers[name] for numbers in counts) for name in ("truncated", "dropped", "no_target")},
         "truncated_tokens": int(lengths.sum()) - tokens,
-        "padding": padded / (padded + tokens) if tokens else 0.0,
+        "padding": padded / (padded + tokens) if tokens else None,  # where nothing is kept
     }
+
+
+def _lengths(lengths: npt.NDArray[np.int32], max_length: int) -> dict[str, float | None]:
+    """Mean, quantiles and maximum of lengths, and the share beyond a length; None where there is none to divide by."""
+    measures: dict[str, Callable[[], float]] = {
+        "mean": lambda: float(lengths.mean()),
+        **{f"p{round(100 * at)}": lambda at=at: float(np.quantile(lengths, at)) for at in QUANTILES},  # type: ignore[misc]
+        "longest": lambda: int(lengths.max()),
+        "beyond": lambda: float(np.mean(lengths > max_length)),
+    }
+    return {name: measure() if len(lengths) else None for name, measure in measures.items()}
 
 
 def padding_of(rows: TokenizedRows, batch_size: int, micro_batch_size: int, seed: int) -> npt.NDArray[np.int64]:

@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from firefly_lightning.data.sources.records import FILE_SUFFIXES, find_sources, is_file
 from firefly_lightning.data.sources.row_forms import read_rows
+from firefly_lightning.data.sources.text_files import format_of
+from firefly_lightning.data.sources.text_files import read_lines as read_text_lines
 from firefly_lightning.errors import FireflyError, describe_os_error
 from firefly_lightning.huggingface import TOKENIZER_CONFIG, load_tokenizer
 from firefly_lightning.prompt import SPECIAL_TOKENS, PromptEncoder, check_special_tokens, prompt_format
@@ -71,29 +73,22 @@ def token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 def read_texts(source: str) -> Iterator[str]:
     """Inputs and targets of a source of instruction rows, or the lines of a file of any other suffix."""
-    if source.endswith(".txt") or (is_file(source) and not source.endswith(FILE_SUFFIXES)):
+    form = format_of(source)
+    if form == ".txt" or (is_file(source) and form not in FILE_SUFFIXES):
         return read_lines(source)
     return (text for row in read_rows(source) for turn in row.turns for text in turn)
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
-    """Streams the lines of a UTF-8 text file that are not empty.
+    """Streams the lines of a text file that are not empty.
 
     Raises:
-        FireflyError: If the file cannot be read or a line is not UTF-8; with file and line.
+        FireflyError: If the file cannot be read or a line is not encoded as it should be; with file and line.
     """
     try:
-        with Path(path).open("rb") as file:
-            for number, line in enumerate(file, 1):
-                content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                text = content.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
-                if text:
-                    yield text
-    except UnicodeDecodeError as error:
-        raise FireflyError(
-            f"{path}:{number}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the file, "
-            "for example with: iconv -f GB18030 -t UTF-8"
-        ) from error
+        for _, line in read_text_lines(str(path)):
+            if text := line.removesuffix("\n").removesuffix("\r"):
+                yield text
     except OSError as error:
         raise FireflyError(describe_os_error(error, path)) from error
 

@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from firefly_lightning.callbacks import run_figures
 from firefly_lightning.callbacks.progress_bar import SHOWN, RunProgressBar
 from firefly_lightning.callbacks.run_figures import draw_kinds, read_metrics
 from firefly_lightning.callbacks.sample_answers import PROMPTS
 from firefly_lightning.data.counts_table import HEADINGS
+from firefly_lightning.preparation.figures import BLUE
 from tests.conftest import write_rows
 from tests.support.helpers import fit, logged, run
 from tests.support.predicting import DECODING
@@ -146,7 +148,10 @@ def test_the_report_of_a_training(shown):
     for kind in ("对联", "Summary", "a|b$c"):
         names = (f"val_{name}/{kind}" for name in ("accuracy", "eos_accuracy", "perplexity"))
         values = [logged(root, name).get(3) for name in names]
-        assert results[kind.replace("|", "\\|")] == [f"{float(value):,.4g}" if value else "" for value in values]
+        shown = [f"{float(value):,.4g}" if value else "–" for value in values]
+        assert results[kind.replace("|", "\\|")][1:] == shown
+    of_kinds = [int(results[kind][0]) for kind in ("对联", "Summary", "a\\|b$c")]
+    assert results["rows"] == [str(sum(of_kinds))] == ["24"], "0.4 of 60 rows"
     assert table["lightning"] == [lightning_version]
     assert table["all"][0] == "60"
     assert table["kind"] == [*HEADINGS.values()], "the last table with kinds is that of the rows"
@@ -178,8 +183,10 @@ def test_the_reports_of_a_validation_and_a_test(model_folder, rows, tmp_path):
         assert ["loss", f"{float(loss):,.4g}"] in shown
         assert all([kind, *table[kind.replace("|", "\\|")]] in shown for kind in ("对联", "Summary", "a|b$c"))
         assert not re.search(r"\d\.\d{8}", printed), "no list of all digits"
-        columns = ["accuracy", "eos_accuracy", "perplexity"] + (["bleu", "chrf", "rouge_l"] if stage == "test" else [])
-        assert sorted(results_of(text)["kind"]) == sorted(columns)
+        columns = ["rows", "accuracy", "eos_accuracy", "perplexity"]
+        columns += ["bleu", "chrf", "rouge_l"] if stage == "test" else []
+        assert sorted(table["kind"]) == sorted(columns)
+        assert [table[kind][0] for kind in ("对联", "Summary", "a\\|b$c")] == ["20"] * 3
 
 
 def results_of(text: str) -> dict[str, list[str]]:
@@ -197,19 +204,29 @@ def cells(text: str) -> dict[str, list[str]]:
     return {first: others for first, *others in rows}
 
 
-def test_kinds_are_drawn_each_by_its_line(tmp_path):
+def test_kinds_are_drawn_each_in_a_panel_of_its_own(tmp_path):
     draw_kinds({"对联": {10: 100.0, 20: 10.0}, "b$": {10: 10.0, 20: 100.0}}, tmp_path / "kinds.png")
     pixels = matplotlib.image.imread(tmp_path / "kinds.png")[..., :3]
+    blue = np.abs(pixels - np.array([int(BLUE[at : at + 2], 16) for at in (1, 3, 5)]) / 255).max(-1) < 0.02
+    half = blue.shape[1] // 2
     heights = []
-    for color in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):  # the one that ends higher comes first
-        found = np.abs(pixels - np.array(color) / 255).max(-1) < 0.02
-        rows, columns = np.nonzero(found[:, : int(0.7 * found.shape[1])])
+    for panel in (blue[:, :half], blue[:, half:]):  # the one that ends higher comes first
+        rows, columns = np.nonzero(panel)
         heights.append([rows[columns < columns.min() + 5].mean(), rows[columns > columns.max() - 5].mean()])
-    (blue_start, blue_end), (orange_start, orange_end) = heights
-    assert blue_end < blue_start, "up"
-    assert orange_end > orange_start, "down"
-    # Up to where the legend begins, on a scale on which a hundredfold is as far up as down.
-    assert blue_start - blue_end == pytest.approx(orange_end - orange_start, abs=6)
+    (first_start, first_end), (second_start, second_end) = heights
+    assert first_end < first_start, "up"
+    assert second_end > second_start, "down"
+    # On one scale, on which a hundredfold is as far up as down.
+    assert first_start - first_end == pytest.approx(second_end - second_start, abs=6)
+    assert first_start == pytest.approx(second_end, abs=6)
+
+
+@pytest.mark.parametrize(("kinds", "width", "height"), [(1, 1, 1), (7, 4, 2), (12, 4, 2)])
+def test_many_kinds_have_rows_of_panels_up_to_a_number(tmp_path, monkeypatch, kinds, width, height):
+    monkeypatch.setattr(run_figures, "MOST_PANELS", 8)
+    draw_kinds({f"K{at}": {1: at + 2.0, 2: at + 1.0} for at in range(kinds)}, tmp_path / "kinds.png")
+    shape = matplotlib.image.imread(tmp_path / "kinds.png").shape
+    assert shape[:2] == (round(150 * (1 + 1.9 * height)), round(150 * max(5, 2.6 * width)))
 
 
 def test_metrics_of_a_run_that_left_none(tmp_path):

@@ -13,7 +13,8 @@ from firefly_lightning import FireflyDataModule, FireflyError, PromptFormat, Sou
 from firefly_lightning.data.batches import EpochSampler, collate
 from firefly_lightning.data.tokenized_rows import TokenizedRow
 from tests.conftest import write_rows
-from tests.support.helpers import forked, wait_for_ends
+from tests.support.helpers import fit, forked, run, wait_for_ends
+from tests.support.predicting import DECODING
 
 
 def make_data(
@@ -227,3 +228,45 @@ def test_contradicting_accumulation(model_folder, rows_file, tmp_path):
     data.trainer.accumulate_grad_batches = 3
     with pytest.raises(FireflyError, match=r"trainer\.accumulate_grad_batches 3 disagrees"):
         data.setup("fit")
+
+
+def test_text_that_is_not_read_is_named_before_training_and_in_the_report(model_folder, tmp_path):
+    messages = [{"role": "user", "content": "在吗", "name": "小明"}, {"role": "assistant", "content": "在"}]
+    rows = [{"instruction": "问", "output": "答", "note": "一个说明", "kind": "[/x]"}, {"messages": messages}] * 2
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    few = [
+        "--trainer.max_steps",
+        1,
+        "--data.batch_size",
+        2,
+        "--data.val_files",
+        file,
+        "--trainer.val_check_interval",
+        1,
+    ]
+    fit(model_folder, file, tmp_path, *few, "--trainer.enable_progress_bar", "true", "--samples.prompts", '["[/x]"]')
+    report = (tmp_path / "lightning_logs" / "version_0" / "report.md").read_text("utf-8")
+    line = f"{file}: nothing is learned of the text in these fields, here with their rows: messages.name (2), note (2)"
+    assert line in report
+    assert "| [/x] | 2 |" in report
+    common = ["--model.path", model_folder, "--data.val_files", file, "--trainer.default_root_dir", tmp_path]
+    for stage in ("validate", "test"):
+        result = run("firefly-fit", stage, *common, "--trainer.accelerator", "cpu", *DECODING, "--data.batch_size", 4)
+        assert "[/x]" in result.stdout
+
+
+def test_only_last_targets_count_in_a_step(model_folder, tmp_path):
+    rows = [{"kind": "K", "input": "一", "target": "春风</s>二</s>明月"}] * 4
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    counts = {}
+    for learn in ("all", "last"):
+        data = make_data(model_folder, file, tmp_path, batch_size=4, learn=learn)
+        (batch,) = data.train_dataloader()
+        counts[learn] = batch["step_target_tokens"]
+        assert len(batch["target_ids"]) == counts[learn]
+    assert 0 < counts["last"] < counts["all"]
+    untaught = write_rows(
+        tmp_path / "none.jsonl", [{"conversation": [{"human": "问", "assistant": "答", "weight": 0}]}]
+    )
+    with pytest.raises(FireflyError, match=r"none\.jsonl: no row has a target that is learned; see data\.learn"):
+        make_data(model_folder, untaught, tmp_path)

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from firefly_lightning.data import token_cache as tokenized
+from firefly_lightning.data.counts_table import unused_fields
+from firefly_lightning.data.sources.row_forms import RowRules
 from firefly_lightning.data.token_cache import tokenize
 from firefly_lightning.data.tokenized_rows import TokenizedRows
 from firefly_lightning.errors import FireflyError
@@ -115,12 +117,14 @@ def test_everything_that_matters_changes_the_key(tokenizer, encoder, rows_file, 
         tokenized._key(str(rows_file), PromptEncoder(tokenizer, PRESETS["firefly_single"]), 512, "truncate"),
         tokenized._key(str(rows_file), encoder, 511, "truncate"),
         tokenized._key(str(rows_file), encoder, 512, "drop"),
+        tokenized._key(str(rows_file), encoder, 512, "truncate", RowRules(learn="last")),
+        tokenized._key(str(rows_file), encoder, 512, "truncate", RowRules(answering=True)),
     ]
     code = tmp_path / "code.py"
     code.write_text("changed = True\n")
     monkeypatch.setattr(tokenized, "_CODE", [*tokenized._CODE, str(code)])
     keys.append(tokenized._key(str(rows_file), encoder, 512, "truncate"))
-    assert len(set(keys)) == 7
+    assert len(set(keys)) == 9
 
 
 def test_a_file_is_read_for_its_key_again_when_it_has_changed(encoder, rows_file, tmp_path, monkeypatch):
@@ -220,7 +224,7 @@ def test_a_form_of_ones_own_is_read_anew_when_its_file_changes(encoder, tmp_path
         importlib.invalidate_caches()
         linecache.checkcache()
         row_format = importlib.import_module("own_rows").read
-        return TokenizedRows([tokenize(str(rows), encoder, 512, "truncate", tmp_path, row_format)], ["rows"])
+        return TokenizedRows([tokenize(str(rows), encoder, 512, "truncate", tmp_path, RowRules(row_format))], ["rows"])
 
     first, again = (made("'Chat', [(fields['q'], fields['a'])]") for _ in range(2))
     changed = made("'Longer kind', [(fields['q'], fields['a'])]")
@@ -228,4 +232,53 @@ def test_a_form_of_ones_own_is_read_anew_when_its_file_changes(encoder, tmp_path
     assert (first.kinds, changed.kinds) == (["Chat"], ["Longer kind"])
     assert first[0].input_ids.tolist() == encoder.encode([[("在吗", "在")]])[0].input_ids
     with pytest.raises(FireflyError, match=r"data\.row_format: only a function of a file is taken"):
-        tokenize(str(rows), encoder, 512, "truncate", tmp_path, eval("lambda fields: None"))
+        tokenize(str(rows), encoder, 512, "truncate", tmp_path, RowRules(eval("lambda fields: None")))
+
+
+TURNS = [("问一", "答一"), ("问二", "答二"), ("问三", "答三")]
+
+
+@pytest.mark.parametrize(
+    ("weights", "rules", "taught"),
+    [
+        ((1, 1, 1), RowRules(), (1, 1, 1)),
+        ((0, 1, 0), RowRules(), (0, 1, 0)),
+        ((1, 1, 1), RowRules(learn="last"), (0, 0, 1)),
+        ((0, 1, 1), RowRules(learn="last"), (0, 0, 1)),
+    ],
+)
+def test_only_chosen_turns_are_learned(encoder, tmp_path, weights, rules, taught):
+    turns = [{"human": q, "assistant": a, "weight": weight} for (q, a), weight in zip(TURNS, weights, strict=True)]
+    plain = {"kind": "K", "input": "在吗", "target": "在"}
+    source = write_rows(tmp_path / "rows.jsonl", [plain, {"conversation": turns}, plain])
+    rows = TokenizedRows([tokenize(str(source), encoder, 512, "truncate", tmp_path, rules)], ["x"])
+    whole = encoder.encode([[("在吗", "在")], TURNS])
+    assert [row.input_ids.tolist() for row in rows] == [whole[0].input_ids, whole[1].input_ids, whole[0].input_ids]
+    expected, turn = [], 0
+    for index, learned in enumerate(whole[1].target_mask):  # runs of learned tokens are the targets
+        expected.append(bool(learned and taught[turn]))
+        turn += learned and whole[1].target_mask[index + 1 : index + 2] != [True]
+    assert rows[1].target_mask.tolist() == expected
+    assert rows[0].target_mask.tolist() == rows[2].target_mask.tolist() == whole[0].target_mask
+    assert rows.target_tokens[1] == sum(expected)
+
+
+def test_a_row_of_which_nothing_is_learned_is_counted(encoder, tmp_path):
+    messages = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答", "weight": 0}]
+    source = write_rows(tmp_path / "rows.jsonl", [{"messages": messages}, {"instruction": "问", "output": "答"}])
+    rows = TokenizedRows([tokenize(str(source), encoder, 512, "truncate", tmp_path)], ["x"])
+    assert len(rows) == 1
+    assert rows.counts[0]["Conversation"]["no_target"] == 1
+
+
+def test_what_is_not_read_stays_known_with_the_cache(encoder, tmp_path):
+    fields = [{"note": "一个说明", "half\ud800": "x"}, {"note": "又一个"}, {}, {"output": " "}]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps({"instruction": "问", "output": "答"} | more) + "\n" for more in fields))
+    for _ in range(2):
+        rules = RowRules(counting_faults=True)
+        rows = TokenizedRows([tokenize(str(source), encoder, 512, "truncate", tmp_path, rules)], ["x"])
+        assert rows.unused == [{"note": 2, r"half\ud800": 1}]
+        assert (rows.faults, len(rows)) == ([{"empty": 1}], 3)
+    (line,) = unused_fields(rows)
+    assert line == r"x: nothing is learned of the text in these fields, here with their rows: note (2), half\ud800 (1)"

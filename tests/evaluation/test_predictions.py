@@ -5,6 +5,8 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import torch
+from transformers import BloomForCausalLM
 
 from firefly_lightning import FireflyDataModule, FireflyModule
 from firefly_lightning.data.batches import collate, first_turns
@@ -201,3 +203,41 @@ def test_a_trainer_of_ones_own_gets_the_predictions(taught, rows):
 
 def test_training_does_not_need_the_rows_to_answer(taught, rows, tmp_path):
     fit(taught, rows, tmp_path, "--data.predict_files", "later.jsonl", "--trainer.max_steps", 1, "--data.batch_size", 4)
+
+
+def test_rows_without_targets_are_answered(taught, rows, tmp_path):
+    """With the answers that the same rows get beside their targets, and stock code's to a conversation's question."""
+    whole = [json.loads(line) for line in rows.read_text("utf-8").splitlines()][:4]
+    bare = [{"input": whole[0]["input"]}, {**whole[1], "target": ""}, {**whole[2], "target": None}]
+    bare += [{"messages": [{"role": "user", "content": whole[3]["input"]}]}]
+    file = write_rows(tmp_path / "bare.jsonl", bare)
+    predict(taught, tmp_path, "--data.predict_files", file, *DECODING)
+    found = predicted(tmp_path, 0)
+    expected = answers(taught, [write_rows(tmp_path / "whole.jsonl", whole)])
+    assert [row["generated"] for row in found] == [row["generated"] for row in expected]
+    assert [row["input"] for row in found] == [row["input"] for row in whole]
+    assert [row["target"] for row in found] == [""] * 4
+    assert [row["kind"] for row in found] == ["Firefly", whole[1]["kind"], whole[2]["kind"], "Conversation"]
+
+
+def test_the_open_question_of_a_conversation_is_asked_after_its_turns(taught, tmp_path):
+    system, (question, answer), last = "你是客服。", ("房间怎么样？", "很好。"), "再见"
+    said = [
+        {"role": "system", "content": system}, {"role": "user", "content": question},
+        {"role": "assistant", "content": answer}, {"role": "user", "content": last},
+    ]  # fmt: skip
+    closed = [*said, {"role": "assistant", "content": "再见！"}]
+    file = write_rows(tmp_path / "rows.jsonl", [{"messages": said}, {"messages": closed}])
+    predict(taught, tmp_path, "--data.predict_files", file, *DECODING)
+    predict(taught, tmp_path, "--data.predict_files", file, *DECODING, "--data.learn", "last")
+    first = f"{system}\n{question}"
+    asked = f"{first}</s></s>{answer}</s>{last}"
+    open_question, closed_row = predicted(tmp_path, 0)
+    assert (open_question["input"], open_question["target"]) == (asked, "")
+    assert (closed_row["input"], closed_row["target"]) == (first, answer)
+    assert [(row["input"], row["target"]) for row in predicted(tmp_path, 1)] == [(asked, ""), (asked, "再见！")]
+    model, tokenizer = BloomForCausalLM.from_pretrained(taught).float().eval(), load_tokenizer(str(taught))
+    ids = tokenizer(f"<s>{asked}</s>", add_special_tokens=False, return_tensors="pt").input_ids
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=2, pad_token_id=3, **GREEDY)
+    stock = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    assert [open_question["generated"], *(row["generated"] for row in predicted(tmp_path, 1))] == [stock] * 3

@@ -46,8 +46,8 @@ def full_box(box, model_folder, reviews, monkeypatch):
     shutil.copytree(ROOT / "configs", box / "configs")
     weather = [{"weather": name, "advice": f"{name}天要小心。"} for name in ("下雨", "下雪", "刮风", "炎热")]
     write_rows(box / "raw" / "weather.jsonl", weather)
-    said = [{"role": "user", "content": "在吗？"}, {"role": "assistant", "content": "在，请讲。"}]
-    write_rows(box / "raw" / "messages.jsonl", [{"messages": said}, {"kind": "Greeting", "messages": said * 2}])
+    said = ["在吗？", "在，请讲。"]
+    write_rows(box / "raw" / "dialogs.jsonl", [{"dialog": said}, {"kind": "Greeting", "dialog": said * 2}])
     corpus = box / "corpus.txt"
     corpus.write_text("\n".join(reviews[:20]), "utf-8")
     run("firefly", "prune", "--model", model_folder, "--corpus", corpus, "--out", box / "smaller")
@@ -182,9 +182,9 @@ def check_watched(box: Path, out: str) -> None:
     assert out.count("  今天下雨，出门要注意什么？\n    ") == 1
 
 
-def check_messages(box: Path, out: str) -> None:
-    check_run("messages", range(3))(box, out)
-    report = (box / "runs" / "messages" / "lightning_logs" / "version_0" / "report.md").read_text("utf-8")
+def check_dialogs(box: Path, out: str) -> None:
+    check_run("dialogs", range(3))(box, out)
+    report = (box / "runs" / "dialogs" / "lightning_logs" / "version_0" / "report.md").read_text("utf-8")
     assert {"Chat": "1", "Greeting": "1", "SentimentAnalyze": "61"}.items() <= dict(
         re.findall(r"^ (\w+) +(\d+) ", report, re.MULTILINE)
     ).items()
@@ -329,7 +329,7 @@ CHECKS = {
     "firefly chat --model chat-model$": check_conversation,
     "firefly chat .*--web$": check_page,
     "PYTHONPATH=. firefly-fit fit .*my_project": check_run("mine", range(3), penalty=3),
-    "PYTHONPATH=. firefly-fit fit .*my_rows": check_messages,
+    "PYTHONPATH=. firefly-fit fit .*my_rows": check_dialogs,
     "PYTHONPATH=. firefly-fit fit .*my_strategy": check_half,
 }
 """By a pattern that one command of the pages matches from its start: what it must have made."""

@@ -36,7 +36,7 @@ def test_both_languages_hold_the_same_blocks_page_by_page():
         assert pair[0] == pair[1], english
     found = [block.language for block in blocks_of("en") + blocks_of("zh")]
     assert {language: found.count(language) for language in set(found)} == {
-        "bash": 2 * 41, "python": 2 * 7, "yaml": 2 * 5, "json": 2 * 6, "text": 2 * 8,
+        "bash": 2 * 41, "python": 2 * 7, "yaml": 2 * 5, "json": 2 * 11, "text": 2 * 8,
     }  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def test_the_table_of_kinds_is_that_of_the_templates():
 
 def test_flags_of_building_that_are_documented_are_understood():
     shown = re.findall(r"^\| `(--\w+) ", page("building"), re.MULTILINE)
-    assert len(shown) == 5
+    assert len(shown) == 6
     help_text = run("firefly", "build", "--help").stdout
     assert all(flag in help_text for flag in shown)
 
@@ -231,8 +231,10 @@ def test_rows_that_are_documented_are_read(tmp_path):
     assert readme == raw
     assert raw.keys() == {"text", "label"}
     read = [next(read_rows(str(write_rows(tmp_path / f"{at}.jsonl", [row])))) for at, row in enumerate(rows)]
-    assert [len(row.turns) for row in read] == [1, 1, 2, 2]
-    assert read[2].turns == read[3].turns
+    assert [len(row.turns) for row in read] == [1, 1, 2, 2, 2, 2, 2, 1, 2]
+    assert read[2].turns == read[3].turns == read[4].turns == read[5].turns == read[6].turns
+    assert read[7].turns[0][0] == "你是翻译。\n再见怎么说？"
+    assert read[8].learned == (False, True)
 
 
 def test_commands_that_are_not_run_here_run_in_continuous_integration():

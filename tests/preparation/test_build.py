@@ -15,6 +15,7 @@ from firefly_lightning.files.resumable import ResumableFile
 from firefly_lightning.preparation import build as build_module
 from firefly_lightning.preparation.build import build
 from firefly_lightning.prompt import PromptEncoder, prompt_format
+from tests.support.helpers import raised_line
 
 POSITIVE = {"text": "很好用，下次还买。", "label": "positive"}
 NEGATIVE = {"text": "太差了，再也不买。", "label": "negative"}
@@ -232,3 +233,31 @@ def test_what_a_row_holds_never_becomes_a_control_token(tmp_path_factory, tokeni
         assert learned[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(learned[:-1], clean_up_tokenization_spaces=False) == made["target"]
         assert mask == sorted(mask), "what is learned is the end of the row"
+
+
+def test_a_bad_row_that_stops_a_build_tells_how_to_go_on(tmp_path):
+    for bad in ({"text": "？", "label": "neutral"}, {"text": "没有标签"}, {"text": ["列表"], "label": "positive"}):
+        with pytest.raises(FireflyError, match=r"raw\.jsonl:2: .*counted with --bad_rows skip$") as raised:
+            build("SentimentAnalyze", [raw_file(tmp_path, [POSITIVE, bad])], str(tmp_path / "out"), workers=1)
+        raised_line(raised)
+        build("SentimentAnalyze", [raw_file(tmp_path, [POSITIVE, bad])], str(tmp_path / "out"), bad_rows="skip")
+
+
+def test_half_a_character_in_the_name_of_a_field_is_told(tmp_path, capsys):
+    source = tmp_path / "raw.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in (POSITIVE, {"text": "没有标签", "half\ud800": "x"})))
+    build("SentimentAnalyze", [str(source)], str(tmp_path / "out"), bad_rows="skip", workers=1)
+    assert r"half\ud800" in capsys.readouterr().out
+
+
+def test_words_that_leave_rows_out_can_be_switched_off(tmp_path, capsys):
+    rows = [
+        {"question": question, "answer": "答案"}
+        for question in ("文中提到了什么？", "感冒了应该吃什么？", "水的沸点是多少？")
+    ]
+    source, out = raw_file(tmp_path, rows), tmp_path / "out"
+    build("OpenQA", [source], str(out), workers=1)
+    assert len(read(out)) == 2
+    assert "2 OpenQA rows from 3 raw rows, lost 1 (question holds 文中)" in capsys.readouterr().out
+    build("OpenQA", [source], str(out), workers=1, unusable="keep")
+    assert len(read(out)) == 3

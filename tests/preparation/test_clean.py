@@ -1,16 +1,21 @@
 """What is left out, why, and that nothing else is."""
 
+import datetime
+import decimal
 import json
 import re
 import unicodedata
 from itertools import combinations
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from firefly_lightning.data.sources.row_forms import read_rows
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.preparation.build import build
 from firefly_lightning.preparation.clean import clean
 from firefly_lightning.preparation.duplicates import jaccard, normalise, shingles, sign
 from tests.conftest import write_rows
@@ -269,3 +274,65 @@ def test_a_source_is_not_overwritten(tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", [row("问", "答")])
     with pytest.raises(FireflyError, match="is also an input"):
         clean([str(source)], str(source))
+
+
+def test_columns_of_a_table_that_json_cannot_hold_are_written_as_text_or_named(tmp_path):
+    when, price = datetime.datetime(2024, 2, 29, 12, 30), decimal.Decimal("1.50")
+    rows = [{**row("问", "答"), "when": when, "price": price}, {**row("再问", "再答"), "when": None, "price": None}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    clean([str(tmp_path / "rows.parquet")], str(tmp_path / "clean.jsonl"))
+    kept = [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text("utf-8").splitlines()]
+    assert [(one["when"], one["price"]) for one in kept] == [("2024-02-29 12:30:00", "1.50"), (None, None)]
+    for name, value in (("image", b"\x89PNG"), ("images", [{"bytes": b"\x89PNG"}])):
+        pq.write_table(pa.Table.from_pylist([{**row("问", "答"), name: value}]), tmp_path / "binary.parquet")
+        message = rf"binary\.parquet:1: the field {name} holds bytes, which a line of JSON cannot; leave the column out"
+        with pytest.raises(FireflyError, match=message) as raised:
+            clean([str(tmp_path / "binary.parquet")], str(tmp_path / "none.jsonl"))
+        raised_line(raised)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_kinds_are_shown_as_they_are(tmp_path, capsys):
+    rows = [
+        row("问", "答", "[/x]"),
+        row("再问", "再答", "[bold]"),
+        row("又问", "又答", ":smile:"),
+        row("还问", "", "[/x]"),
+    ]
+    assert len(cleaned(tmp_path, rows)[0]) == 3
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["[/x]", "2", "1", "1"] in lines
+    assert {"[bold]", ":smile:"} <= {line[0] for line in lines if line}
+
+
+def test_forms_of_today_are_cleaned_as_others_are(tmp_path):
+    messages = [{"role": "user", "content": "在吗"}, {"role": "assistant", "content": "在"}]
+    shared = [{"from": "human", "value": "在吗"}, {"from": "gpt", "value": "在"}]
+    rows = [
+        {"messages": messages},
+        {"conversations": shared},
+        {"messages": messages, "system": "你是客服"},
+        {"messages": messages[:1]},
+        {"conversations": [*shared, {"from": "tool", "value": "x"}]},
+        {"instruction": "在吗", "output": "在", "history": [["你好", "早上好"]]},
+    ]
+    kept, report = cleaned(tmp_path, rows)
+    assert kept == [rows[0], rows[2], rows[5]]
+    assert report["counts"]["all"] == {"read": 6, "kept": 3, "duplicate": 1, "empty": 1, "malformed": 1}
+    assert len(list(read_rows(str(tmp_path / "out" / "clean.jsonl")))) == 3
+
+
+@pytest.mark.parametrize(("per_row", "hinted"), [(2, True), (1, False)])
+def test_rows_of_one_raw_row_are_hinted_at(tmp_path, reviews, capsys, per_row, hinted):
+    raw = [{"abstract": text, "title": text[-20:]} for text in reviews if len(text) > 150][:30]
+    built = tmp_path / "built.jsonl"
+    build("Summary", [str(write_rows(tmp_path / "raw.jsonl", raw))], str(built), per_row=per_row, workers=1)
+    capsys.readouterr()
+    clean([str(built)], str(tmp_path / "clean.jsonl"))
+    report = json.loads((tmp_path / "clean.jsonl.report.json").read_text("utf-8"))["counts"]["all"]
+    said = capsys.readouterr().out
+    near = report.get("near duplicate", 0)
+    assert (near >= 10) == hinted
+    hint = f"{near} of {30 * per_row} Summary rows nearly repeat the row before them, as rows do that firefly build"
+    assert (hint in said) == hinted
+    assert ("--near_duplicates 1" in said) == hinted

@@ -1,6 +1,7 @@
 """Figures of rows against a count of their own."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -74,11 +75,9 @@ def test_padding_is_that_of_micro_batches(files, tmp_path, tokenizer, tiny_folde
     assert shares[10] == pytest.approx(1 - sum(whole) / padded)
 
 
-def test_mistakes_leave_no_folder(files, tmp_path, tiny_folder, monkeypatch):
-    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
-    chinese = write_rows(tmp_path / "c.jsonl", [{"kind": "对联", "input": "问", "target": "答"}])
+def test_mistakes_leave_no_folder(files, tmp_path, tiny_folder):
     for arguments, message in (
-        ({"files": [str(chinese)]}, "no installed font has 对 联"),
+        ({"font": files[0]}, "not a font file that can be read"),
         ({"max_length": 0}, "--max_length and --batch_size must be at least 1"),
         ({"out": str(tmp_path)}, "is not empty"),
         ({"micro_batch_size": 7}, "does not divide the 16 rows"),
@@ -88,3 +87,67 @@ def test_mistakes_leave_no_folder(files, tmp_path, tiny_folder, monkeypatch):
         with pytest.raises(FireflyError, match=message):
             stats(**{"files": files, "tokenizer": str(tiny_folder), "out": str(tmp_path / "out"), **arguments})
         assert not (tmp_path / "out").exists()
+
+
+def counted(folder):
+    return json.loads((folder / "stats.json").read_text("utf-8"))
+
+
+def test_without_a_font_for_the_kinds_everything_is_written_and_a_line_says_so(
+    tmp_path, tiny_folder, monkeypatch, capsys
+):
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
+    rows = write_rows(tmp_path / "c.jsonl", [{"kind": "对联", "input": "问", "target": "答"}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a warning for each character that is missing would bury the line
+        stats([str(rows)], str(tiny_folder), str(tmp_path / "out"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tasks.png", "lengths.png", "stats.json"}
+    assert counted(tmp_path / "out")["kinds"]["对联"]["rows"] == 1
+    assert "tasks.png: names of kinds are not readable: no installed font has 对 联" in capsys.readouterr().err
+
+
+def test_rows_that_training_refuses_are_counted_and_the_others_described(tmp_path, tiny_folder, capsys):
+    good = {"kind": "[/x]", "input": "问", "target": "答", "note": "说明"}
+    bad = [{**good, "target": " "}, {**good, "target": 5}, {**good, "kind": None}, {"question": "问"}]
+    rows = write_rows(tmp_path / "rows.jsonl", [good, *bad, good])
+    stats([str(rows)], str(tiny_folder), str(tmp_path / "out"))
+    report = counted(tmp_path / "out")
+    assert report["kinds"]["all"]["rows"] == 2
+    assert report["refused"] == {"empty": 1, "not text": 2, "no form": 1}
+    assert report["unused"] == {"note": 2}
+    said = capsys.readouterr().out
+    refused = "rows that training refuses, which firefly clean leaves out: 1 (empty), 1 (no form), 2 (not text)"
+    assert f"{rows}: {refused}" in said
+    assert f"{rows}: nothing is learned of the text in these fields, here with their rows: note (2)" in said
+    assert "[/x]" in said
+    with pytest.raises(FireflyError, match=r"no row can be learned: .*1 \(empty\)"):
+        stats([str(write_rows(tmp_path / "bad.jsonl", bad[:1]))], str(tiny_folder), str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_kind_of_which_nothing_is_kept_has_no_mean(tmp_path, tiny_folder, capsys):
+    taught = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+    untaught = [taught[0], {**taught[1], "weight": 0}]
+    long = {"kind": "Long", "input": "问" * 90, "target": "答"}
+    rows = [{"messages": taught}, {"kind": "None", "messages": untaught}, long]
+    stats([str(write_rows(tmp_path / "rows.jsonl", rows))], str(tiny_folder), str(tmp_path / "out"), max_length=20)
+    kinds = counted(tmp_path / "out")["kinds"]
+    assert [kinds["None"][name] for name in ("rows", "no_target", "mean", "p50", "longest", "padding")] == [
+        0, 1, None, None, None, None
+    ]  # fmt: skip
+    assert (kinds["Long"]["padding"], kinds["Long"]["rows"]) == (None, 1)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["Long", "–"] in [[line[0], line[-1]] for line in lines if line]
+    assert ["None", "–"] in [[line[0], line[-1]] for line in lines if line]
+
+
+def test_only_last_answers_are_counted_as_learned(files, tmp_path, tiny_folder, tokenizer):
+    row = {"kind": "K", "input": "一", "target": "春风</s>二</s>明月何时"}
+    rows = str(write_rows(tmp_path / "rows.jsonl", [row]))
+    learned = {}
+    for learn in ("all", "last"):
+        stats([rows], str(tiny_folder), str(tmp_path / learn), learn=learn)
+        learned[learn] = counted(tmp_path / learn)["kinds"]["K"]["target_tokens"]
+    last = len(tokenizer("明月何时", add_special_tokens=False)["input_ids"]) + 1
+    first = len(tokenizer("春风", add_special_tokens=False)["input_ids"]) + 1
+    assert learned == {"all": first + last, "last": last}

@@ -3,9 +3,9 @@
 import codecs
 import json
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from firefly_lightning.data.sources.text_files import TextFile, not_encoded, open_text
 from firefly_lightning.errors import FireflyError
 
 BLOCK = 1 << 20
@@ -14,18 +14,34 @@ BLOCK = 1 << 20
 _CUT = 16
 """Characters before the end of the text read so far in which a mistake may be a literal, number or escape cut there."""
 
-
-def not_utf8(source: str, line: int, byte: int) -> FireflyError:
-    """The error for a byte that belongs to no UTF-8 text."""
-    return FireflyError(
-        f"{source}:{line}: byte 0x{byte:02x} is not UTF-8; convert the file, "
-        "for example with: iconv -f GB18030 -t UTF-8"
-    )
+DEEPEST = 100
+"""How deep lists and objects of a row may lie in one another; rows of real data have fewer than ten levels."""
 
 
 def not_json(source: str, line: int, column: int, message: str) -> FireflyError:
     """The error for a text that is not JSON."""
     return FireflyError(f"{source}:{line}: not JSON, {message} at column {column}; mend the line")
+
+
+def checked_depth(value: Any, brackets: int, source: str, line: int) -> Any:
+    """The value that was read, unless it is nested so deeply that other code would fail on it.
+
+    Args:
+        value: The value.
+        brackets: Number of opening brackets in its text: where they are few, the value need not be looked at.
+        source: Name of the file.
+        line: Number of the line.
+
+    Raises:
+        FireflyError: If it is nested more than ``DEEPEST`` deep.
+    """
+    level = [value] if brackets > DEEPEST else []
+    for _ in range(DEEPEST):
+        inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [one for many in inner for one in many]
+    if any(isinstance(one, dict | list) for one in level):
+        raise FireflyError(f"{source}:{line}: not a row, nested more than {DEEPEST} deep; mend the line")
+    return value
 
 
 def read_json_array(source: str) -> Iterator[tuple[int, Any]]:
@@ -34,7 +50,7 @@ def read_json_array(source: str) -> Iterator[tuple[int, Any]]:
     Raises:
         FireflyError: If the file is not JSON in UTF-8; the message names the line.
     """
-    with Path(source).open("rb") as file:
+    with open_text(source) as file:
         window = _Window(file, source)
         window.skip("[")
         number = 0
@@ -52,9 +68,9 @@ def read_json_array(source: str) -> Iterator[tuple[int, Any]]:
 class _Window:
     """The text of a file from the place that reading has reached to the end of what was read in."""
 
-    def __init__(self, file: BinaryIO, source: str) -> None:
-        self.file, self.source = file, source
-        self.bytes_to_text = codecs.getincrementaldecoder("utf-8-sig")()
+    def __init__(self, file: TextFile, source: str) -> None:
+        self.file, self.source = file.bytes, source
+        self.bytes_to_text = codecs.getincrementaldecoder(file.encoding)()
         self.json = json.JSONDecoder()
         self.text, self.at, self.line, self.column = "", 0, 1, 1
         self.ended = False
@@ -87,6 +103,9 @@ class _Window:
                 raise FireflyError(f"{self.source}:{self._place()[0]}: not a row, {error}; mend the line") from error
             else:
                 if self.ended or end < len(self.text):
+                    brackets = self.text.count("[", self.at, end) + self.text.count("{", self.at, end)
+                    if brackets > DEEPEST:
+                        checked_depth(value, brackets, self.source, self._place()[0])
                     self.at = end
                     return value
             self._read_on()
@@ -107,7 +126,7 @@ class _Window:
             self.text += self.bytes_to_text.decode(block, final=self.ended)
         except UnicodeDecodeError as error:
             line = self.line + self.text.count("\n") + error.object[: error.start].count(b"\n")
-            raise not_utf8(self.source, line, error.object[error.start]) from error
+            raise not_encoded(self.source, line, error) from error
         return not self.ended
 
     def _place(self) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Reads records of files and Hugging Face datasets one at a time, whatever they hold, and says where a mistake is."""
 
+import codecs
 import csv
 import glob
 import json
@@ -8,10 +9,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from firefly_lightning.data.sources.json_arrays import not_json, not_utf8, read_json_array
-from firefly_lightning.errors import FireflyError, describe_os_error
+from firefly_lightning.data.sources.json_arrays import checked_depth, not_json, read_json_array
+from firefly_lightning.data.sources.text_files import format_of, is_compressed, open_text, read_lines
+from firefly_lightning.errors import FireflyError, describe_os_error, reason
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+"""What a file of rows is called; it may be compressed, as in ``rows.jsonl.gz``."""
 
 
 def find_sources(patterns: Iterable[str]) -> list[str]:
@@ -31,7 +34,9 @@ def find_sources(patterns: Iterable[str]) -> list[str]:
             if not matches:
                 raise FireflyError(f"{pattern}: no file matches; check the pattern and the working folder")
             sources += matches
-        elif path.suffix in FILE_SUFFIXES or not (path.is_dir() or re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", pattern)):
+        elif format_of(pattern) in FILE_SUFFIXES or not (
+            path.is_dir() or re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", pattern)
+        ):
             raise FireflyError(f"{pattern}: no such file; check the path and the working folder")
         else:
             sources.append(str(path) if path.is_dir() else pattern)
@@ -77,42 +82,36 @@ def load_hub_dataset(name: str) -> Any:
 def _read(source: str) -> Iterator[tuple[int, Any]]:
     if not is_file(source):
         return enumerate(load_hub_dataset(source), 1)
-    if source.endswith(".parquet"):
+    form = format_of(source)
+    if form == ".parquet":
         return _read_parquet(source)
-    if source.endswith((".csv", ".tsv")):
-        return _read_table(source, "\t" if source.endswith(".tsv") else ",")
-    if source.endswith(".json") and _first_character(source) == b"[":
+    if form in (".csv", ".tsv"):
+        return _read_table(source, "\t" if form == ".tsv" else ",")
+    if form == ".json" and _first_character(source) == "[":
         return read_json_array(source)
     return _read_json_lines(source)
 
 
-def _first_character(source: str) -> bytes:
-    with Path(source).open("rb") as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+def _first_character(source: str) -> str:
+    with open_text(source) as file:
+        text = codecs.getincrementaldecoder(file.encoding)("replace").decode(file.bytes.read(4096))
+        return text.lstrip()[:1]
 
 
 def _read_json_lines(source: str) -> Iterator[tuple[int, Any]]:
-    with Path(source).open("rb") as file:
-        for number, line in enumerate(file, 1):
-            text = _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, source, number)
-            if text.strip():
-                yield number, _load_json(text, source, number)
-
-
-def _decode(line: bytes, source: str, number: int) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise not_utf8(source, number, line[error.start]) from error
+    for number, text in read_lines(source):
+        if text.strip():
+            yield number, _load_json(text, source, number)
 
 
 def _load_json(text: str, source: str, number: int) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise not_json(source, number, error.colno, error.msg) from error
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
         raise FireflyError(f"{source}:{number}: not a row, {error}; mend the line") from error
+    return checked_depth(value, text.count("[") + text.count("{"), source, number)
 
 
 def _read_table(source: str, delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
@@ -122,25 +121,23 @@ def _read_table(source: str, delimiter: str) -> Iterator[tuple[int, dict[str, st
     in most such files that are published.
     """
     csv.field_size_limit(1 << 30)  # the default refuses a cell of more than 131,072 characters
-    with Path(source).open("rb") as file:
-        lines = (
-            _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, source, number)
-            for number, line in enumerate(file, 1)
-        )
-        reader = csv.reader(
-            lines, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL, strict=True
-        )
-        try:
-            columns = _columns(next(reader, []), source)
-            for number, cells in enumerate(filter(None, reader), 1):
-                if len(cells) != len(columns):
-                    raise FireflyError(
-                        f"{source}:{reader.line_num}: {len(cells)} cells in a table of {len(columns)} columns; "
-                        "mend the line"
-                    )
-                yield number, dict(zip(columns, cells, strict=True))
-        except csv.Error as error:
-            raise FireflyError(f"{source}:{reader.line_num}: not a table, {error}; mend the line") from error
+    reader = csv.reader(
+        (line for _, line in read_lines(source)),
+        delimiter=delimiter,
+        quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL,
+        strict=True,
+    )
+    try:
+        columns = _columns(next(reader, []), source)
+        for number, cells in enumerate(filter(None, reader), 1):
+            if len(cells) != len(columns):
+                raise FireflyError(
+                    f"{source}:{reader.line_num}: {len(cells)} cells in a table of {len(columns)} columns; "
+                    "mend the line"
+                )
+            yield number, dict(zip(columns, cells, strict=True))
+    except csv.Error as error:
+        raise FireflyError(f"{source}:{reader.line_num}: not a table, {error}; mend the line") from error
 
 
 def _columns(names: list[str], source: str) -> list[str]:
@@ -150,6 +147,8 @@ def _columns(names: list[str], source: str) -> list[str]:
 
 
 def _read_parquet(source: str) -> Iterator[tuple[int, Any]]:
+    if is_compressed(source):
+        raise FireflyError(f"{source}: is a compressed Parquet file; unpack it, since Parquet is read from its end")
     import pyarrow
     import pyarrow.parquet
 
@@ -159,5 +158,8 @@ def _read_parquet(source: str) -> Iterator[tuple[int, Any]]:
             for fields in batch.to_pylist():
                 number += 1
                 yield number, fields
-    except pyarrow.ArrowException as error:
-        raise FireflyError(f"{source}: not a readable Parquet file ({error})") from error
+    except (
+        pyarrow.ArrowException,
+        ValueError,
+    ) as error:  # a ValueError: text that is no UTF-8, or a time in nanoseconds
+        raise FireflyError(f"{source}: not a readable Parquet file ({reason(error)})") from error

@@ -1,25 +1,27 @@
-"""Instruction rows of files and Hugging Face datasets: one table of the forms that rows are in, and two readers.
+"""Instruction rows of files and Hugging Face datasets, and two readers of them.
 
-:func:`read_rows` is strict: it gives rows that can be learned, and refuses all others. :func:`read_leniently` says of
+:class:`RowReader` is strict: it gives rows that can be learned, and refuses all others. :func:`read_leniently` says of
 any record what it holds and what is wrong with it.
 """
 
-import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import xxhash
 
+from firefly_lightning.data.sources.known_forms import form_of, no_form, raw_or_firefly, with_open_target
 from firefly_lightning.data.sources.records import read_records
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.data.sources.row_texts import BadRowError, Said, text_of
+from firefly_lightning.errors import FireflyError, reason
+from firefly_lightning.interrupts import Terminated
 from firefly_lightning.prompt import Turn
-
-TURN_SEPARATOR = "</s>"
-"""Text that separates the later turns inside the ``target`` of a published Firefly row."""
-
 
 RowFormat = Callable[[Mapping[str, Any]], tuple[str, Sequence[Turn]] | None]
 """A user's reader of rows: gives kind and turns from a row's fields, or None where the row is in another form."""
+
+Learn = Literal["all", "last"]
+"""Which targets of a row are learned, of those that the row itself does not leave out: ``all``, or the ``last`` one."""
 
 
 class Row(NamedTuple):
@@ -27,15 +29,17 @@ class Row(NamedTuple):
 
     Attributes:
         kind: The task, as in the published data; ``Belle`` or ``Conversation`` where the source names none.
-        turns: (input, target) pairs, at least one, no target empty.
+        turns: (input, target) pairs, at least one, no target empty unless the row is to be answered.
         number: The row's line in a ``.jsonl`` file, else its position in the source; from 1.
         unanswered: Whether a last turn without an answer was left out.
+        learned: Whether each target is learned; empty where all are.
     """
 
     kind: str
     turns: tuple[Turn, ...]
     number: int
     unanswered: bool = False
+    learned: tuple[bool, ...] = ()
 
     @property
     def identity(self) -> int:
@@ -60,29 +64,92 @@ class Reading(NamedTuple):
     fault: str | None = None
 
 
-def read_rows(source: str, row_format: RowFormat | None = None) -> Iterator[Row]:
-    """Streams the rows of one file (``.jsonl``, ``.json``, ``.parquet``) or dataset.
+class RowRules(NamedTuple):
+    """How rows are read.
 
-    The form of each row is recognised from its fields: Firefly ``{"kind","input","target"}``, Belle
-    ``{"instruction","input","output"}``, also without ``input``, or ``{"conversation":[{"human","assistant"},…]}``.
+    Attributes:
+        row_format: Function for rows in a form of the user's own, which is asked first for every row.
+        learn: Which targets are learned.
+        answering: Whether rows are read to be answered: their targets may be empty or missing, and of a conversation
+            whose last question is open, that one is asked.
+        counting_faults: Whether a row that cannot be learned is counted and passed over, rather than refused.
+    """
+
+    row_format: RowFormat | None = None
+    learn: Learn = "all"
+    answering: bool = False
+    counting_faults: bool = False
+
+
+class RowReader:
+    """Streams the rows of one file or dataset, and counts what is not read of them.
+
+    The form of each row is recognised from its fields; :mod:`firefly_lightning.data.sources.known_forms` has the table.
 
     Args:
         source: A source, as :func:`firefly_lightning.data.sources.records.find_sources` gives it.
-        row_format: Function for rows in a form of the user's own, which is asked first for every row.
+        rules: How rows are read.
 
-    Raises:
-        FireflyError: If the source is empty, or a row is in none of the forms or malformed; the message names file and
-            line.
+    Attributes:
+        unused: By the name of a field that no form reads: in how many of the rows so far it held text.
+        faults: Why rows so far were passed over, where they are counted.
     """
-    number = 0
-    for number, fields in read_records(source):
-        try:
-            row = (row_format and _read_own(row_format, fields, number)) or _read_known(fields, number)
-        except _BadRowError as error:
-            raise FireflyError(f"{source}:{number}{error.place}: {error}") from error
-        yield row
-    if not number:
-        raise FireflyError(f"{source}: has no rows; remove it from the list or fill it")
+
+    def __init__(self, source: str, rules: RowRules | None = None) -> None:
+        self.source, self.rules = source, rules or RowRules()
+        self.unused: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Row]:
+        """Reads the source anew.
+
+        Raises:
+            FireflyError: If the source is empty, or a row is in no known form or malformed; the message names file and
+                line.
+        """
+        self.unused.clear()
+        self.faults.clear()
+        number = 0
+        for number, fields in read_records(self.source):
+            try:
+                row = self._read(fields, number)
+            except BadRowError as error:
+                if not self.rules.counting_faults:
+                    raise FireflyError(f"{self.source}:{number}{error.place}: {error}") from error
+                self.faults[error.fault] += 1
+            else:
+                yield row
+        if not number:
+            raise FireflyError(f"{self.source}: has no rows; remove it from the list or fill it")
+
+    def _read(self, fields: Mapping[str, Any], number: int) -> Row:
+        own = self.rules.row_format and _read_own(self.rules.row_format, fields)
+        if own:
+            kind, said = own
+        else:
+            fields = with_open_target(fields) if self.rules.answering else fields
+            form = form_of(fields)
+            if form is None:
+                raise BadRowError(no_form(fields), "no form")
+            kind, said = form.kind(fields), form.read(fields)
+        row = _to_answer(kind, said, number) if self.rules.answering else _to_learn(kind, said, number)
+        if said.unused:
+            self.unused.update(said.unused)
+        return row._replace(learned=self._learned(row))
+
+    def _learned(self, row: Row) -> tuple[bool, ...]:
+        """Whether each target is learned, by the row and the rules; a row that is to be answered has one at least."""
+        learned = row.learned
+        if self.rules.learn == "last" and len(row.turns) > 1:
+            learned = (*(False for _ in row.turns[1:]), learned[-1] if learned else True)
+        if self.rules.answering and learned and not any(learned):
+            learned = (*learned[:-1], True)
+        return learned
+
+
+def read_rows(source: str, row_format: RowFormat | None = None) -> Iterator[Row]:
+    """Streams the rows of one file or dataset; arguments and errors are those of :class:`RowReader`."""
+    return iter(RowReader(source, RowRules(row_format)))
 
 
 def read_leniently(fields: Mapping[str, Any]) -> Reading:
@@ -90,170 +157,73 @@ def read_leniently(fields: Mapping[str, Any]) -> Reading:
 
     A Firefly row needs no kind here, since the templates that build rows are given the kind apart.
     """
-    form = _form_of(fields)
-    if form is None and {*fields, "kind"} >= _FIREFLY.required:
-        form, fields = _FIREFLY, {**fields, "kind": ""}
+    form = form_of(fields)
+    if form is None and (form := raw_or_firefly(fields)):
+        fields = {**fields, "kind": ""}
     if form is None:
         return Reading(_named_kind(fields), (), _values(fields, {"kind"}))
     try:
-        kind, (turns, _) = form.kind(fields), form.turns(fields)
-    except _BadRowError as error:
+        kind, said = form.kind(fields), form.read(fields)
+        if not said.turns:
+            raise _nothing_to_learn()
+    except BadRowError as error:
         return Reading(_named_kind(fields) or form.name, (), _values(fields, {"kind"}), error.fault)
-    return Reading(kind, turns, _values(fields, {"kind", *form.required, *form.optional}))
+    return Reading(kind, said.turns, _values(fields, form.known))
 
 
-class _BadRowError(Exception):
-    """Raised for a record that is no row to learn.
-
-    Args:
-        message: What is wrong and what to do, for a user who trains.
-        fault: What is wrong in a word or two, for counting.
-        place: Where in the row the fault is.
-    """
-
-    def __init__(self, message: str, fault: str, place: str = "") -> None:
-        super().__init__(message)
-        self.fault, self.place = fault, place
+def _to_learn(kind: str, said: Said, number: int) -> Row:
+    if not said.turns:
+        raise _nothing_to_learn()
+    for index, (_, target) in enumerate(said.turns, 1):
+        if not target.strip():
+            turn = f" of turn {index}" if len(said.turns) > 1 else ""
+            raise BadRowError(f"the target{turn} is empty, so there is nothing to learn; remove the row", "empty")
+    return Row(kind, said.turns, number, said.question is not None, said.learned)
 
 
-class _Form(NamedTuple):
-    """One form that rows are in.
-
-    Attributes:
-        shown: How messages show the form.
-        required: Fields by which the form is recognised.
-        turns: Function that reads a row's turns, and whether a last turn without an answer was left out.
-        name: Kind of a row that names none; None where every row must name its kind.
-        optional: Fields of the turns that may be missing or null.
-    """
-
-    shown: str
-    required: frozenset[str]
-    turns: Callable[[Mapping[str, Any]], tuple[tuple[Turn, ...], bool]]
-    name: str | None = None
-    optional: frozenset[str] = frozenset()
-
-    def kind(self, fields: Mapping[str, Any]) -> str:
-        """The kind of a row in this form."""
-        if self.name is None:
-            return _text(fields, "kind")
-        return _text(fields, "kind") if isinstance(fields.get("kind"), str) and fields["kind"] else self.name
+def _to_answer(kind: str, said: Said, number: int) -> Row:
+    """A row to be answered: what comes before its first learned target is asked, an open question at its end first."""
+    turns = said.turns if said.question is None else (*said.turns, (said.question, ""))
+    is_open = len(turns) > 1 and not turns[-1][1].strip()
+    learned = (*(False for _ in turns[1:]), True) if is_open else said.learned
+    return Row(kind, turns, number, False, learned)
 
 
-def _firefly_turns(fields: Mapping[str, Any]) -> tuple[tuple[Turn, ...], bool]:
-    pieces = [_text(fields, "input"), *_text(fields, "target").split(TURN_SEPARATOR)]
-    while len(pieces) > 2 and not pieces[-1].strip():
-        pieces.pop()  # a closing </s> written out, or nothing after it
-    return tuple(zip(pieces[0::2], pieces[1::2], strict=False)), len(pieces) % 2 == 1
+def _nothing_to_learn() -> BadRowError:
+    return BadRowError("no turn has an answer, so there is nothing to learn; remove the row", "empty")
 
 
-def _belle_turns(fields: Mapping[str, Any]) -> tuple[tuple[Turn, ...], bool]:
-    parts = [_text(fields, "instruction"), "" if fields.get("input") is None else _text(fields, "input")]
-    return (("\n".join(filter(None, parts)), _text(fields, "output")),), False
-
-
-def _conversation_turns(fields: Mapping[str, Any]) -> tuple[tuple[Turn, ...], bool]:
-    conversation = fields["conversation"]
-    if not isinstance(conversation, list) or not conversation:
-        message = "'conversation' must be a list of at least one {human, assistant}"
-        raise _BadRowError(message, "malformed" if conversation else "empty")
-    turns = []
-    for index, turn in enumerate(conversation, 1):
-        if not isinstance(turn, dict):
-            message = f"turn {index} of 'conversation' must be an object with human and assistant"
-            raise _BadRowError(message, "malformed")
-        place = f", turn {index}"
-        turns.append((_text(turn, "human", place), _text(turn, "assistant", place)))
-    return tuple(turns), False
-
-
-_FIREFLY = _Form("{kind, input, target}", frozenset({"kind", "input", "target"}), _firefly_turns)
-_FORMS = (
-    _FIREFLY,
-    _Form(
-        "{instruction, output} with or without input",
-        frozenset({"instruction", "output"}),
-        _belle_turns,
-        "Belle",
-        frozenset({"input"}),
-    ),
-    _Form("{conversation: [{human, assistant}, …]}", frozenset({"conversation"}), _conversation_turns, "Conversation"),
-)
-
-
-def _form_of(fields: Mapping[str, Any]) -> _Form | None:
-    """The first form whose fields a record has, preferably none of them null: a table has every column in every row."""
-    with_nulls = None
-    for form in _FORMS:
-        if form.required <= fields.keys():
-            if None not in fields.values() or None not in map(fields.get, form.required):
-                return form
-            with_nulls = with_nulls or form
-    return with_nulls
-
-
-def _read_known(fields: Mapping[str, Any], number: int) -> Row:
-    form = _form_of(fields)
-    if form is None:
-        raise _BadRowError(_no_form(fields), "no form")
-    kind, (turns, unanswered) = form.kind(fields), form.turns(fields)
-    return _row(kind, turns, number, unanswered)
-
-
-def _read_own(row_format: RowFormat, fields: Mapping[str, Any], number: int) -> Row | None:
+def _read_own(row_format: RowFormat, fields: Mapping[str, Any]) -> tuple[str, Said] | None:
+    """Kind and turns that a user's function gives, or None where it leaves the row to the known forms."""
     try:
         found = row_format(fields)
         if found is None:
             return None
         kind, turns = found[0], [{"input": question, "target": answer} for question, answer in found[1]]
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        message = f"the function of data.row_format failed, {type(error).__name__}: {error}; mend it or the row"
-        raise _BadRowError(message, "malformed") from error
+    except Terminated:
+        raise
+    except (Exception, SystemExit) as error:
+        named = f"{type(error).__name__}: {reason(error)}"
+        message = f"the function of data.row_format failed, {named} (in {_name_of(row_format)}); mend it or the row"
+        raise BadRowError(message, "malformed") from error
     if not turns:
-        raise _BadRowError("the function of data.row_format gave no turn; remove the row", "empty")
-    texts = tuple((_text(turn, "input"), _text(turn, "target")) for turn in turns)
-    return _row(_text({"kind": kind}, "kind"), texts, number)
+        raise BadRowError("the function of data.row_format gave no turn; remove the row", "empty")
+    texts = tuple((text_of(turn, "input"), text_of(turn, "target")) for turn in turns)
+    return text_of({"kind": kind}, "kind"), Said(texts)
 
 
-def _row(kind: str, turns: tuple[Turn, ...], number: int, unanswered: bool = False) -> Row:
-    for index, (_, target) in enumerate(turns, 1):
-        if not target.strip():
-            turn = f" of turn {index}" if len(turns) > 1 else ""
-            message = f"the target{turn} is empty, so there is nothing to learn; remove the row"
-            raise _BadRowError(message, "empty")
-    return Row(kind, turns, number, unanswered)
-
-
-def _no_form(fields: Mapping[str, Any]) -> str:
-    *others, last = (form.shown for form in _FORMS)
-    forms = f"{', '.join(others)} or {last}"
-    for form in _FORMS:  # what lacks one field only was meant to be in this form
-        missing = form.required - fields.keys()
-        if len(missing) == 1 < len(form.required):
-            return f"field {next(iter(missing))!r} is missing; the row has {sorted(fields)}; use {forms}"
-    return f"fields {sorted(fields)} are none of the accepted forms; use {forms}"
-
-
-def _text(fields: Mapping[str, Any], name: str, place: str = "") -> str:
-    if name not in fields:
-        raise _BadRowError(f"field {name!r} is missing; the row has {sorted(fields)}", "malformed", place)
-    value = fields[name]
-    if not isinstance(value, str):
-        message = f"field {name!r} must be a string, this is {type(value).__name__}; mend the row or remove it"
-        raise _BadRowError(message, "not text", place)
-    if not value.isascii() and re.search("[\ud800-\udfff]", value):
-        message = f"field {name!r} holds half a surrogate pair, which is no character; mend it"
-        raise _BadRowError(message, "broken characters", place)
-    return value
+def _name_of(row_format: RowFormat) -> str:
+    parts = (getattr(row_format, "__module__", None), getattr(row_format, "__qualname__", repr(row_format)))
+    return ".".join(filter(None, parts))
 
 
 def _named_kind(fields: Mapping[str, Any]) -> str | None:
     """The kind that a record names; None where it names none, or none that is proper text."""
     try:
-        return _text(fields, "kind") or None
-    except _BadRowError:
+        return text_of(fields, "kind") or None
+    except BadRowError:
         return None
 
 
-def _values(fields: Mapping[str, Any], known: set[str]) -> list[Any]:
+def _values(fields: Mapping[str, Any], known: set[str] | frozenset[str]) -> list[Any]:
     return [value for name, value in fields.items() if name not in known]

@@ -7,13 +7,31 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from firefly_lightning.data.sources.row_forms import TURN_SEPARATOR
+from firefly_lightning.data.sources.known_forms import TURN_SEPARATOR
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.preparation.templates.views import Listing, Template, ValueMap, plain_text
 
 
 class UnusableRowError(Exception):
     """Raised for a well-formed raw row that gives no instruction row; the message is the reason."""
+
+
+class Words(NamedTuple):
+    """Words by which a row is known to give no good instruction row.
+
+    Attributes:
+        words: The words; a row that holds one of them is left out.
+        unless: Longer texts in which a word means something else, such as 应该 where 该 is looked for.
+    """
+
+    words: tuple[str, ...]
+    unless: tuple[str, ...] = ()
+
+    def in_text(self, text: str) -> str | None:
+        """The first of the words that a text holds outside of the longer texts, or None."""
+        for other in self.unless:
+            text = text.replace(other, "\0")
+        return next((word for word in self.words if word in text), None)
 
 
 class TemplateGroup(NamedTuple):
@@ -67,7 +85,7 @@ class Templates:
     optional: frozenset[str]
     views: Mapping[str, ValueMap | Listing]
     groups: tuple[TemplateGroup, ...]
-    unusable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unusable: Mapping[str, Words] = field(default_factory=dict)
 
     def check_columns(self, columns: Iterable[str], where: str) -> None:
         """Checks that a source has the fields that the templates read.
@@ -140,10 +158,9 @@ class Templates:
         return [name for name in (*self.fields, *self.views) if name in used]
 
     def _check_usable(self, row: Mapping[str, Any]) -> None:
-        for name, marks in self.unusable.items():
-            for mark in marks:
-                if mark in str(row.get(name, "")):
-                    raise UnusableRowError(f"{name} holds {mark}")
+        for name, words in self.unusable.items():
+            if word := words.in_text(str(row.get(name, ""))):
+                raise UnusableRowError(f"{name} holds {word}")
 
     def _text(self, name: str, row: Mapping[str, Any], where: str) -> str:
         view, value = self.views.get(name), row.get(self._field(name))

@@ -22,7 +22,8 @@ A file ``KIND.yaml`` holds::
 
 ``{name}`` stands for a field or a view, ``{{`` and ``}}`` for braces. A group serves a row when nothing it names is
 empty and everything under ``without`` is. ``equal: [a, b]`` and ``unequal: [a, b]`` ask besides that fields hold the
-same text, or do not. A view is one of two things:
+same text, or do not. ``unusable: {text: {words: [该], unless: [应该]}}`` looks for the words
+where none of the longer texts is. A view is one of two things:
 
 - ``{of: FIELD, values: {positive: 积极, …}}`` writes one text for another;
 - ``{of: FIELD, each: TEXT, join: TEXT}`` writes a list without repeats. ``parts`` names the members of an item (one,
@@ -40,8 +41,8 @@ from typing import Any
 
 import yaml
 
-from firefly_lightning.errors import FireflyError, describe_os_error
-from firefly_lightning.preparation.templates.fill import TemplateGroup, Templates
+from firefly_lightning.errors import FireflyError, describe_os_error, reason
+from firefly_lightning.preparation.templates.fill import TemplateGroup, Templates, Words
 from firefly_lightning.preparation.templates.views import Listing, Template, ValueMap, plain_text
 
 TEMPLATE_FOLDER = Path(__file__).parent
@@ -75,8 +76,8 @@ def load_templates(kind: str, folder: Path | None = None) -> Templates:
         raise FireflyError(describe_os_error(error, path)) from error
     except UnicodeDecodeError as error:
         raise FireflyError(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the file") from error
-    except yaml.YAMLError as error:
-        raise FireflyError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError: a date such as 2024-99-99
+        raise FireflyError(f"{path}: not YAML: {reason(error)}") from error
 
 
 def _read_file(content: Any, path: Path) -> Templates:
@@ -97,7 +98,7 @@ def _read_file(content: Any, path: Path) -> Templates:
     groups = tuple(_read_group(group, names, f"{where}: group {at}") for at, group in enumerate(top["groups"], 1))
     marks = _mapping(top.get("unusable", {}), f"{where}: unusable")
     _check_known(marks, fields, f"{where}: unusable")
-    unusable = {name: tuple(_texts(texts, f"{where}: unusable: {name}")) for name, texts in marks.items()}
+    unusable = {name: _read_words(texts, f"{where}: unusable: {name}") for name, texts in marks.items()}
     templates = Templates(path.stem, fields, frozenset(optional), views, groups, unusable)
     _check_example(templates, top["example"], f"{where}: example")
     return templates
@@ -124,6 +125,13 @@ def _read_view(content: Any, fields: Mapping[str, str], where: str) -> ValueMap 
     return Listing(view["of"], each, str(view["join"]), parts, split, values, only, empty, take, repeats)
 
 
+def _read_words(content: Any, where: str) -> Words:
+    if not isinstance(content, dict):
+        return Words(tuple(_texts(content, where)))
+    section = _section(content, where, ("words",), ("unless",))
+    return Words(tuple(_texts(section["words"], where)), tuple(_texts(section.get("unless", []), f"{where}: unless")))
+
+
 def _read_group(content: Any, names: Sequence[str], where: str) -> TemplateGroup:
     group = _section(content, where, ("inputs", "targets"), _CONDITIONS)
     conditions = {key: _texts(group.get(key, []), f"{where}: {key}") for key in _CONDITIONS}
@@ -140,6 +148,8 @@ def _read_group(content: Any, names: Sequence[str], where: str) -> TemplateGroup
 
 def _check_example(templates: Templates, content: Any, where: str) -> None:
     example = _section(content, where, ("row", "input", "target"))
+    for name in ("input", "target"):
+        plain_text(example[name], name, where)
     texts = templates.texts(_mapping(example["row"], f"{where}: row"), where)
     for group in filter(lambda group: group.serves(texts), templates.groups):
         inputs, targets = ({template.fill(texts) for template in part} for part in (group.inputs, group.targets))

@@ -1,4 +1,6 @@
 import json
+import re
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +16,8 @@ from firefly_lightning.data.sources import json_arrays
 from firefly_lightning.data.sources.records import find_sources, read_records
 from firefly_lightning.data.sources.row_forms import Row, read_leniently, read_rows
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.interrupts import Terminated
+from tests.support.helpers import raised_line
 
 FIREFLY = {"kind": "Couplet", "input": "上联：春风", "target": "秋月"}
 BELLE = {"instruction": "翻译", "input": "hello", "output": "你好"}
@@ -330,3 +334,49 @@ def test_what_a_form_of_ones_own_gives_is_checked(tmp_path, said, says):
         list(read_rows(file, messages))
     with pytest.raises(FireflyError, match=r"rows\.jsonl:1: the function of data.row_format gave no turn"):
         list(read_rows(file, lambda fields: ("Chat", [])))
+
+
+def raising(fields):
+    raise KeyError("没有这一项\n第二行")
+
+
+def recursing(fields):
+    return recursing(fields)
+
+
+def leaving(fields):
+    sys.exit("再见")
+
+
+def refusing(fields):
+    raise FireflyError("not this one")
+
+
+def yielding(fields):
+    return "K", (("问", "答", index) for index in range(3))
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        (raising, "KeyError: .*没有这一项"),
+        (recursing, "RecursionError: maximum recursion depth"),
+        (leaving, "SystemExit: 再见"),
+        (refusing, "FireflyError: not this one"),
+        (yielding, "ValueError: too many values to unpack"),
+    ],
+)
+def test_a_form_of_ones_own_that_fails_is_named_with_the_row(tmp_path, function, says):
+    file = file_of(tmp_path, [FIREFLY])
+    named = rf"\(in tests\.data\.sources\.test_row_forms\.{function.__name__}\); mend it or the row"
+    with pytest.raises(FireflyError, match=rf"rows\.jsonl:1: the function of data.row_format failed, {says}") as raised:
+        list(read_rows(file, function))
+    assert re.search(named, raised_line(raised))
+
+
+def test_a_signal_within_a_form_of_ones_own_ends_the_command(tmp_path):
+    def ended(fields):
+        raise Terminated(15)
+
+    with pytest.raises(Terminated):
+        list(read_rows(file_of(tmp_path, [FIREFLY]), ended))

@@ -1,4 +1,5 @@
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.preparation.templates.fill import UnusableRowError
 from firefly_lightning.preparation.templates.reader import TEMPLATE_FOLDER, load_templates
+from tests.support.helpers import raised_line
+from tests.support.readme import page
 
 SHIPPED = sorted(path.stem for path in TEMPLATE_FOLDER.glob("*.yaml"))
 
@@ -222,3 +225,97 @@ def test_files_that_cannot_be_read(tmp_path):
     path.write_text(json.dumps({**COUPLET, "kind": "Other"}), "utf-8")
     with pytest.raises(FireflyError, match="must be the name of the file, Couplet"):
         load_templates("Couplet", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (["春风"], "example: must be a mapping, this is list"),
+        (
+            {"row": {"first": "春风", "second": "秋月"}, "input": ["上联：春风"], "target": "秋月"},
+            "'input' must be text",
+        ),
+        (
+            {"row": {"first": "春风", "second": "秋月"}, "input": "上联：春风", "target": {"a": "秋月"}},
+            "'target' must be",
+        ),
+        ({"row": ["春风"], "input": "上联：春风", "target": "秋月"}, "example: row: must be a mapping, this is list"),
+        (
+            {"row": {"first": ["春风"], "second": "秋月"}, "input": "上联：春风", "target": "秋月"},
+            "'first' must be text",
+        ),
+    ],
+)
+def test_an_example_of_other_types_is_told_in_one_line(tmp_path, example, message):
+    fails(tmp_path, message, example=example)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: " + "[" * 5000 + "]" * 5000, "a: 2024-99-99", "a: !!python/object:os.x {}", "a: [1"]
+)
+def test_what_is_no_plain_yaml_is_told_in_one_line(tmp_path, text):
+    (tmp_path / "Couplet.yaml").write_text(text, "utf-8")
+    with pytest.raises(FireflyError, match=r"Couplet\.yaml: not YAML: ") as raised:
+        load_templates("Couplet", tmp_path)
+    raised_line(raised)
+
+
+def test_words_count_outside_of_longer_texts_only(tmp_path):
+    words = {"first": {"words": ["该", "文中"], "unless": ["应该", "英文中"]}, "second": ["<UNK>"]}
+    templates = load_templates("Couplet", write(tmp_path, COUPLET, unusable=words))
+    for first, second, word in (
+        ("应该", "好", None), ("该河", "好", "该"), ("应该走该路", "好", "该"), ("英文中", "好", None),
+        ("文中", "好", "文中"), ("好", "<UNK>", "<UNK>"), ("好", "该", None),
+    ):  # fmt: skip
+        if word:
+            with pytest.raises(UnusableRowError, match=f"holds {word}"):
+                templates.fill({"first": first, "second": second})
+        else:
+            assert templates.fill({"first": first, "second": second})
+    for wrong in (
+        {"first": {"unless": ["x"]}},
+        {"first": {"words": [5]}},
+        {"third": ["x"]},
+        {"first": {"word": ["x"]}},
+    ):
+        fails(tmp_path, r"unusable", unusable=wrong)
+
+
+QUESTIONS = [  # of CMRC 2018, which the words were checked on
+    ("该动画在哪个频道放送？", True),
+    ("文中提到的典型的归纳偏置例子叫什么？", True),
+    ("这张专辑的主题是什么？", True),
+    ("1994年他加盟了什么队？", True),
+    ("在吴锦发看来，台湾人民应该重拾什么美德？", False),
+    ("渗透一词在英文中的意思是什么？", False),
+    ("在《寻秦记》这部小说里，嬴政的真是姓名叫什么？", False),
+    ("哪个媒体采用「quake lake」（地震湖）一词后，该词普遍被世界各地的英文媒体采用？", False),
+    ("“观念是创造艺术作品的机器”这一论断来自于谁？", False),
+    ("为表彰艾里森为科幻小说事业所作的贡献，他被授予了什么称号？", False),
+    ("感冒了该怎么办？", False),
+    ("中国历史上文学成就最高的是谁？", False),
+]
+
+
+@pytest.mark.parametrize(("question", "left_out"), QUESTIONS)
+def test_questions_that_need_their_passage_are_left_out_and_others_are_not(question, left_out):
+    templates = load_templates("OpenQA")
+    if left_out:
+        with pytest.raises(UnusableRowError):
+            templates.fill({"question": question, "answer": "答"})
+    else:
+        assert templates.fill({"question": question, "answer": "答"})
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_words_that_leave_a_row_out_are_documented(language):
+    documented = {}
+    rows = re.findall(r"^\| `(\w+)`[:：] ?(`.*?`) \| (`.*`) \|$", page("building", language), re.MULTILINE)
+    for kind, fields, words in rows:
+        for name in re.findall(r"`(\w+)`", fields):
+            documented[kind, name] = tuple(re.findall(r"`([^`]+)`", words))
+    used = {
+        (kind, name): words.words for kind in SHIPPED for name, words in load_templates(kind).unusable.items()
+    }  # fmt: skip
+    assert used == documented
+    assert len(used) >= 12
