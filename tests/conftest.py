@@ -26,7 +26,7 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 # As many as the processes that tests start have: another number sums in another order, and last digits differ.
 torch.set_num_threads(1)
 
-pytest_plugins = ["tests.support.strategies", "tests.support.queue"]
+pytest_plugins = ["tests.support.strategies", "tests.support.queue", "tests.support.small_runs"]
 
 OF_ONE_STACK = {
     "current": (
