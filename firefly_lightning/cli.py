@@ -20,10 +20,13 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import LightningEnum, rank_zero_info
 from yaml import SafeDumper
 
+from firefly_lightning.callbacks.catch_up import CatchUp
 from firefly_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from firefly_lightning.callbacks.model_size import ModelSize
 from firefly_lightning.callbacks.prediction_writer import PredictionWriter
 from firefly_lightning.callbacks.progress_bar import RunProgressBar, spare_bars
+from firefly_lightning.callbacks.run_figures import keep_metrics
+from firefly_lightning.callbacks.run_folder import csv_folders, run_folder
 from firefly_lightning.callbacks.run_report import Report
 from firefly_lightning.callbacks.sample_answers import Samples
 from firefly_lightning.callbacks.signals import EndOnSignals
@@ -53,12 +56,18 @@ class SavedConfiguration(SaveConfigCallback):
     """Writes the whole configuration beside the figures of a run, and into its checkpoints."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Writes the configuration, unless it would take the place of the user's own file."""
-        written = Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename
-        if any(written.exists() and written.samefile(str(given)) for given in self.config.get("config") or ()):
-            self.save_to_log_dir = False
-            rank_zero_info(f"{written} is the configuration that was given, and stays as it is")
+        """Finds the folder of the run, which takes all processes; the first one then writes the configuration."""
+        self._folder = run_folder(trainer)
         super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Writes the configuration, unless it would take the place of the user's own file."""
+        written = self._folder / self.config_filename
+        if any(written.exists() and written.samefile(str(given)) for given in self.config.get("config") or ()):
+            rank_zero_info(f"{written} is the configuration that was given, and stays as it is")
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, str(written), skip_none=False, overwrite=True, multifile=self.multifile)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the configuration to a checkpoint, as YAML."""
@@ -86,7 +95,7 @@ class FireflyCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             # A run may be resumed into its own folder; its configuration is then written again.
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             save_config_callback=SavedConfiguration,
             trainer_defaults={"log_every_n_steps": 1, "callbacks": [Report(), PredictionWriter(), StartChecks()]},
             parser_class=_Parser,
@@ -173,20 +182,28 @@ class FireflyCLI(LightningCLI):
         self.parser.add_instantiator(self._refusals.noting(_make), object)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """A trainer that logs to CSV and TensorBoard and saves checkpoints atomically, unless told otherwise."""
+        """A trainer that logs to CSV and TensorBoard and saves checkpoints atomically, unless told otherwise.
+
+        CSV is written beside other loggers too, since the report and the figures of a run are made of it.
+        """
         self._refusals.noted = None
         config = self.config_init[self.subcommand].trainer
+        given = config.logger if isinstance(config.logger, list) else [config.logger]
         if config.logger in (None, True):
             kwargs["logger"] = _loggers(config.default_root_dir)
+        elif config.logger is not False and not any(isinstance(logger, CSVLogger) for logger in given):
+            kwargs["logger"] = [*given, _csv_logger(config.default_root_dir)]
         portable = self.config[self.subcommand].checkpoint.portable
         kwargs["plugins"] = _with_atomic_checkpoints(config.plugins, portable)
         trainer = super().instantiate_trainer(**kwargs)
+        for folder, _ in csv_folders(trainer):
+            keep_metrics(folder)
         for callback in trainer.checkpoint_callbacks:
             # Checkpoints lie beside, not inside, the logs of one run, so that the next run finds `last`.
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(_checkpoints(self.config[self.subcommand]))
         self._new_folders = [
-            folder for folder in map(Path, _csv_folders(trainer)) if trainer.is_global_zero and not folder.exists()
+            folder for folder, _ in csv_folders(trainer) if trainer.is_global_zero and not folder.exists()
         ]
         return trainer
 
@@ -219,7 +236,7 @@ class FireflyCLI(LightningCLI):
         if config["enable_model_summary"] is not False and not any(isinstance(one, ModelSummary) for one in own):
             config["enable_model_summary"] = False
             callbacks = [*callbacks, ModelSize()]
-        callbacks = [*callbacks, EndOnSignals()]
+        callbacks = [*callbacks, EndOnSignals(), CatchUp()]
         _check_strategy(config["strategy"])
         try:
             return super()._instantiate_trainer(config, callbacks)
@@ -282,13 +299,14 @@ def _checkpoints(config: Any) -> Path:
     return Path(config.trainer.default_root_dir or Path.cwd()) / "checkpoints"
 
 
-def _csv_folders(trainer: L.Trainer) -> list[str]:
-    return [logger.log_dir for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+def _csv_logger(root: str | None) -> CSVLogger:
+    """A CSV logger that writes after every step, so that a killed run keeps its figures."""
+    return CSVLogger(root or str(Path.cwd()), flush_logs_every_n_steps=1)
 
 
 def _loggers(root: str | None) -> list[Logger]:
-    """A CSV logger, which writes after every step so that a killed run keeps its figures, and TensorBoard beside it."""
-    csv = CSVLogger(root or str(Path.cwd()), flush_logs_every_n_steps=1)
+    """A CSV logger, and TensorBoard beside it."""
+    csv = _csv_logger(root)
     return [csv, TensorBoardLogger(csv.save_dir, csv.name, csv.version)]
 
 

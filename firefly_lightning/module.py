@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 from transformers import BloomForCausalLM, GenerationConfig
 
-from firefly_lightning.checkpoints.layout import DESCRIPTION_KEY, NAMES_KEY
+from firefly_lightning.checkpoints.layout import DESCRIPTION_KEY, NAMES_KEY, SETTINGS_KEY
 from firefly_lightning.checkpoints.loop_state import fit_loop_state
 from firefly_lightning.checkpoints.unsharded import accept_names, numbered_names
 from firefly_lightning.data.batches import MicroBatch, data_parallel_share
@@ -22,6 +23,7 @@ from firefly_lightning.data.prompt_choice import check_same_format, tokenizer_an
 from firefly_lightning.data.protocol import data_of
 from firefly_lightning.errors import FireflyError, check_number
 from firefly_lightning.evaluation.generation import Decoding, change_decoding, default_decoding
+from firefly_lightning.evaluation.mlflow_names import keep_names
 from firefly_lightning.evaluation.predictions import Prediction, predict
 from firefly_lightning.evaluation.totals import ALL, EvaluationTotals, kinds_of
 from firefly_lightning.huggingface import (
@@ -33,12 +35,13 @@ from firefly_lightning.huggingface import (
     load_config,
     random_bloom,
 )
-from firefly_lightning.model.fast_bloom import FastBloom
-from firefly_lightning.model.loss import target_cross_entropy, target_scores
-from firefly_lightning.optim import OptimizerSettings, cosine_schedule, optimizers_with_schedules
+from firefly_lightning.model.fast_bloom import FastBloom, takes_fast_pass
+from firefly_lightning.model.stock_pass import StockPass
+from firefly_lightning.optim import RunSettings, check_counts_steps, cosine_schedule
 from firefly_lightning.prompt import PromptEncoder
 from firefly_lightning.strategies.hooks import StrategyHooks, check_accumulation, hooks_of
 from firefly_lightning.strategies.step_guard import StepGuard
+from firefly_lightning.strategies.unsuited_callbacks import check_callbacks
 
 
 class FireflyModule(L.LightningModule):
@@ -52,7 +55,7 @@ class FireflyModule(L.LightningModule):
         learning_rate: Highest learning rate of AdamW, reached at the end of the warm-up.
         warmup_steps: Optimizer steps in which the learning rate rises linearly, before it falls along a cosine.
         attention: Forward pass to use: ``sdpa`` is the fast one of :mod:`firefly_lightning.model.fast_bloom`, ``eager``
-            is Hugging Face's own, and ``auto`` means ``sdpa``.
+            is Hugging Face's own, and ``auto`` means ``sdpa`` where it computes the same: not with ``slow_but_exact``.
         gradient_checkpointing: Whether activations are recomputed in the backward pass instead of kept.
         from_scratch: Whether to begin with random weights for the folder's ``config.json``, not the folder's weights.
         optimizer: Optimizer that replaces AdamW; its own arguments hold, and ``learning_rate`` is not used.
@@ -85,12 +88,20 @@ class FireflyModule(L.LightningModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.decoding = decoding or Decoding()
         self.model: BloomForCausalLM = None  # until configure_model, where Lightning wants it to be built
-        self._fast: FastBloom | None = None
+        self._pass: FastBloom | StockPass = StockPass(self)
         self._totals: EvaluationTotals  # totals of one evaluation, set when it starts
         self.step_guard = StepGuard()
         self._description: dict[str, Any] | None = None
-        self._settings: list[OptimizerSettings] = []
-        self._resumed = False
+        self._settings = RunSettings()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Refuses callbacks of the trainer that a run cannot keep its promises with; adds none.
+
+        Raises:
+            FireflyError: If the trainer has such a callback.
+        """
+        check_callbacks(self.trainer)
+        return []
 
     def setup(self, stage: str) -> None:
         """Refuses a model, an optimizer or decoding settings that cannot be used, before weights are loaded.
@@ -98,12 +109,17 @@ class FireflyModule(L.LightningModule):
         Raises:
             FireflyError: If one of them cannot be used, or the folder holds no Bloom.
         """
-        self._hooks.check_model(load_config(self.path))
+        config = load_config(self.path)
+        self._hooks.check_model(config)
+        takes_fast_pass(self.attention, config)
         change_decoding(GenerationConfig(**PUBLISHED_DECODING), self.decoding)
         self.encoder = PromptEncoder(*self._tokenizer_and_prompt())
+        keep_names(self.trainer.loggers)
         if stage == "fit":
+            self._settings = RunSettings()
             check_accumulation(self.trainer.strategy, self.trainer.accumulate_grad_batches)
-            self._make_optimizer([Parameter(torch.zeros(1))])
+            optimizer = self._make_optimizer([Parameter(torch.zeros(1))])
+            check_counts_steps(self.lr_scheduler(optimizer) if self.lr_scheduler else None)
 
     def configure_model(self) -> None:
         """Loads the weights; here rather than in the constructor, so that a strategy can shard them as they come.
@@ -118,9 +134,9 @@ class FireflyModule(L.LightningModule):
         self.model = self._hooks.build_model(config, build)
         self.model.train()  # from_pretrained leaves it in evaluation mode, and Lightning keeps that
         check_sizes(self.model.config, self._tokenizer_and_prompt()[0], self.path)
-        if self.attention != "eager":
+        if takes_fast_pass(self.attention, self.model.config):
             heads = self._hooks.own_heads(self.model.config.n_head)
-            self._fast = FastBloom(self.model, heads, self._hooks.whole_weights)
+            self._pass = FastBloom(self.model, heads, self._hooks.whole_weights)
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -131,7 +147,7 @@ class FireflyModule(L.LightningModule):
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """A micro-batch's loss, scaled so that the mean over micro-batches and ranks is the loss of the step."""
-        loss = self._shared_step(batch) * (batch["step_micro_batches"] / batch["step_target_tokens"])
+        loss = self._pass.target_loss(batch) * (batch["step_micro_batches"] / batch["step_target_tokens"])
         self.step_guard.add(loss)
         return loss
 
@@ -165,7 +181,7 @@ class FireflyModule(L.LightningModule):
         self._log_evaluation("val")
 
     def on_test_epoch_end(self) -> None:
-        """Logs the metrics of a validation as ``test_…``, and the answers' scores by kind (``test_bleu/Couplet``)."""
+        """Logs the metrics of a validation as ``test_…``, and the answers' scores: ``test_bleu_of/Couplet``."""
         self._log_evaluation("test")
         self.log_dict({f"test_{name}": score for name, score in self._totals.answer_scores().items()})
 
@@ -174,14 +190,12 @@ class FireflyModule(L.LightningModule):
         for optimizer in self.trainer.optimizers:
             if hasattr(optimizer, "register_load_state_dict_pre_hook"):  # an engine's own may lack it
                 accept_names(self, optimizer)
-        self._settings = [OptimizerSettings.of(*each) for each in optimizers_with_schedules(self.trainer)]
+        self._settings.note(self.trainer)
 
     def on_train_start(self) -> None:
         """Forgets the losses of a step that was not finished, and restores the configured settings in a resumed run."""
         self.step_guard.forget()
-        if self._resumed:
-            for settings, each in zip(self._settings, optimizers_with_schedules(self.trainer), strict=True):
-                settings.apply(*each)
+        self._settings.restore(self.trainer)
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
         """Makes dropout a function of seed, step, micro-batch and rank, so that a resumed run draws the same.
@@ -230,6 +244,7 @@ class FireflyModule(L.LightningModule):
         if self._description is None:  # the same at every save, and a tokenizer takes a moment to write out
             self._description = describe(self.model.config, *self._tokenizer_and_prompt())
         checkpoint[DESCRIPTION_KEY] = self._description
+        checkpoint[SETTINGS_KEY] = self._settings.changed(self.trainer)
         checkpoint[NAMES_KEY] = [numbered_names(self, optimizer) for optimizer in self.trainer.optimizers]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -238,31 +253,17 @@ class FireflyModule(L.LightningModule):
         Raises:
             FireflyError: If the checkpoint is of another model, or a training would go on in another prompt format.
         """
-        self._resumed = True
+        self._settings.resume(checkpoint.get(SETTINGS_KEY, []))
         if self.model is not None:
             check_same_model(checkpoint.get(DESCRIPTION_KEY, {}), self.model.config, self.path)
         check_same_format(checkpoint.get(DESCRIPTION_KEY), self._trainer)
         data = data_of(self._trainer)
         if data and data.train is not None and checkpoint["global_step"] and "loops" in checkpoint:
-            per_epoch, per_step = data.train.plan.steps_per_epoch, data.train.micro_batches_per_step
+            per_epoch, per_step = data.train.steps_per_epoch, data.train.micro_batches_per_step
             checkpoint["loops"]["fit_loop"].update(fit_loop_state(checkpoint["global_step"], per_epoch, per_step))
 
-    def _shared_step(self, batch: MicroBatch) -> Tensor:
-        """Summed negative log-likelihood of a micro-batch's targets."""
-        if self._fast is not None:
-            return self._fast.target_loss(batch)
-        return target_cross_entropy(self._hidden_at_targets(batch), self.model.lm_head, batch["target_ids"])
-
-    def _hidden_at_targets(self, batch: MicroBatch) -> Tensor:
-        hidden: Tensor = self(batch["input_ids"], batch["attention_mask"]).flatten(0, 1)
-        return hidden.index_select(0, batch["target_positions"])
-
     def _evaluation_step(self, batch: MicroBatch) -> None:
-        if self._fast is not None:
-            scores = self._fast.target_scores(batch)
-        else:
-            scores = target_scores(self._hidden_at_targets(batch), self.model.lm_head, batch["target_ids"])
-        self._totals.add_targets(batch, scores, self.encoder.eos_token_id)
+        self._totals.add_targets(batch, self._pass.target_scores(batch), self.encoder.eos_token_id)
 
     def _log_evaluation(self, stage: str) -> None:
         metrics = self._totals.target_metrics()

@@ -1,10 +1,12 @@
 """The learning rate over a run, and the settings of an optimizer in a run that is resumed.
 
-A resumed run takes an optimizer's settings from its configuration, and the optimizer's progress from the checkpoint.
+A resumed run takes an optimizer's settings from its configuration, and from the checkpoint the optimizer's progress and
+what a schedule has changed in the settings: the learning rate, and with some schedules momenta.
 """
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -50,6 +52,22 @@ def cosine_schedule(optimizer: Optimizer, warmup: int, steps: float) -> LambdaLR
     return LambdaLR(optimizer, partial(cosine_with_warmup, warmup=warmup, steps=int(steps)))
 
 
+def check_counts_steps(schedule: Any) -> None:
+    """Refuses a schedule that follows a metric, since no checkpoint tells when the metric was last seen.
+
+    Args:
+        schedule: A schedule, or None for the one of this module.
+
+    Raises:
+        FireflyError: If a step of the schedule needs a metric, as that of ``ReduceLROnPlateau`` does.
+    """
+    if schedule is not None and "metrics" in inspect.signature(schedule.step).parameters:
+        raise FireflyError(
+            f"model.lr_scheduler: {type(schedule).__name__} follows a metric, and a resumed run could not go on as if "
+            "it had not stopped; take a schedule that counts steps, such as torch.optim.lr_scheduler.CosineAnnealingLR"
+        )
+
+
 def optimizers_with_schedules(trainer: Any) -> list[tuple[Any, Any]]:
     """Each of a trainer's optimizers with its schedule, or with None where it has no schedule."""
     schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -72,15 +90,34 @@ class OptimizerSettings:
         base_lrs = getattr(scheduler, "base_lrs", None)
         return cls(groups, list(base_lrs) if base_lrs is not None else None)
 
-    def apply(self, optimizer: Any, scheduler: Any) -> None:
-        """Restores these settings after a checkpoint was loaded; the learning rate follows from the step reached."""
-        for group, settings in zip(optimizer.param_groups, self.groups, strict=True):
+    def changed(self, optimizer: Any) -> dict[str, list[Any]]:
+        """Settings that no longer are as configured, since a schedule has changed them: for each its value by group."""
+        names = {
+            name
+            for group, settings in zip(optimizer.param_groups, self.groups, strict=False)
+            for name, value in settings.items()
+            if group.get(name, value) is not value and bool(group[name] != value)
+        }
+        return {name: [group.get(name) for group in optimizer.param_groups] for name in sorted(names)}
+
+    def apply(self, optimizer: Any, scheduler: Any, changed: Mapping[str, list[Any]]) -> None:
+        """Restores these settings after a checkpoint was loaded; the learning rate follows from the step reached.
+
+        Args:
+            optimizer: The optimizer, also an engine's.
+            scheduler: Its schedule, or None.
+            changed: What :meth:`changed` gave when the checkpoint was saved.
+        """
+        for number, (group, settings) in enumerate(zip(optimizer.param_groups, self.groups, strict=True)):
             group.update(settings)
+            group.update({name: values[number] for name, values in changed.items() if number < len(values)})
         if isinstance(scheduler, LRScheduler):
             rates = self._reached(scheduler)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
             scheduler._last_lr = list(rates)
+        elif getattr(scheduler, "last_batch_iteration", -1) >= 0:  # DeepSpeed's own set rates and momenta of a step
+            scheduler.step(scheduler.last_batch_iteration)
 
     def _reached(self, scheduler: LRScheduler) -> Sequence[Any]:
         """Learning rates at the step that a schedule has reached; its base rates become those configured."""
@@ -89,8 +126,38 @@ class OptimizerSettings:
         if saved is None or base is None or len(saved) != len(base):
             return rates
         scheduler.base_lrs = list(base)
-        if isinstance(scheduler, LambdaLR):
-            factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        if type(scheduler).get_lr is LambdaLR.get_lr:
+            lambdas: list[Any] = scheduler.lr_lambdas  # type: ignore[attr-defined]
+            factors = [factor(scheduler.last_epoch) for factor in lambdas]
             return [rate * factor for rate, factor in zip(base, factors, strict=True)]
         # Other schedules go on from their last rate, scaled by the ratio of the configured to the saved base rate.
         return [rate * (new / old if old else 1.0) for rate, new, old in zip(rates, base, saved, strict=True)]
+
+
+class RunSettings:
+    """Carries the settings of a run's optimizers through a resume; a ``LightningModule`` holds one."""
+
+    def __init__(self) -> None:
+        self._configured: list[OptimizerSettings] = []
+        self._changed: list[dict[str, list[Any]]] | None = None
+
+    def note(self, trainer: Any) -> None:
+        """Notes the settings as configured, before a checkpoint's are loaded."""
+        self._configured = [OptimizerSettings.of(*each) for each in optimizers_with_schedules(trainer)]
+
+    def changed(self, trainer: Any) -> list[dict[str, list[Any]]]:
+        """For each optimizer, the settings that schedules have changed, to be saved."""
+        pairs = zip(self._configured, trainer.optimizers, strict=False)
+        return [settings.changed(optimizer) for settings, optimizer in pairs]
+
+    def resume(self, changed: list[dict[str, list[Any]]]) -> None:
+        """Takes what :meth:`changed` gave from a checkpoint; empty where the checkpoint does not have it."""
+        self._changed = changed
+
+    def restore(self, trainer: Any) -> None:
+        """Restores the settings, once, after a checkpoint was loaded; without one it leaves them alone."""
+        if self._changed is not None:
+            pairs = zip(self._configured, optimizers_with_schedules(trainer), strict=True)
+            for number, (settings, each) in enumerate(pairs):
+                settings.apply(*each, self._changed[number] if number < len(self._changed) else {})
+            self._changed = None

@@ -1,13 +1,16 @@
 """Checkpoints of a run: the last ones and the best."""
 
+import re
 import uuid
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
+from torch import Tensor
 
 from firefly_lightning import interrupts
 from firefly_lightning.callbacks.signals import Signals
@@ -110,6 +113,10 @@ def _in_own_form(strategy: Strategy) -> CheckpointIO:
     return AtomicCheckpointIO(portable=False) if nobodys_choice and isinstance(strategy, ShardedCheckpoints) else io
 
 
+LONGEST_MONITOR = 50
+"""Characters that the name of a checkpoint has of its monitor at most; file systems take 255 bytes in all."""
+
+
 class BestCheckpoint(ModelCheckpoint):
     """Keeps the checkpoint with the lowest validation loss.
 
@@ -127,7 +134,8 @@ class BestCheckpoint(ModelCheckpoint):
         self, monitor: str = "val_loss", mode: str = "min", save_top_k: int = 1, dirpath: str | None = None
     ) -> None:
         check_number("best_checkpoint.save_top_k", save_top_k, least=-1)
-        filename = f"best-step={{step}}-{monitor}={{{monitor}:.4f}}"
+        shown = re.sub(r"[^\w.-]+", "_", monitor)[:LONGEST_MONITOR]  # a kind may have any character, also `/` and `:`
+        filename = f"best-step={{step}}-{shown}={{monitored:.4f}}"
         super().__init__(
             dirpath=dirpath,
             filename=filename,
@@ -173,6 +181,11 @@ class BestCheckpoint(ModelCheckpoint):
         if self.best_k_models:
             self.best_model_path, self.kth_best_model_path = ranked[0], ranked[:kept][-1]
             self.best_model_score, self.kth_value = scores[ranked[0]], scores[self.kth_best_model_path]
+
+    def format_checkpoint_name(self, metrics: dict[str, Tensor], *args: Any, **kwargs: Any) -> str:
+        """Name of a checkpoint's file; the monitored value has a name of its own in the template of it."""
+        value = metrics.get(str(self.monitor), torch.tensor(torch.nan))
+        return super().format_checkpoint_name({**metrics, "monitored": value}, *args, **kwargs)
 
 
 def _saved_state(checkpoint: Path, key: str) -> dict[str, Any]:

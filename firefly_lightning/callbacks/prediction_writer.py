@@ -1,12 +1,12 @@
 """The file of the answers that a run generates."""
 
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from firefly_lightning.callbacks.run_folder import run_folder
 from firefly_lightning.data.protocol import batches_of
 from firefly_lightning.evaluation.predictions import Prediction, PredictionFile
 
@@ -71,8 +71,7 @@ class PredictionWriter(Callback):
 
     def _begin(self, trainer: L.Trainer, loader: Any) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a helper of the trainer
-            folder = trainer.log_dir or trainer.default_root_dir  # rank 0 says which version_N it is
-            self._file = PredictionFile(Path(folder), trainer.global_rank, sources_of(loader))
+            self._file = PredictionFile(run_folder(trainer), trainer.global_rank, sources_of(loader))
 
     def _end(self, trainer: L.Trainer) -> None:
         if not self._file:

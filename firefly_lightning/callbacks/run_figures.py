@@ -1,10 +1,12 @@
 """The metrics that a run has logged, and its two figures: losses, and the perplexity of each kind."""
 
 import csv
-from collections.abc import Mapping, Sequence
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -12,10 +14,11 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import LogFormatter
 
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.model.metric_names import of_kind, renamed
 from firefly_lightning.preparation.figures import BLUE, RED, find_font, save_figure
 
 GREY = "#8C8C8C"
-KIND_PERPLEXITY = "val_perplexity/"
+KIND_PERPLEXITY = of_kind("val_perplexity", "")
 PANELS, MOST_PANELS = 4, 60
 """Most panels beside one another, and in all: more would take minutes to draw, and nobody looks at them."""
 
@@ -23,22 +26,43 @@ Metrics = dict[str, dict[int, float]]
 """By the name of a column of ``metrics.csv``: its values by step."""
 
 
-def read_metrics(log_dir: Path) -> Metrics:
+def read_metrics(log_dir: Path, prefix: str = "", before: bool = False) -> Metrics:
     """Metrics of a run from its ``metrics.csv``, and of the runs that it resumed, up to where it took over.
 
     Args:
-        log_dir: Folder ``version_N`` of the run; the runs that it resumed are looked for in the versions before it.
+        log_dir: Folder of the run. The runs that it resumed are looked for in the files that :func:`keep_metrics` has
+            left in it, and if it is a ``version_N``, in the versions before it.
+        prefix: What its logger puts before the names of metrics.
+        before: Whether to leave out the run itself, which has not logged anything yet.
     """
     metrics: Metrics = {"train_loss": {}}
-    version = int(log_dir.name.removeprefix("version_"))
-    while True:
+    for file in itertools.islice(_files(log_dir), int(before), None):
         first = min(metrics["train_loss"], default=None)
-        for name, values in _read_csv(log_dir.with_name(f"version_{version}") / "metrics.csv").items():
+        for name, values in _read_csv(file, prefix).items():
             earlier = {step: value for step, value in values.items() if first is None or step < first}
             metrics.setdefault(name, {}).update(earlier)
-        if version == 0 or not min(metrics["train_loss"], default=0):
-            return metrics
-        version -= 1
+        if not min(metrics["train_loss"], default=0):
+            break
+    return metrics
+
+
+@rank_zero_only
+def keep_metrics(log_dir: Path) -> None:
+    """Renames the ``metrics.csv`` of an earlier run in the same folder, which Lightning's logger would remove."""
+    if (file := log_dir / "metrics.csv").is_file():
+        file.rename(log_dir / f"metrics-{_count_kept(log_dir)}.csv")
+
+
+def _files(log_dir: Path) -> Iterator[Path]:
+    """The metrics of a run and of those that it may have resumed, the newest first."""
+    yield log_dir / "metrics.csv"
+    yield from (log_dir / f"metrics-{at}.csv" for at in reversed(range(_count_kept(log_dir))))
+    if numbered := re.fullmatch(r"version_(\d+)", log_dir.name):
+        yield from (log_dir.with_name(f"version_{at}") / "metrics.csv" for at in reversed(range(int(numbered[1]))))
+
+
+def _count_kept(log_dir: Path) -> int:
+    return next(number for number in itertools.count() if not (log_dir / f"metrics-{number}.csv").exists())
 
 
 def draw_losses(metrics: Metrics, path: Path) -> None:
@@ -139,7 +163,7 @@ def _font(text: str) -> FontProperties | None:
         return None
 
 
-def _read_csv(path: Path) -> Metrics:
+def _read_csv(path: Path, prefix: str) -> Metrics:
     metrics: Metrics = {}
     if not path.is_file():
         return metrics
@@ -148,5 +172,5 @@ def _read_csv(path: Path) -> Metrics:
             step = int(row.pop("step"))
             for name, value in row.items():
                 if value:
-                    metrics.setdefault(name, {})[step] = float(value)
+                    metrics.setdefault(renamed(name.removeprefix(prefix)), {})[step] = float(value)
     return metrics

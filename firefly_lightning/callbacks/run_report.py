@@ -10,15 +10,16 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.table import Table
 
 from firefly_lightning.callbacks.run_figures import Metrics, draw_kinds, draw_losses, kind_perplexities, read_metrics
+from firefly_lightning.callbacks.run_folder import csv_folders, csv_loggers
 from firefly_lightning.console import markdown, new_table, render
 from firefly_lightning.data.counts_table import row_summary
 from firefly_lightning.data.protocol import data_of
 from firefly_lightning.files.atomic import new_file
+from firefly_lightning.model.metric_names import parted
 
 PACKAGES = ("firefly-lightning", "torch", "lightning", "transformers", "torchmetrics", "deepspeed", "colossalai")
 SPEED = ("target_tokens_per_second", "data_wait", "memory_gb", "mfu")
@@ -40,8 +41,7 @@ class Report(Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draws the figures and writes the report."""
-        for folder in _folders(trainer):
-            metrics = read_metrics(folder)
+        for folder, metrics in _logged(trainer):
             draw_losses(metrics, folder / "loss.png")
             if perplexities := kind_perplexities(metrics):
                 draw_kinds(perplexities, folder / "kinds.png")
@@ -62,8 +62,8 @@ class Report(Callback):
         if self.prints:  # what was logged, since there may be no logger of files
             values = {name: {0: float(value)} for name, value in sorted(trainer.callback_metrics.items())}
             pl_module.print("\n".join(map(render, last_values(values, stage, trainer))))
-        for folder in _folders(trainer):
-            _write(folder, trainer, last_values(read_metrics(folder), stage, trainer))
+        for folder, metrics in _logged(trainer):
+            _write(folder, trainer, last_values(metrics, stage, trainer))
 
 
 def training_results(metrics: Metrics) -> Iterator[Table]:
@@ -87,18 +87,18 @@ def training_results(metrics: Metrics) -> Iterator[Table]:
 def last_values(metrics: Metrics, stage: str, trainer: L.Trainer) -> Iterator[Table]:
     """The last value of every metric of a stage: a table of overall values, and a table with a row for each kind."""
     last = {name: values[max(values)] for name, values in metrics.items() if name.startswith(f"{stage}_") and values}
-    parted = {name: name.removeprefix(f"{stage}_").partition("/") for name in last}
-    overall = [(parts[0], _shown(last[name])) for name, parts in parted.items() if not parts[1]]
+    named = {name: parted(name.removeprefix(f"{stage}_")) for name in last}
+    overall = [(metric, _shown(last[name])) for name, (metric, kind) in named.items() if kind is None]
     if not overall:
         return
     rows = _rows_of(trainer, stage)
     if rows:
         overall.insert(0, ("rows", f"{sum(rows.values()):,}"))
     yield _table(({"val": "validation", "test": "test"}[stage], ""), overall)
-    columns = list(dict.fromkeys(parts[0] for parts in parted.values() if parts[1]))
+    columns = list(dict.fromkeys(metric for metric, kind in named.values() if kind is not None))
     of_kind: dict[str, dict[str, str]] = {}
-    for name, (metric, slash, kind) in parted.items():
-        if slash:
+    for name, (metric, kind) in named.items():
+        if kind is not None:
             of_kind.setdefault(kind, {})[metric] = _shown(last[name])
     for kind, count in rows.items():
         of_kind.setdefault(kind, {})["rows"] = f"{count:,}"
@@ -178,8 +178,11 @@ def _shown(value: float) -> str:
     return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
-def _folders(trainer: L.Trainer) -> Iterator[Path]:
-    for logger in trainer.loggers:
-        if isinstance(logger, CSVLogger):
-            logger.save()
-            yield Path(logger.log_dir)
+def _logged(trainer: L.Trainer) -> Iterator[tuple[Path, Metrics]]:
+    """Folder and metrics of each of the run's CSV loggers; a line says so where there is none."""
+    loggers = csv_loggers(trainer)
+    if not loggers and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a helper of the trainer
+        rank_zero_info("no report.md and no figures: they are made of metrics.csv, and trainer.logger has no CSVLogger")
+    for logger, (folder, prefix) in zip(loggers, csv_folders(trainer), strict=True):
+        logger.save()
+        yield folder, read_metrics(folder, prefix)

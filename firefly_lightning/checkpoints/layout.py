@@ -71,6 +71,12 @@ SCALER_KEY = "MixedPrecision"
 NAMES_KEY = "optimizer_parameters"
 """Key of the names of each optimizer's parameters, in the order of their numbers; only in a checkpoint of one file."""
 
+SETTINGS_KEY = "changed_settings"
+"""Key of the settings of each optimizer that schedules have changed in the run, such as ``lr`` and ``betas``."""
+
+LAST_STEP_KEY = "last_step"
+"""Key of the metrics of the last step, which are logged only after the step is saved."""
+
 TENSOR_KEYS = ("state_dict", "optimizer_states", NAMES_KEY)
 """Keys of a checkpoint of one file that ``trainer.ckpt`` lacks: the files beside it hold these tensors by name."""
 

@@ -12,7 +12,7 @@ def fit_loop_state(step: int, steps_per_epoch: int, micro_batches: int) -> dict[
 
     Args:
         step: Number of optimizer steps done, at least one.
-        steps_per_epoch: Number of optimizer steps that the plan has in an epoch.
+        steps_per_epoch: Number of optimizer steps that count as an epoch.
         micro_batches: Number of micro-batches that a rank takes for a step.
 
     Returns:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from firefly_lightning.data.plan import Rows, StepPlan
 from firefly_lightning.data.tokenized_rows import TokenizedRow, TokenizedRows
@@ -67,6 +67,9 @@ class PlannedBatches(Dataset[MicroBatch]):
         world_size: Number of ranks that share a step.
         rank: Number of this rank.
         pad_id: Token id of padding.
+
+    Attributes:
+        steps_per_epoch: Number of optimizer steps that count as an epoch; the plan's unless the trainer limits them.
     """
 
     def __init__(
@@ -79,9 +82,10 @@ class PlannedBatches(Dataset[MicroBatch]):
         self.rank = rank
         self.pad_id = pad_id
         self.micro_batches_per_step = plan.batch_size // (micro_batch_size * world_size)
+        self.steps_per_epoch = plan.steps_per_epoch
 
     def __len__(self) -> int:
-        return self.plan.steps_per_epoch * self.micro_batches_per_step
+        return self.steps_per_epoch * self.micro_batches_per_step
 
     def __getitem__(self, index: int) -> MicroBatch:
         step, position = divmod(index, self.micro_batches_per_step)
@@ -96,11 +100,12 @@ class PlannedBatches(Dataset[MicroBatch]):
         }
 
 
-class EpochSampler(DistributedSampler[int]):
+class EpochSampler(DistributedSampler[int], SequentialSampler):
     """Indices into :class:`PlannedBatches` for one epoch after another, from a given step on.
 
     It is a ``DistributedSampler``, since it gives a rank its share; Lightning then calls ``set_epoch`` and does not put
-    a sampler of its own in its place.
+    a sampler of its own in its place. It is a ``SequentialSampler``, since the plan has shuffled the rows already;
+    Lightning would put one in its place for ``overfit_batches``.
 
     Args:
         batches: The micro-batches that are indexed.
@@ -112,7 +117,7 @@ class EpochSampler(DistributedSampler[int]):
         self.batches = batches
         self.first_step = first_step
         # Lightning makes the first iterator before it says which epoch a resumed run is in.
-        self.epoch = first_step // batches.plan.steps_per_epoch
+        self.epoch = first_step // batches.steps_per_epoch
 
     def __iter__(self) -> Iterator[int]:
         per_epoch, per_step = len(self), self.batches.micro_batches_per_step

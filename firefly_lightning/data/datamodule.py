@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from firefly_lightning.data.batches import MicroBatch, PlanLoader, PlannedBatches, data_parallel_share, make_loader
 from firefly_lightning.data.counts_table import row_summary
+from firefly_lightning.data.limits import count_steps, limited_rows
 from firefly_lightning.data.mixing import Share, Source, check_share, split
 from firefly_lightning.data.plan import Rows, StepPlan, WeightedRows, check_shares
 from firefly_lightning.data.prompt_choice import choose_format
@@ -101,8 +102,7 @@ class FireflyDataModule(L.LightningDataModule):
         self.train: PlannedBatches = None  # type: ignore[assignment]  # until it is set up to train
         self.val: PlannedBatches | None = None
         self.test: PlannedBatches | None = None
-        self._val_check_interval: Any = None  # the trainer's, as the user set it
-        self._fitting, self._resumed_step = False, 0
+        self._stage, self._resumed_step = "", 0
         self._check_arguments()
 
     @cached_property
@@ -130,7 +130,7 @@ class FireflyDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Maps the token ids, plans the steps and tells the trainer how many micro-batches make a step."""
-        self._fitting, self._resumed_step = stage == "fit", 0
+        self._stage, self._resumed_step = stage, 0
         encoder = self._encoder
         self.world_size, self.rank = data_parallel_share(self.trainer.strategy if self.trainer else None)
         micro_batch_size = check_shares(self.batch_size, self.world_size, self.micro_batch_size)
@@ -157,8 +157,8 @@ class FireflyDataModule(L.LightningDataModule):
             if not self.val:
                 raise FireflyError("data.predict_files: nothing to answer; name a file there")
             self.answered = self._prompted(self.val.rows, self.val.plan.sources[0].rows, micro_batch_size)
-        if stage == "fit":
-            self._set_accumulation()
+        if stage == "fit" and self.trainer:
+            count_steps(self.trainer, self.train)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer step that comes next, and the fingerprint of the plan that says which rows that step has."""
@@ -172,7 +172,7 @@ class FireflyDataModule(L.LightningDataModule):
         Raises:
             FireflyError: If the plan is not the one that the checkpoint was saved under.
         """
-        if not self._fitting or not state:
+        if self._stage != "fit" or not state:
             return
         saved, now = state["plan"], self.train.plan.fingerprint()
         changed = [f"{name} {saved.get(name)} → {now[name]}" for name in now if saved.get(name) != now[name]]
@@ -254,35 +254,11 @@ class FireflyDataModule(L.LightningDataModule):
         lengths = rows.lengths if lengths is None else lengths
         if not shuffle:  # evaluation: each row once, like lengths together, one micro-batch a step and rank
             batch_size = micro_batch_size * self.world_size
-            sources = [WeightedRows(part.rows[np.argsort(-lengths[part.rows], kind="stable")]) for part in sources]
+            (taken,) = (part.rows for part in sources)
+            taken = taken[: limited_rows(self.trainer, self._stage, len(taken), self.batch_size)]
+            sources = [WeightedRows(taken[np.argsort(-lengths[taken], kind="stable")])]
         plan = StepPlan(lengths, rows.target_tokens, sources, batch_size, self.seed, shuffle)
         return PlannedBatches(rows, plan, micro_batch_size, self.world_size, self.rank, self.tokenizer.pad_token_id)
-
-    def _set_accumulation(self) -> None:
-        """Sets the trainer's accumulation, and has its ``val_check_interval`` count optimizer steps."""
-        trainer = self.trainer
-        if trainer is None:
-            return
-        per_step = self.train.micro_batches_per_step
-        if trainer.accumulate_grad_batches not in (1, per_step):
-            raise FireflyError(
-                f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} disagrees with data.batch_size: "
-                f"{per_step} micro-batches make a step here; leave it out and set data.micro_batch_size"
-            )
-        trainer.accumulate_grad_batches = per_step
-        self._check_lasts()
-        interval = self._val_check_interval = self._val_check_interval or trainer.val_check_interval
-        if isinstance(interval, float) and interval < 1:  # a share of an epoch, in whole steps
-            interval = max(1, int(interval * self.train.plan.steps_per_epoch))
-        if isinstance(interval, int):
-            trainer.val_check_interval = interval * per_step
-
-    def _check_lasts(self) -> None:
-        """Refuses, before a run begins, one whose sources do not last for all of its steps."""
-        steps, epochs = (getattr(self.trainer, name, None) or -1 for name in ("max_steps", "max_epochs"))
-        if steps < 0 < epochs:
-            steps = epochs * self.train.plan.steps_per_epoch
-        self.train.plan.check_lasts(max(steps, 0))
 
     def _loader(self, batches: PlannedBatches, **how: Any) -> DataLoader[MicroBatch]:
         return make_loader(batches, self.num_workers, self.pin_memory, **how)

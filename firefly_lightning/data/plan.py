@@ -103,6 +103,13 @@ class StepPlan:
         groups = np.array_split(longest_first, self.batch_size // micro_batch_size)
         return [groups[rank::world_size] for rank in range(world_size)]
 
+    def repeated(self, steps: int) -> "StepPlan":
+        """A plan whose every epoch takes the rows of the first steps of this one again, step by step."""
+        rows = np.concatenate([self.rows(step) for step in range(steps)])
+        return StepPlan(
+            self.lengths, self._target_tokens, [WeightedRows(rows)], self.batch_size, self.seed, shuffle=False
+        )
+
     def fingerprint(self) -> dict[str, int | str]:
         """What identifies the plan: two plans with equal fingerprints give equal rows at every step."""
         digest = xxhash.xxh3_128()

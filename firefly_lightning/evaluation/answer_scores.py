@@ -11,6 +11,7 @@ from torchmetrics.functional.text import rouge_score
 
 from firefly_lightning.evaluation.answer_parsing import corrections, entities, final_answer, label
 from firefly_lightning.evaluation.predictions import Prediction
+from firefly_lightning.model.metric_names import of_kind
 
 Scores = dict[str, Tensor]
 """Scores by name."""
@@ -37,11 +38,11 @@ class AnswerScores:
                 metric.update(rows)
 
     def compute(self, device: torch.device) -> Scores:
-        """Scores such as ``bleu/Couplet``, of all ranks together, for the kinds that any rank had rows of."""
+        """Scores such as ``bleu_of/Couplet``, of all ranks together, for the kinds that any rank had rows of."""
         found: Scores = {}
         for kind, metrics in self.metrics.items():
             for metric in metrics:
-                found.update({f"{name}/{kind}": score for name, score in metric.to(device).compute().items()})
+                found.update({of_kind(name, kind): score for name, score in metric.to(device).compute().items()})
         return found
 
 

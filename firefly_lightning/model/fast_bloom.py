@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.checkpoint import checkpoint
-from transformers import BloomForCausalLM
+from transformers import BloomConfig, BloomForCausalLM
 
 from firefly_lightning.data.batches import MicroBatch
+from firefly_lightning.errors import FireflyError
 from firefly_lightning.model.loss import (
     TargetScores,
     chunked_target_scores,
@@ -67,6 +69,31 @@ class Keeping(NamedTuple):
 KEEPING_ALL = Keeping()
 
 
+ENGINES = ("torch.distributed", "deepspeed", "colossalai", "accelerate")
+"""Packages whose hooks on a module do not look at attention weights."""
+
+
+def takes_fast_pass(attention: str, config: BloomConfig) -> bool:
+    """Whether a model is computed by :class:`FastBloom`, and not by Hugging Face's own forward pass.
+
+    With ``slow_but_exact`` Hugging Face sums the parts that the processes of pretraining had, and leaves out biases.
+
+    Args:
+        attention: ``sdpa``, ``eager`` or ``auto``.
+        config: Configuration of the model.
+
+    Raises:
+        FireflyError: If it is ``sdpa``, and the configuration asks for what only Hugging Face's own pass computes.
+    """
+    in_parts = config.slow_but_exact and config.pretraining_tp > 1
+    if in_parts and attention == "sdpa":
+        raise FireflyError(
+            f"config.json: slow_but_exact with pretraining_tp {config.pretraining_tp} is computed by Hugging Face's "
+            "own pass only; set model.attention to eager or auto"
+        )
+    return attention != "eager" and not in_parts
+
+
 class FastBloom:
     """Computes the loss of a Bloom on the targets of a micro-batch.
 
@@ -83,7 +110,7 @@ class FastBloom:
         for block in model.transformer.h:
             block.forward = partial(_block_forward, block, block.forward)
             attention = block.self_attention
-            attention.forward = partial(_attention_forward, attention, attention.forward)
+            attention.forward = partial(_attention_forward, block, attention, attention.forward)
 
     def target_loss(self, batch: MicroBatch) -> Tensor:
         """Summed negative log-likelihood of a micro-batch's targets, a scalar in float32."""
@@ -257,12 +284,26 @@ def _gelu(inputs: Tensor) -> Tensor:
     return F.gelu(inputs, approximate="tanh")
 
 
+def _is_watched(*modules: nn.Module) -> bool:
+    """Whether somebody's hook looks at what modules give, among it the weights that only the stock pass computes."""
+    hooks = [*_global_forward_hooks.values(), *(hook for module in modules for hook in module._forward_hooks.values())]
+    return any(not str(getattr(hook, "__module__", "")).startswith(ENGINES) for hook in hooks)
+
+
 def _attention_forward(
-    attention: Any, stock: Any, hidden: Tensor, residual: Tensor, alibi: Tensor, attention_mask: Any, **kwargs: Any
+    block: Any,
+    attention: Any,
+    stock: Any,
+    hidden: Tensor,
+    residual: Tensor,
+    alibi: Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
 ) -> Any:
     """Attention in one kernel where generation calls it with a cache of keys and values; the stock pass otherwise.
 
     Args:
+        block: The block of the attention module.
         attention: The attention module of a block.
         stock: The module's own forward pass.
         hidden: (rows, length, hidden_size) the input of attention.
@@ -271,8 +312,8 @@ def _attention_forward(
         attention_mask: (rows, 1, length, positions) what causality and padding add to the scores.
         kwargs: Further keyword arguments of the module's own forward pass.
     """
-    cache = kwargs.get("layer_past")
-    if cache is None or attention.training or kwargs.get("output_attentions") or kwargs.get("head_mask") is not None:
+    cache, watched = kwargs.get("layer_past"), kwargs.get("output_attentions") or _is_watched(block, attention)
+    if cache is None or attention.training or watched or kwargs.get("head_mask") is not None:
         return stock(hidden, residual, alibi=alibi, attention_mask=attention_mask, **kwargs)
     query, key, value = attention._reshape(attention.query_key_value(hidden))
     key, value = cache.update(key, value, attention.layer_idx)
@@ -280,7 +321,8 @@ def _attention_forward(
     if attention_mask is not None:
         bias = bias + attention_mask[..., : key.shape[2]]
     context = F.scaled_dot_product_attention(query, key, value, bias.to(query), scale=attention.inv_norm_factor)
-    return attention.dense(context.transpose(1, 2).flatten(2)) + residual, cache
+    second = cache if "head_mask" in kwargs else None  # transformers 4 gives the cache, 5 the attention weights
+    return attention.dense(context.transpose(1, 2).flatten(2)) + residual, second
 
 
 def _dropout(block: Any, hidden: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from firefly_lightning.model.loss import TargetScores
+from firefly_lightning.model.metric_names import of_kind
 
 
 class TargetMetrics(Metric):  # type: ignore[misc]
@@ -52,7 +53,7 @@ class TargetMetrics(Metric):  # type: ignore[misc]
             state.index_add_(0, kinds, counted.long())
 
     def compute(self) -> dict[str, Tensor]:
-        """Metrics over all targets, such as ``accuracy``, and of each kind with targets, such as ``accuracy/Couplet``.
+        """Metrics over all targets, such as ``accuracy``, and of each kind with targets: ``accuracy_of/Couplet``.
 
         ``loss`` is the mean negative log-likelihood in nats, over all targets only; ``perplexity`` is its exponential;
         ``accuracy`` is the share of targets than which no token is likelier; ``eos_accuracy`` is that share among the
@@ -64,7 +65,7 @@ class TargetMetrics(Metric):  # type: ignore[misc]
             ("accuracy", self.hits, self.targets),
             ("eos_accuracy", self.closing_hits, self.closings),
         ):
-            keys = [name, *(f"{name}/{kind}" for kind in self.kinds)]
+            keys = [name, *(of_kind(name, kind) for kind in self.kinds)]
             both = (torch.cat([state.sum()[None], state]) for state in (sums, counts))
             for key, total, count in zip(keys, *both, strict=True):
                 if count:

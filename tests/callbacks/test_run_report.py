@@ -146,7 +146,7 @@ def test_the_report_of_a_training(shown):
     assert table["lowest validation loss"] == [f"{float(validated[best]):.4f} at step {best + 1}"]
     assert table["perplexity"] == [f"{float(logged(root, 'val_perplexity')[3]):,.4g}"]
     for kind in ("对联", "Summary", "a|b$c"):
-        names = (f"val_{name}/{kind}" for name in ("accuracy", "eos_accuracy", "perplexity"))
+        names = (f"val_{name}_of/{kind}" for name in ("accuracy", "eos_accuracy", "perplexity"))
         values = [logged(root, name).get(3) for name in names]
         shown = [f"{float(value):,.4g}" if value else "–" for value in values]
         assert results[kind.replace("|", "\\|")][1:] == shown
@@ -231,3 +231,29 @@ def test_many_kinds_have_rows_of_panels_up_to_a_number(tmp_path, monkeypatch, ki
 
 def test_metrics_of_a_run_that_left_none(tmp_path):
     assert read_metrics(Path(tmp_path / "version_0")) == {"train_loss": {}}
+
+
+@pytest.mark.parametrize("name", ["first", "", "version_x", "版本", "version_3"])
+def test_metrics_of_a_folder_of_any_name(tmp_path, name):
+    """Only numbered ones are a chain of runs that were resumed."""
+    folder = tmp_path / "exp" / name
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text("step,train_loss,val_perplexity/对联\n3,2.5,\n4,2.25,9.0\n", "utf-8")
+    assert read_metrics(folder) == {"train_loss": {3: 2.5, 4: 2.25}, "val_perplexity_of/对联": {4: 9.0}}
+
+
+def test_metrics_behind_a_prefix(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,mine-train_loss,mine-val_perplexity_of/a/b\n0,2.5,4.0\n", "utf-8")
+    assert read_metrics(tmp_path, "mine-") == {"train_loss": {0: 2.5}, "val_perplexity_of/a/b": {0: 4.0}}
+
+
+def test_a_chain_of_runs_has_the_old_names_too(tmp_path):
+    before = "step,train_loss,val_accuracy/NER\n0,3.0,\n1,2.9,0.5\n2,2.8,\n"
+    for version, text in enumerate((before, "step,train_loss,val_accuracy_of/NER\n2,1.0,0.75\n")):
+        folder = tmp_path / f"version_{version}"
+        folder.mkdir()
+        (folder / "metrics.csv").write_text(text)
+    assert read_metrics(tmp_path / "version_1") == {
+        "train_loss": {0: 3.0, 1: 2.9, 2: 1.0},
+        "val_accuracy_of/NER": {1: 0.5, 2: 0.75},
+    }

@@ -217,7 +217,6 @@ def test_own_control_strings(model_folder, rows_file, tmp_path):
 def test_validation_comes_between_steps(model_folder, rows_file, tmp_path, interval, expected):
     data = make_data(model_folder, rows_file, tmp_path, batch_size=8, micro_batch_size=2)  # 8 steps of 4 micro-batches
     data.trainer = SimpleNamespace(**{**vars(data.trainer), "val_check_interval": interval})
-    data._val_check_interval = None
     for _ in range(2):  # a trainer may be used for more than one fit
         data.setup("fit")
         assert data.trainer.val_check_interval == expected

@@ -55,18 +55,18 @@ def expected(answered) -> dict[str, float]:
     found = {}
     for kind in ("Couplet", "Cot", "我的题"):
         given, wanted = ([row[side] for row in of_kind[kind]] for side in ("generated", "target"))
-        found[f"bleu/{kind}"] = sacrebleu.corpus_bleu(given, [wanted], tokenize="char").score
-        found[f"chrf/{kind}"] = sacrebleu.corpus_chrf(given, [wanted]).score
-        found[f"rouge_l/{kind}"] = mean([100 * rouge_l(*pair) for pair in zip(given, wanted, strict=True)])
+        found[f"bleu_of/{kind}"] = sacrebleu.corpus_bleu(given, [wanted], tokenize="char").score
+        found[f"chrf_of/{kind}"] = sacrebleu.corpus_chrf(given, [wanted]).score
+        found[f"rouge_l_of/{kind}"] = mean([100 * rouge_l(*pair) for pair in zip(given, wanted, strict=True)])
     for kind in ("NLI", "SentimentAnalyze"):
-        found[f"exact_match/{kind}"] = mean(
+        found[f"exact_match_of/{kind}"] = mean(
             [row["generated"].strip("。 ") == row["target"].strip("。") for row in of_kind[kind]]
         )
-    found["answer_accuracy/Cot"] = float(of_kind["Cot"][0]["generated"].endswith("因此，最终的答案是：3"))
+    found["answer_accuracy_of/Cot"] = float(of_kind["Cot"][0]["generated"].endswith("因此，最终的答案是：3"))
     named = [(entities(row["target"]), entities(row["generated"])) for row in of_kind["NER"]]
-    found |= {f"entity_{name}/NER": value for name, value in sets(named, 1).items()}
+    found |= {f"entity_{name}_of/NER": value for name, value in sets(named, 1).items()}
     edits = [tuple(corrections(row["input"], row["target"], row["generated"])) for row in of_kind["TextCorrection"]]
-    return found | {f"edit_{name}/TextCorrection": value for name, value in sets(edits, 0.5).items()}
+    return found | {f"edit_{name}_of/TextCorrection": value for name, value in sets(edits, 0.5).items()}
 
 
 def mean(values) -> float:
@@ -98,12 +98,12 @@ def command(taught, rows, root, *more):
 
 
 def check(expected, answered, root) -> None:
-    assert 0 < expected["bleu/Couplet"] < 100, "knows some"
+    assert 0 < expected["bleu_of/Couplet"] < 100, "knows some"
     assert len({0.0, 1.0, 100.0}.intersection(expected.values())) < len({*expected.values()}), "and others in part"
     columns = {name: logged(root, f"test_{name}") for name in expected}
     found = {name: float(next(iter(values.values()))) for name, values in columns.items()}
     assert found == pytest.approx(expected, rel=1e-6)
-    assert logged(root, "test_accuracy/Couplet")
+    assert logged(root, "test_accuracy_of/Couplet")
     assert predicted(root, 0) == answered
 
 
@@ -126,14 +126,16 @@ def test_kinds_without_rows_have_no_scores():
     row = {"row": 0, "kind": "Couplet", "input": "", "target": "甲乙丙丁", "generated": "甲乙丙丁"}
     scores.update([row])
     found = scores.compute(torch.device("cpu"))
-    assert found == {"bleu/Couplet": pytest.approx(100), "chrf/Couplet": 100, "rouge_l/Couplet": 100}
+    assert found == {
+        "bleu_of/Couplet": pytest.approx(100), "chrf_of/Couplet": 100, "rouge_l_of/Couplet": 100,
+    }  # fmt: skip
 
 
 def test_nothing_wanted_and_nothing_named_is_right():
     scores = AnswerScores(["NER"])
     scores.update([{"row": 0, "kind": "NER", "input": "", "target": "不存在实体", "generated": "无"}])
     assert scores.compute(torch.device("cpu")) == {
-        "entity_precision/NER": 1,
-        "entity_recall/NER": 1,
-        "entity_f1/NER": 1,
+        "entity_precision_of/NER": 1,
+        "entity_recall_of/NER": 1,
+        "entity_f1_of/NER": 1,
     }

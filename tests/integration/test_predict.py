@@ -76,5 +76,5 @@ def test_answers_are_those_of_stock_hugging_face(strategy, taught, rows, other_r
     assert predicted(tmp_path, 5) == before
     given, wanted = ([row[side] for row in before if row["kind"] == "Summary"] for side in ("generated", "target"))
     bleu = sacrebleu.corpus_bleu(given, [wanted], tokenize="char")
-    (logged_bleu,) = logged(tmp_path, "test_bleu/Summary", 5).values()
+    (logged_bleu,) = logged(tmp_path, "test_bleu_of/Summary", 5).values()
     assert float(logged_bleu) == pytest.approx(bleu.score)

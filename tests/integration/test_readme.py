@@ -323,7 +323,7 @@ CHECKS = {
     "firefly-fit fit .*runs/moved$": check_moved("moved", range(5, 7)),
     "firefly-fit fit .*runs/back$": check_moved("back", range(7, 9)),
     "firefly-fit validate": check_evaluation("val"),
-    "firefly-fit test": check_evaluation("test", "bleu/Weather", "chrf/Weather", "rouge_l/Weather"),
+    "firefly-fit test": check_evaluation("test", *(f"{name}_of/Weather" for name in ("bleu", "chrf", "rouge_l"))),
     "firefly export": check_exported("chat-model"),
     "firefly chat .*--prompt": check_answer,
     "firefly chat --model chat-model$": check_conversation,

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import json
+import shutil
 from itertools import product
 
 import numpy as np
@@ -10,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import BloomForCausalLM
+from transformers import BloomConfig, BloomForCausalLM
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-from firefly_lightning import FireflyModule
+from firefly_lightning import FireflyError, FireflyModule
 from firefly_lightning.data.batches import collate
 from firefly_lightning.data.tokenized_rows import TokenizedRow
 from firefly_lightning.model import fast_bloom as fast
 from firefly_lightning.model import loss
-from firefly_lightning.model.fast_bloom import AlibiBias, FastBloom, alibi_slopes
+from firefly_lightning.model.fast_bloom import AlibiBias, FastBloom, alibi_slopes, takes_fast_pass
 from tests.support.helpers import FORKS, anonymous_memory, give_memory_back
 from tests.support.reference import backward, labelled
 
@@ -279,3 +281,94 @@ def test_a_step_runs_where_there_are_no_values(model_folder, batches):
     assert recorded[0] == recorded[1] == recorded[2]
     assert len(recorded[0]) > 50
     assert not [name for name in recorded[0] if "nonzero" in name or "_local_scalar_dense" in name]
+
+
+def outputs_of(model: BloomForCausalLM, watch, ids: torch.Tensor) -> list:
+    """What a forward hook sees while two tokens are generated with a cache, in eager's own form."""
+    seen: list = []
+    handles = watch(model, lambda module, given, output: seen.append(output))
+    with torch.no_grad():
+        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=2)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def on_attention(model: BloomForCausalLM, hook) -> list:
+    return [block.self_attention.register_forward_hook(hook) for block in model.transformer.h]
+
+
+WATCHED = {
+    "attention": on_attention,
+    "blocks": lambda model, hook: [block.register_forward_hook(hook) for block in model.transformer.h],
+    "everything": lambda model, hook: [torch.nn.modules.module.register_module_forward_hook(
+        lambda module, given, output: hook(module, given, output) if type(module).__name__ == "BloomAttention" else None
+    )],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", WATCHED)
+def test_a_hook_sees_in_generation_what_stock_bloom_gives(stock, where):
+    """The second output of attention: its weights in transformers 5, the cache in 4."""
+    model, ids = copy.deepcopy(stock).eval(), torch.arange(4, 24).view(2, 10)
+    expected = outputs_of(model, WATCHED[where], ids)
+    FastBloom(model)
+    found = outputs_of(model, WATCHED[where], ids)
+    assert len(found) == len(expected) == 2 * 2
+    for one, other in zip(found, expected, strict=True):
+        assert len(one) == len(other)
+        for value, wanted in zip(one, other, strict=True):
+            assert type(value) is type(wanted)
+            if isinstance(wanted, torch.Tensor):
+                assert value.shape == wanted.shape
+                assert torch.allclose(value, wanted, atol=1e-6)
+
+
+def test_an_engines_hooks_leave_generation_fast(stock):
+    model, ids, calls = copy.deepcopy(stock).eval(), torch.arange(4, 24).view(2, 10), []
+    FastBloom(model)
+
+    def hook(module, given, output):
+        calls.append(output[1])
+
+    hook.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    outputs_of(model, lambda model, seen: on_attention(model, hook), ids)
+    assert len(calls) == 4
+    assert not any(isinstance(second, torch.Tensor) for second in calls), "no weights were computed"
+
+
+@pytest.fixture(scope="module")
+def in_parts(model_folder, tmp_path_factory):
+    """The model's folder, asking for sums in parts, as two processes of pretraining made them."""
+    folder = tmp_path_factory.mktemp("in-parts") / "model"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"slow_but_exact": True, "pretraining_tp": 2}))
+    return folder
+
+
+def test_sums_in_parts_are_those_of_stock_bloom(in_parts, batches):
+    """They leave out biases, so that the fast pass would give another loss."""
+    batch = as_batch(batches["right-padded"])
+    module = FireflyModule(str(in_parts))
+    module.configure_model()
+    found = module._pass.target_loss(batch) / len(batch["target_ids"])
+    found.backward()
+    expected = BloomForCausalLM.from_pretrained(in_parts).float()
+    value = backward(expected, batches["right-padded"])
+    assert float(found) == pytest.approx(value, rel=1e-5)
+    for (name, parameter), other in zip(module.model.named_parameters(), expected.parameters(), strict=True):
+        if other.grad is not None:
+            assert torch.allclose(parameter.grad, other.grad, atol=1e-5), name
+    wrong = FastBloom(copy.deepcopy(expected)).target_loss(batch) / len(batch["target_ids"])
+    assert abs(float(wrong) / value - 1) > 1e-5
+
+
+def test_sums_in_parts_are_no_fast_pass(in_parts):
+    module = FireflyModule(str(in_parts), attention="sdpa")
+    with pytest.raises(FireflyError, match="slow_but_exact with pretraining_tp 2 is computed by Hugging Face's own"):
+        module.configure_model()
+    config = BloomConfig(slow_but_exact=True, pretraining_tp=1)
+    assert takes_fast_pass("auto", config)
+    assert takes_fast_pass("sdpa", config)
+    assert not takes_fast_pass("eager", config)

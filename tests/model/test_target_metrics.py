@@ -39,7 +39,7 @@ def expected(taught, val_rows) -> dict[str, float]:
     with torch.no_grad():
         for kind, (ids, labels) in zip(kinds, labelled(taught, val_rows), strict=True):
             logits = model(torch.tensor([ids])).logits[0, :-1]
-            for name in (f"/{kind}", ""):
+            for name in (f"_of/{kind}", ""):
                 for at, label in enumerate(labels[1:]):
                     if label != -100:
                         nlls.setdefault(name, []).append(float(F.cross_entropy(logits[at], torch.tensor(label))))

@@ -256,9 +256,15 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
         """The module's optimizer and schedule; where its states are offloaded it must be DeepSpeed's own Adam.
 
         Raises:
-            FireflyError: If it is another optimizer and its states are offloaded.
+            FireflyError: If it is another optimizer and its states are offloaded, or if the configuration has a
+                schedule besides the module's.
         """
         optimizer, scheduler = super()._init_optimizers()
+        if scheduler is not None and "scheduler" in self.config:
+            raise FireflyError(
+                "the DeepSpeed configuration has a scheduler but no optimizer, and the module has both: "
+                "leave the scheduler out there, or name the optimizer there too"
+            )
         if self._needs_cpu_adam and type(optimizer).__name__ != "DeepSpeedCPUAdam":
             raise FireflyError(
                 f"offload_optimizer needs DeepSpeedCPUAdam, not {type(optimizer).__name__}; "
