@@ -4,7 +4,6 @@ import logging
 import shutil
 import sys
 import warnings
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import rich
 from jsonargparse import ArgumentParser, capture_parser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, _InstantiatorFn
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
@@ -26,14 +25,14 @@ from firefly_lightning.callbacks.model_size import ModelSize
 from firefly_lightning.callbacks.prediction_writer import PredictionWriter
 from firefly_lightning.callbacks.progress_bar import RunProgressBar, spare_bars
 from firefly_lightning.callbacks.run_figures import keep_metrics
-from firefly_lightning.callbacks.run_folder import csv_folders, run_folder
+from firefly_lightning.callbacks.run_folder import csv_folders
 from firefly_lightning.callbacks.run_report import Report
 from firefly_lightning.callbacks.sample_answers import Samples
+from firefly_lightning.callbacks.saved_configuration import SavedConfiguration
 from firefly_lightning.callbacks.signals import EndOnSignals
 from firefly_lightning.callbacks.start_checks import StartChecks
 from firefly_lightning.callbacks.throughput import Throughput
 from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
-from firefly_lightning.checkpoints.layout import CONFIGURATION_KEY
 from firefly_lightning.checkpoints.paths import find_checkpoint
 from firefly_lightning.checkpoints.saved_config import differences, read_configuration
 from firefly_lightning.cli_errors import OneLineErrors, Refusals, alike_names, check_numbers, check_values, refusals_of
@@ -50,33 +49,6 @@ _OF_A_START = ("config.yaml", "hparams.yaml", "events.out.tfevents.")
 
 class _Parser(OneLineErrors, LightningArgumentParser):
     pass
-
-
-class SavedConfiguration(SaveConfigCallback):
-    """Writes the whole configuration beside the figures of a run, and into its checkpoints."""
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Finds the folder of the run, which takes all processes; the first one then writes the configuration."""
-        self._folder = run_folder(trainer)
-        super().setup(trainer, pl_module, stage)
-
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Writes the configuration, unless it would take the place of the user's own file."""
-        written = self._folder / self.config_filename
-        if any(written.exists() and written.samefile(str(given)) for given in self.config.get("config") or ()):
-            rank_zero_info(f"{written} is the configuration that was given, and stays as it is")
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, str(written), skip_none=False, overwrite=True, multifile=self.multifile)
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the configuration to a checkpoint, as YAML."""
-        checkpoint[CONFIGURATION_KEY] = self._text
-
-    @cached_property
-    def _text(self) -> str:
-        """The configuration as YAML; made once, since that takes some tenths of a second."""
-        return str(self.parser.dump(self.config, skip_none=False))
 
 
 class FireflyCLI(LightningCLI):

@@ -83,8 +83,7 @@ class FireflyModule(L.LightningModule):
         self.path = path
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.attention = attention
-        self.gradient_checkpointing = gradient_checkpointing
-        self.from_scratch = from_scratch
+        self.gradient_checkpointing, self.from_scratch = gradient_checkpointing, from_scratch
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.decoding = decoding or Decoding()
         self.model: BloomForCausalLM = None  # until configure_model, where Lightning wants it to be built
