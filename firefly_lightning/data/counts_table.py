@@ -8,6 +8,7 @@ from rich.cells import cell_len
 from rich.table import Table
 
 from firefly_lightning.console import render
+from firefly_lightning.data.sources.row_texts import beside_all
 from firefly_lightning.data.tokenized_rows import COUNTED, Counts, TokenizedRows
 from firefly_lightning.errors import some
 
@@ -46,11 +47,11 @@ def counts_table(names: Sequence[str], counts: Sequence[Counts]) -> str:
         names: Names of the sources, for the title.
         counts: The counts of each source.
     """
-    kinds = sorted({kind for source in counts for kind in source})
+    kinds = sorted({beside_all(kind) for source in counts for kind in source})
     totals = {kind: Counter[str]() for kind in [*kinds, "all"]}
     for source in counts:
         for kind, numbers in source.items():
-            totals[kind].update(numbers)
+            totals[beside_all(kind)].update(numbers)
             totals["all"].update(numbers)
     table = Table(title=", ".join(names), box=SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
     table.add_column("kind", min_width=max(cell_len(kind) for kind in totals))
