@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from rich.table import Table
 
 from firefly_lightning.console import new_table, render
+from firefly_lightning.data.sources.row_texts import beside_all
 from firefly_lightning.data.tokenized_rows import COUNTED, Counts, TokenizedRows
 from firefly_lightning.errors import some
 
@@ -45,11 +46,11 @@ def counts_table(names: Sequence[str], counts: Sequence[Counts], written: Callab
         counts: The counts of each source.
         written: What makes a text of the table: ``render`` for a terminal, ``markdown`` for a file.
     """
-    kinds = sorted({kind for source in counts for kind in source})
+    kinds = sorted({beside_all(kind) for source in counts for kind in source})
     totals = {kind: Counter[str]() for kind in [*kinds, "all"]}
     for source in counts:
         for kind, numbers in source.items():
-            totals[kind].update(numbers)
+            totals[beside_all(kind)].update(numbers)
             totals["all"].update(numbers)
     table = new_table(title=", ".join(names))
     table.add_column("kind")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from firefly_lightning.console import render
 from firefly_lightning.data.sources.records import find_sources, read_records
-from firefly_lightning.data.sources.row_texts import printable
+from firefly_lightning.data.sources.row_texts import beside_all, printable
 from firefly_lightning.errors import FireflyError, some
 from firefly_lightning.files.atomic import check_new_file, new_file
 from firefly_lightning.preparation.duplicates import Duplicate, DuplicateIndex, Texts, normalise, sign
@@ -140,16 +140,18 @@ class Findings:
 
     def as_json(self) -> dict[str, Any]:
         """The content of the report."""
-        return {"counts": {"all": self.totals(), **self.counts}, "examples": self.examples}
+        named = {beside_all(kind): counts for kind, counts in self.counts.items()}
+        return {"counts": {"all": self.totals(), **named}, "examples": self.examples}
 
     def table(self, title: str) -> str:
         """The counts as a table with a line for each kind and one for all, and a column for each reason."""
         reasons = list(self.totals())
         table = Table(title=title, box=SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
-        table.add_column("kind", min_width=max(map(cell_len, self.counts)))
+        named = {beside_all(kind): counts for kind, counts in self.counts.items()}
+        table.add_column("kind", min_width=max(map(cell_len, named)))
         for reason in reasons:
             table.add_column(reason, justify="right")
-        for kind, counts in [*sorted(self.counts.items()), ("all", self.totals())]:
+        for kind, counts in [*sorted(named.items()), ("all", self.totals())]:
             table.add_row(kind, *(f"{counts.get(reason, 0):,}" for reason in reasons))
         return render(table)
 

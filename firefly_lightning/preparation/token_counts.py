@@ -8,6 +8,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from firefly_lightning.data.plan import StepPlan, WeightedRows
+from firefly_lightning.data.sources.row_texts import beside_all
 from firefly_lightning.data.tokenized_rows import TokenizedRows
 from firefly_lightning.preparation.stats import ALL
 
@@ -26,7 +27,7 @@ def describe(
         max_length: Most tokens of a row in training.
     """
     order = np.argsort(-np.bincount(whole.kind_ids, minlength=len(whole.kinds)), kind="stable")
-    named = [(ALL, None), *((whole.kinds[at], whole.kinds[at]) for at in order)]
+    named = [(ALL, None), *((beside_all(whole.kinds[at]), whole.kinds[at]) for at in order)]
     return {name: _describe(kind, whole, cut, padding, max_length) for name, kind in named}
 
 

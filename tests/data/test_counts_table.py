@@ -16,3 +16,12 @@ def test_the_table_adds_sources_up_and_cuts_no_word():
     assert ["all", "1,650,003", "23", "6", "7", "8", "300,000,003", "100,000,003"] in lines
     words = [word for line in lines for word in line]
     assert all(word in words for heading in HEADINGS.values() for word in heading.split())
+
+
+def test_a_kind_called_all_and_one_like_markup_have_lines_of_their_own():
+    counts = {"all": dict.fromkeys(COUNTED, 1), "[/x]": dict.fromkeys(COUNTED, 2)}
+    lines = [line.split() for line in counts_table(["[/y].jsonl"], [counts]).splitlines()]
+    assert ["[/y].jsonl"] in lines
+    assert ["all", "(a", "kind)", *["1"] * 7] in lines
+    assert ["[/x]", *["2"] * 7] in lines
+    assert ["all", *["3"] * 7] in lines

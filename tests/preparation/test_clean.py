@@ -294,12 +294,16 @@ def test_columns_of_a_table_that_json_cannot_hold_are_written_as_text_or_named(t
 
 def test_kinds_are_shown_as_they_are(tmp_path, capsys):
     rows = [
+        row("有问", "有答", "all"),
         row("问", "答", "[/x]"),
         row("再问", "再答", "[bold]"),
         row("又问", "又答", ":smile:"),
         row("还问", "", "[/x]"),
     ]
-    assert len(cleaned(tmp_path, rows)[0]) == 3
+    kept, report = cleaned(tmp_path, rows)
+    assert len(kept) == 4
+    assert report["counts"]["all"] == {"read": 5, "kept": 4, "empty": 1}
+    assert report["counts"]["all (a kind)"] == {"read": 1, "kept": 1}
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["[/x]", "2", "1", "1"] in lines
     assert {"[bold]", ":smile:"} <= {line[0] for line in lines if line}

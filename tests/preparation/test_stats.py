@@ -129,13 +129,14 @@ def test_a_kind_of_which_nothing_is_kept_has_no_mean(tmp_path, tiny_folder, caps
     taught = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
     untaught = [taught[0], {**taught[1], "weight": 0}]
     long = {"kind": "Long", "input": "问" * 90, "target": "答"}
-    rows = [{"messages": taught}, {"kind": "None", "messages": untaught}, long]
+    rows = [{"messages": taught, "kind": "all"}, {"kind": "None", "messages": untaught}, long]
     stats([str(write_rows(tmp_path / "rows.jsonl", rows))], str(tiny_folder), str(tmp_path / "out"), max_length=20)
     kinds = counted(tmp_path / "out")["kinds"]
     assert [kinds["None"][name] for name in ("rows", "no_target", "mean", "p50", "longest", "padding")] == [
         0, 1, None, None, None, None
     ]  # fmt: skip
     assert (kinds["Long"]["padding"], kinds["Long"]["rows"]) == (None, 1)
+    assert (kinds["all"]["rows"], kinds["all (a kind)"]["rows"]) == (2, 1)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["Long", "–"] in [[line[0], line[-1]] for line in lines if line]
     assert ["None", "–"] in [[line[0], line[-1]] for line in lines if line]

@@ -1,1 +1,1 @@
-"""Reading records from files and datasets, and rows in three forms from records."""
+"""Reading records from files and datasets, and rows in several forms from records."""

@@ -78,6 +78,11 @@ def printable(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
+def beside_all(kind: str) -> str:
+    """The name of a kind in a report that also has the sums of ``all`` kinds: a kind of that name is told apart."""
+    return f"{kind} (a kind)" if kind == "all" else kind
+
+
 def after_system(system: str, said: Said) -> Said:
     """Puts a system text before the first question; an empty one is none."""
     if not system:

@@ -128,6 +128,10 @@ def test_what_is_no_text_is_named(tmp_path, content, name, message):
 def test_a_corpus_may_be_compressed_too(tmp_path):
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
     assert len(list(read_texts(str(tmp_path / "rows.jsonl.gz")))) == 1400
+    said = [{"role": "user", "content": "在吗"}, {"role": "assistant", "content": "在", "weight": 0}]
+    rows = [{"messages": said, "system": "你是客服"}, {"instruction": "问", "output": "答", "history": [["早", "好"]]}]
+    (tmp_path / "today.jsonl.xz").write_bytes(lzma.compress("\n".join(map(json.dumps, rows)).encode()))
+    assert list(read_texts(str(tmp_path / "today.jsonl.xz"))) == ["你是客服\n在吗", "在", "早", "好", "问", "答"]
     text = "第一行\r\n\n第二行\u2028还是第二行"
     for name, content in (("a.txt.gz", gzip.compress(text.encode())), ("a.txt", text.encode("utf-16"))):
         (tmp_path / name).write_bytes(content)
