@@ -158,6 +158,15 @@ def test_typed_special_tokens_are_text_where_transformers_can_tell_them_apart(st
     assert ids == PromptEncoder(stock, prompt).encode([turns])[0].input_ids
 
 
+@ALL_FORMATS
+def test_an_answer_that_is_begun_is_continued(stock, prompt):
+    encoder, messages = PromptEncoder(stock, prompt), as_messages(ROWS[0])
+    tokenizer = copy.deepcopy(stock)
+    tokenizer.chat_template = prompt.chat_template()
+    begun = tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=False)
+    assert begun + encoder.controls.end == encoder.encode([ROWS[0]])[0].input_ids
+
+
 def said(role, content="你好", **fields):
     return {"role": role, "content": content, **fields}
 

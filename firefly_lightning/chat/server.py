@@ -78,7 +78,8 @@ def make_app(answer: Answer, config: GenerationConfig, name: str, hosts: Sequenc
 
     async def settings(request: Request) -> Response:
         ranges = {name: slider._asdict() for name, slider in offered.items()}
-        return JSONResponse({"model": name, "sliders": ranges, "examples": examples()})
+        shown = name.encode(errors="replace").decode()  # a name of a folder need not be UTF-8
+        return JSONResponse({"model": shown, "sliders": ranges, "examples": examples()})
 
     async def post_answer(request: Request) -> Response:
         turns, question, decoding = await read_question(request, offered)

@@ -373,7 +373,7 @@ def test_the_ends_of_every_range_are_answered(fluent_folder, capsys):
 
 
 def test_headers_forbid_foreign_scripts_and_frames_also_where_a_request_is_refused():
-    with serving(lambda: serve(echo, OWN, "头", port=0)) as port:
+    with serving(lambda: serve(echo, OWN, "头\udcff", port=0)) as port:
         answers = [urllib.request.urlopen(f"http://127.0.0.1:{port}{path}") for path in ("/", "/settings", "/chat.js")]
         answers.append(post(port, body("问")))
         for path, host in (("/nowhere", "localhost"), ("/", "example.org")):
