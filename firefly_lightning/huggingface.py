@@ -134,9 +134,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     try:
         # Bloom's tokenizer_config.json names a class of its own, which transformers 5 no longer has: a warning at most.
         with _quiet_transformers():
-            return PreTrainedTokenizerFast.from_pretrained(path)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     except Exception as error:  # tokenizers raises plain Exception
         raise FireflyError(f"{path}: the tokenizer cannot be read ({reason(error)}); fetch it again") from error
+    if empty := [name for name in SPECIAL_TOKENS if getattr(tokenizer, name, None) == ""]:
+        raise FireflyError(f"{path}: tokenizer_config.json has an empty {empty[0]}; {CURE}")
+    return tokenizer
 
 
 def load_prompt_format(path: str) -> PromptFormat | None:

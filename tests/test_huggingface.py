@@ -195,3 +195,13 @@ def test_a_whole_number_is_taken_where_transformers_takes_a_fraction(tiny_folder
     bloom = load_bloom(str(path), torch.float32)
     assert bloom.generate(torch.arange(5)[None], pad_token_id=3).shape[1] > 5
     assert isinstance(bloom.generation_config.temperature, float)
+
+
+def test_an_empty_special_token_is_refused(tiny_folder, tmp_path):
+    """transformers would look for its number until it has no stack left."""
+    path = tmp_path / "model"
+    break_folder(tiny_folder, path, lambda path: None)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(config | {"unk_token": ""}))
+    with pytest.raises(FireflyError, match=r"tokenizer_config\.json has an empty unk_token; mend it"):
+        load_tokenizer(str(path))

@@ -77,7 +77,8 @@ def is_legacy(path: Path) -> bool:
 
 def how_to_save_anew(path: Path) -> str:
     """What a file of PyTorch before 1.6 is, and what to do about it, in words."""
-    code = f"import torch; file = {str(path)!r}; torch.save(torch.load(file, 'cpu', weights_only=True), file)"
+    saving = "torch.save(torch.load(file, 'cpu', weights_only=True), file + '.new')"
+    code = f"import os, torch; file = {str(path)!r}; {saving}; os.replace(file + '.new', file)"
     return f'is of PyTorch before 1.6, which cannot be read in parts; save it anew: python -c "{code}"'
 
 

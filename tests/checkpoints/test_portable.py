@@ -19,7 +19,7 @@ from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
 from firefly_lightning.checkpoints.paths import find_checkpoint
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.files.manifest import entry_of, write_manifest
-from tests.support.helpers import PATIENCE, ROOT, Stopping, fit, forked, logged, one_line, raised_line
+from tests.support.helpers import PATIENCE, ROOT, Stopping, fit, forked, logged, one_line, raised_line, run
 from tests.support.ranks import run_rank
 
 STEPS, HALF = 8, 5
@@ -133,6 +133,21 @@ def relist(checkpoint: Path, changes: dict | None = None, version: int = 1) -> N
     torch.save(state(checkpoint) | (changes or {}), checkpoint / "trainer.ckpt")
     entries = {file.name: entry_of(file) for file in checkpoint.iterdir() if file.name != "checkpoint.json"}
     write_manifest(checkpoint / "checkpoint.json", entries, format=version)
+
+
+def test_a_changed_byte_of_a_single_file_ends_every_command_in_a_line(model_folder, rows_file, tmp_path):
+    own = [*RUN, "--checkpoint.portable", "false", "--trainer.max_steps"]
+    fit(model_folder, rows_file, tmp_path, *own, 2)
+    file = tmp_path / "checkpoints" / "last.ckpt"
+    whole = file.read_bytes()
+    fit(model_folder, rows_file, tmp_path / "sound", *own, 3, "--ckpt_path", file)
+    file.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :])
+    for result in (
+        fit(model_folder, rows_file, tmp_path, *own, 4, "--ckpt_path", "last", check=False),
+        run("firefly", "export", "--checkpoint", file, "--out", tmp_path / "out", check=False),
+    ):
+        assert one_line(result) == f"{file}: damaged, its contents have changed; use an earlier checkpoint"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_later_format_is_refused(checkpoint):
