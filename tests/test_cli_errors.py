@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 from firefly_lightning.cli_errors import Refusals, check_numbers, nearest, refusals_of
 from firefly_lightning.errors import FireflyError, check_number
@@ -86,7 +87,7 @@ FLAGS = {
     "--data.val_fraction 5": "data.val_fraction is 5.0; it must be at least 0 and below 1",
     "--data.val_fraction 0.5 --data.val_files a": "data.val_fraction and data.val_files are both set",
     "--data.prompt chatml": "data.prompt: no format is called 'chatml'; there are firefly,",
-    "--data.num_workers -1": "data.num_workers is -1; it must be at least 0",
+    "--data.num_workers -1": "data.num_workers is -1; it must be at least 0 and at most 1,024",
     "--data.batch_size 1.5": "data.batch_size: 1.5 is not int",
     "--data.row_format my_rows.messages": "data.row_format: No module named 'my_rows'; name a class or function",
     "--samples.prompts 你好": "samples.prompts: 你好 is not a list",
@@ -148,6 +149,43 @@ def test_every_error_of_a_file_begins_with_its_name(tmp_path):
         config = tmp_path / f"{number}.yaml"
         config.write_text(text, "utf-8")
         assert one_line(answered(tmp_path, "--config", config)).startswith(f"{config}: ")
+
+
+INTERPOLATED = """
+model:
+  path: &path ${oc.env:FIREFLY_NONE,模型}/bloom  # not ${oc.env:FIREFLY_NONE}
+data:
+  train_files:
+    - ${oc.env:FIREFLY_ROWS}
+    - "${oc.env:FIREFLY_BATCH}"
+  batch_size: ${oc.env:FIREFLY_BATCH}
+  cache_dir: *path
+samples:
+  prompts:
+    - 这件商品 ${价格} 元
+"""
+
+
+def test_variables_of_the_environment_stand_in_a_configuration(tmp_path, monkeypatch):
+    monkeypatch.setenv("FIREFLY_ROWS", "行 #1: a.jsonl")
+    monkeypatch.setenv("FIREFLY_BATCH", "8")
+    monkeypatch.delenv("FIREFLY_NONE", raising=False)
+    config = tmp_path / "run.yaml"
+    config.write_text(INTERPOLATED, "utf-8")
+    shown = yaml.safe_load(run("firefly-fit", "fit", "--config", config, "--print_config").stdout)
+    data = shown["data"]["init_args"]
+    assert shown["model"]["init_args"]["path"] == data["cache_dir"] == "模型/bloom"
+    assert data["train_files"] == ["行 #1: a.jsonl", "8"]
+    assert data["batch_size"] == 8
+    assert shown["samples"]["prompts"] == ["这件商品 ${价格} 元"]
+
+
+def test_a_variable_that_is_not_set_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("FIREFLY_NONE", raising=False)
+    config = tmp_path / "run.yaml"
+    config.write_text("data:\n  train_files: ${oc.env:FIREFLY_NONE}\n", "utf-8")
+    line = one_line(answered(tmp_path, "--config", config))
+    assert line.startswith(f"{config}: ${{oc.env:FIREFLY_NONE}}: FIREFLY_NONE is not set; set it, or write")
 
 
 def test_plans_name_a_missing_file_too(tmp_path):

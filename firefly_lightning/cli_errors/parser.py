@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser
 
+from firefly_lightning.cli_errors.environment import fill_in
 from firefly_lightning.cli_errors.explain import explain, known_keys
 from firefly_lightning.errors import FireflyError, describe_os_error, reason
 
@@ -18,6 +19,14 @@ class OneLineErrors(ArgumentParser):  # type: ignore[misc]
         if not self.exit_on_error:
             super().error(message, ex)
         raise FireflyError(explain(message, known_keys(self))) from ex
+
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
+        """Parses the text of a configuration, in which variables of the environment may stand.
+
+        Raises:
+            FireflyError: If a variable is not set, or a value cannot be.
+        """
+        return super().parse_string(fill_in(content), *args, **kwargs)
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Parses a file of configuration, whose name every error begins with.

@@ -68,7 +68,7 @@ COMMANDS = {
     "fit": "firefly-fit fit --config {config} --trainer.default_root_dir {out}",
     "test": "firefly-fit test --config {config} --trainer.default_root_dir {out} --model.decoding.max_new_tokens 9",
     "export": "firefly export --checkpoint {checkpoint} --out {out}",
-    "chat": "firefly chat --model {model} --device cpu --prompt 你好 --max_new_tokens 900",
+    "chat": "firefly chat --model {model} --device cpu --prompt 你好 --max_new_tokens 60",
 }
 
 
