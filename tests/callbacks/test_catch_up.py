@@ -41,43 +41,56 @@ def make(kind, model, last=0) -> FireflyModule:
 
 
 INTERVALS = {
-    "every second step": {"val_check_interval": 2, "check_val_every_n_epoch": None},
-    "every epoch": {},
-    "within epochs": {"val_check_interval": 3},
-    "every second epoch of three steps": {"limit_train_batches": 3, "check_val_every_n_epoch": 2},
+    "every second step": ({"val_check_interval": 2, "check_val_every_n_epoch": None}, 4, 5),
+    "every epoch": ({}, 5, 3),
+    "within epochs": ({"val_check_interval": 3}, 3, 5),
+    "every second epoch of three steps": ({"limit_train_batches": 3, "check_val_every_n_epoch": 2}, 6, 3),
 }
+"""When a run validates: the trainer's arguments, a number of steps after which it does, and one after which not."""
 
 
-@pytest.mark.parametrize("kind", [DyingOnceSaved, DyingInValidation])
-@pytest.mark.parametrize("interval", INTERVALS)
-def test_nothing_is_missing(interval, kind, tiny_folder, short_rows, short_val_rows, tmp_path):
-    """Killed after one of the steps, but the first, of which there is no sign in the folder."""
+@pytest.fixture(params=INTERVALS)
+def run_of(request, tiny_folder, short_rows, short_val_rows):
+    """Makes runs that validate at an interval; with the two numbers of it."""
+    arguments, *steps = INTERVALS[request.param]
 
     def run(root: Path, module: FireflyModule, ckpt_path=None) -> Noting:
         logger = CSVLogger(root, flush_logs_every_n_steps=1)
         return train(tiny_folder, short_rows, root, [CatchUp()], ckpt_path, {"val_files": str(short_val_rows)}, module,
-                     every=1, max_steps=STEPS, logger=logger, log_every_n_steps=1, **INTERVALS[interval])  # fmt: skip
+                     every=1, max_steps=STEPS, logger=logger, log_every_n_steps=1, **arguments)  # fmt: skip
 
+    return run, steps
+
+
+def test_nothing_is_missing(run_of, tiny_folder, tmp_path):
+    run, (validated, other) = run_of
     run(tmp_path / "whole", make(FireflyModule, tiny_folder))
     expected = read_metrics(tmp_path / "whole" / "lightning_logs" / "version_0")
-    validated = sorted(expected["val_loss"])
     assert sorted(expected["train_loss"]) == list(range(STEPS))
-    for last in range(2, STEPS, 2) if kind is DyingOnceSaved else [step + 1 for step in validated if step < STEPS - 1]:
-        root = tmp_path / str(last)
+    assert validated - 1 in expected["val_loss"]
+    assert other - 1 not in expected["val_loss"]
+    for kind, last in ((DyingOnceSaved, validated), (DyingOnceSaved, other), (DyingInValidation, validated)):
+        root = tmp_path / f"{kind.__name__}-{last}"
         with pytest.raises(Killed):
             run(root, make(kind, tiny_folder, last))
         resumed = run(root, make(FireflyModule, tiny_folder), root / "checkpoints" / "last.ckpt")
         assert min(resumed.losses, default=STEPS) == last
-        found: dict[str, dict[int, str]] = {}
-        for version in range(2):
-            with (root / "lightning_logs" / f"version_{version}" / "metrics.csv").open() as file:
-                for row in csv.DictReader(file):
-                    for name, value in row.items():
-                        if value:
-                            assert int(row["step"]) not in found.get(name, {}) or name in ("step", "epoch"), name
-                            found.setdefault(name, {})[int(row["step"])] = value
+        found = both_versions(root)
         for name in ("train_loss", "lr", "grad_norm", "val_loss", "val_perplexity_of/NER"):
-            assert {step: float(value) for step, value in found[name].items()} == expected[name], (last, name)
+            assert {step: float(value) for step, value in found[name].items()} == expected[name], (kind, last, name)
+
+
+def both_versions(root: Path) -> dict[str, dict[int, str]]:
+    """Metrics of two runs by name and step; no step may have a metric twice."""
+    found: dict[str, dict[int, str]] = {}
+    for version in range(2):
+        with (root / "lightning_logs" / f"version_{version}" / "metrics.csv").open() as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    if value:
+                        assert int(row["step"]) not in found.get(name, {}) or name in ("step", "epoch"), name
+                        found.setdefault(name, {})[int(row["step"])] = value
+    return found
 
 
 def test_a_resumed_run_that_lacks_nothing_logs_nothing_twice(tiny_folder, short_rows, short_val_rows, tmp_path):

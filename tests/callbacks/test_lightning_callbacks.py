@@ -13,6 +13,8 @@ from firefly_lightning import FireflyError
 from firefly_lightning.interrupts import Terminated
 from firefly_lightning.strategies import FSDP2Strategy
 from firefly_lightning.strategies.unsuited_callbacks import REASONS, check_callbacks
+from tests.support.helpers import one_line
+from tests.support.helpers import run as command
 from tests.support.small_runs import Interrupting, train
 
 STEPS, STOP = 6, 3
@@ -142,6 +144,18 @@ def test_what_is_refused_leaves_nothing(name, tiny_folder, short_rows, short_val
         run(tiny_folder, short_rows, tmp_path, [make()], short_val_rows)
     assert "\n" not in str(raised.value)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+@pytest.mark.parametrize("name", ["LearningRateFinder", "BatchSizeFinder"])
+def test_finders_are_refused_in_one_line(name, stage, tiny_folder, short_rows, tmp_path):
+    result = command(
+        "firefly-fit", stage, "--model.path", tiny_folder, "--data.train_files", short_rows, "--data.val_fraction", 0.2,
+        "--trainer.accelerator", "cpu", "--trainer.default_root_dir", tmp_path, "--trainer.callbacks", name,
+        "--trainer.max_steps", 2, check=False,
+    )  # fmt: skip
+    assert one_line(result).startswith(f"trainer.callbacks: {name} cannot be used here: ")
+    assert not list(tmp_path.rglob(".*"))
 
 
 @pytest.mark.parametrize("name", ["WeightAveraging", "EMAWeightAveraging"])

@@ -40,7 +40,11 @@ OPTIONAL = {
     "MLflow in a database": (
         "sqlalchemy", logger("lightning.pytorch.loggers.MLFlowLogger", tracking_uri="sqlite:///mlflow.db")),
 }  # fmt: skip
-"""Loggers whose package need not be there, with the package; they leave files where the default loggers do."""
+"""Loggers whose package need not be there, with the package; they leave files where the default loggers do.
+
+The packages are a tenth of a gigabyte, so that no environment of this project has them. To run these tests,
+add `mlflow-skinny`, `sqlalchemy`, `alembic` and `wandb`; tests/evaluation/test_metric_names.py does without.
+"""
 
 
 @pytest.fixture

@@ -2,13 +2,18 @@
 
 import posixpath
 import re
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from firefly_lightning.evaluation.mlflow_names import LONGEST, mlflow_name
+from firefly_lightning.evaluation.mlflow_names import LONGEST, keep_names, mlflow_name
 from firefly_lightning.model.metric_names import of_kind, parted, renamed
 from tests.support.small_runs import train
 
@@ -56,6 +61,38 @@ def test_kinds_stay_different_in_mlflow():
     }  # fmt: skip
     assert mlflow_name("lr-AdamW/pg1") == "lr-AdamW/pg1"
     assert mlflow_name("DeviceStatsMonitor.on_train_batch_start/cpu_percent (%)").startswith("DeviceStatsMonitor.on")
+
+
+class Entity(NamedTuple):
+    """What Lightning's logger makes of MLflow's class of this kind."""
+
+    key: str
+    value: float
+    timestamp: int
+    step: int
+
+
+def test_mlflow_is_told_the_names_of_kinds(monkeypatch):
+    """Of MLflow, a stand-in; tests/callbacks/test_loggers.py takes the real one where it is installed."""
+    module = ModuleType("mlflow.entities")
+    module.Metric = Entity
+    monkeypatch.setitem(sys.modules, "mlflow", ModuleType("mlflow"))
+    monkeypatch.setitem(sys.modules, "mlflow.entities", module)
+    told = []
+    logger, other = object.__new__(MLFlowLogger), DummyLogger()
+    client = SimpleNamespace(log_batch=lambda **given: told.append(given))
+    vars(logger).update(
+        _prefix="mine", _log_batch_kwargs={"synchronous": True}, _initialized=True, _mlflow_client=client, _run_id="7"
+    )
+    monkeypatch.setitem(sys.modules["mlflow"].__dict__, "set_tracking_uri", lambda uri: None)
+    keep_names([logger, other])
+    assert not vars(other).get("log_metrics")
+    logger.log_metrics({of_kind("val_accuracy", "对联"): torch.tensor(0.5), "epoch": 2, "text": "x"}, step=9)
+    (given,) = told
+    assert (given["run_id"], given["synchronous"]) == ("7", True)
+    assert [(one.key, one.value, one.step) for one in given["metrics"]] == [
+        ("mine-val_accuracy_of/对联", 0.5, 9), ("mine-epoch", 2.0, 9),
+    ]  # fmt: skip
 
 
 def test_the_name_of_no_metric_is_the_folder_of_another(tiny_folder, short_rows, short_val_rows, tmp_path):
