@@ -107,6 +107,8 @@ class FireflyCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Finds the checkpoint to resume from, and shows which settings have changed since, before loading anything."""
         config = self.config[self.subcommand]
+        if self.subcommand in ("validate", "test"):  # Lightning lists names of kinds, and a kind may be called [/x]
+            rich.reconfigure(markup=False, emoji=False)
         if config.get("ckpt_path"):
             folder = Path(config.checkpoint.dirpath or _checkpoints(config)) if config.ckpt_path == "last" else Path()
             config.ckpt_path = str(find_checkpoint(str(folder / config.ckpt_path)))
@@ -158,7 +160,6 @@ def make_parser() -> ArgumentParser:
 def main() -> None:
     """Entry point of ``firefly-fit``."""
     _quiet_lightning()
-    rich.reconfigure(markup=False, emoji=False)  # Lightning prints names of kinds, and a kind may be called [/x]
     with ends_on_signals("firefly-fit"), one_line_errors("firefly-fit", MisconfigurationException):
         FireflyCLI()
 
