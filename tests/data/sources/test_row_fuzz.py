@@ -192,7 +192,7 @@ def check_clean(path: Path, records: list[dict[str, Any]], taken: list[bool]) ->
 
 
 def test_any_value_in_any_field_is_read_or_told(tmp_path):
-    @settings(max_examples=300, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=200, suppress_health_check=list(HealthCheck), database=None)
     @given(st.lists(RECORD, min_size=1, max_size=4))
     def check(records: list[dict[str, Any]]) -> None:
         path = tmp_path / "rows.jsonl"
