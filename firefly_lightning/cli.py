@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import rich
 from jsonargparse import ArgumentParser, capture_parser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar
@@ -227,7 +226,6 @@ def make_parser() -> ArgumentParser:
 def main() -> None:
     """Entry point of ``firefly-fit``."""
     _quiet_lightning()
-    rich.reconfigure(markup=False, emoji=False)  # Lightning prints names of kinds, and a kind may be called [/x]
     with (
         ends_on_signals("firefly-fit"),
         one_line_errors("firefly-fit", MisconfigurationException),

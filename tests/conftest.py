@@ -43,7 +43,7 @@ OF_ONE_STACK = {
 }  # fmt: skip
 """Files that `--divided` leaves to one stack: what depends least on releases, and each engine where it is at home."""
 
-OF_FULL_RUNS = ("benchmarks/test_strategy_memory",)
+OF_FULL_RUNS = ("benchmarks/test_strategy_memory", "benchmarks/test_kill_and_resume")
 """Files that `--divided` leaves out: what measures, and no one's run depends on."""
 
 STRATEGIES_OF_ONE_STACK = {

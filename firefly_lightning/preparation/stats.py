@@ -119,7 +119,7 @@ def stats(
 
 def _refused(faults: dict[str, int]) -> str:
     counted = ", ".join(f"{count:,} ({fault})" for fault, count in sorted(faults.items()))
-    return f"rows that training refuses, which firefly clean leaves out: {counted}"
+    return f"rows that training refuses: {counted}; firefly clean leaves out all but those in no form"
 
 
 def table(counted: dict[str, dict[str, Any]], max_length: int) -> str:

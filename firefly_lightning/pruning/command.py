@@ -103,7 +103,7 @@ def _print_report(report: dict[str, Any], out: str) -> None:
     for name in ("tokens", "vocabulary", "parameters"):
         before, after, ratio = report[name].values()
         table.add_row(name, f"{before:,}", f"{after:,}", f"{ratio:.2%}")
-    console = Console()
+    console = Console(emoji=False)  # a folder may be called :smile:
     console.print(table)
     if "linked" in report:
         linked = ", ".join(f"{name} is {file}" for name, file in report["linked"].items())

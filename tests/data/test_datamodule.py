@@ -243,7 +243,10 @@ def test_text_that_is_not_read_is_named_before_training_and_in_the_report(model_
         "--trainer.val_check_interval",
         1,
     ]
-    fit(model_folder, file, tmp_path, *few, "--trainer.enable_progress_bar", "true", "--samples.prompts", '["[/x]"]')
+    result = fit(
+        model_folder, file, tmp_path, *few, "--trainer.enable_progress_bar", "true", "--samples.prompts", '["[/x]"]'
+    )
+    assert "[bold]" not in result.stdout, "what Lightning itself prints keeps its markup"
     report = (tmp_path / "lightning_logs" / "version_0" / "report.md").read_text("utf-8")
     line = f"{file}: nothing is learned of the text in these fields, here with their rows: messages.name (2), note (2)"
     assert line in report

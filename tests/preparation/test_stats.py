@@ -116,12 +116,15 @@ def test_rows_that_training_refuses_are_counted_and_the_others_described(tmp_pat
     assert report["refused"] == {"empty": 1, "not text": 2, "no form": 1}
     assert report["unused"] == {"note": 2}
     said = capsys.readouterr().out
-    refused = "rows that training refuses, which firefly clean leaves out: 1 (empty), 1 (no form), 2 (not text)"
-    assert f"{rows}: {refused}" in said
+    refused = "rows that training refuses: 1 (empty), 1 (no form), 2 (not text)"
+    assert f"{rows}: {refused}; firefly clean leaves out all but those in no form" in said
     assert f"{rows}: nothing is learned of the text in these fields, here with their rows: note (2)" in said
     assert "[/x]" in said
     with pytest.raises(FireflyError, match=r"no row can be learned: .*1 \(empty\)"):
         stats([str(write_rows(tmp_path / "bad.jsonl", bad[:1]))], str(tiny_folder), str(tmp_path / "none"))
+    raw = write_rows(tmp_path / "raw.jsonl", [{"text": "问", "label": "答"}])
+    with pytest.raises(FireflyError, match=r"raw\.jsonl:1: fields \['label', 'text'\] are none of the accepted forms"):
+        stats([str(raw)], str(tiny_folder), str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
 

@@ -15,8 +15,8 @@ LONGEST = (
     "tests/integration/test_launching.py", "tests/integration/test_resume.py", "tests/integration/test_readme.py",
     "tests/strategies/deepspeed/test_refusals.py", "tests/integration/test_engine_parity.py",
     "tests/integration/test_predict.py", "tests/integration/test_parity.py", "tests/benchmarks/test_plan.py",
-    "tests/strategies/colossalai/test_strategy.py", "tests/benchmarks/test_kill_and_resume.py",
-    "tests/benchmarks/test_start.py", "tests/strategies/deepspeed/test_checkpoints.py",
+    "tests/strategies/colossalai/test_strategy.py", "tests/strategies/deepspeed/test_checkpoints.py",
+    "tests/benchmarks/test_start.py", "tests/callbacks/test_lightning_callbacks.py",
 )  # fmt: skip
 """Files to begin first, since a long one that begins last leaves a core without work."""
 

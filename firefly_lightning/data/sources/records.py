@@ -11,7 +11,7 @@ from typing import Any
 
 from firefly_lightning.data.sources.json_arrays import checked_depth, not_json, read_json_array
 from firefly_lightning.data.sources.text_files import format_of, is_compressed, open_text, read_lines
-from firefly_lightning.errors import FireflyError, describe_os_error, reason
+from firefly_lightning.errors import FireflyError, describe_os_error, reason, some
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 """What a file of rows is called; it may be compressed, as in ``rows.jsonl.gz``."""
@@ -154,7 +154,11 @@ def _read_parquet(source: str) -> Iterator[tuple[int, Any]]:
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=1024):
+        file = pyarrow.parquet.ParquetFile(source)
+        names = file.schema_arrow.names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise FireflyError(f"{source}: has the column {some(twice)} twice; rename one of them, or leave it out")
+        for batch in file.iter_batches(batch_size=1024):
             for fields in batch.to_pylist():
                 number += 1
                 yield number, fields

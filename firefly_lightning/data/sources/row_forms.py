@@ -72,7 +72,8 @@ class RowRules(NamedTuple):
         learn: Which targets are learned.
         answering: Whether rows are read to be answered: their targets may be empty or missing, and of a conversation
             whose last question is open, that one is asked.
-        counting_faults: Whether a row that cannot be learned is counted and passed over, rather than refused.
+        counting_faults: Whether a row that cannot be learned is counted and passed over, rather than refused; a source
+            that begins with a row in no form is refused all the same, as it holds something else.
     """
 
     row_format: RowFormat | None = None
@@ -109,16 +110,17 @@ class RowReader:
         """
         self.unused.clear()
         self.faults.clear()
-        number = 0
+        number, begun = 0, False
         for number, fields in read_records(self.source):
             try:
                 row = self._read(fields, number)
             except BadRowError as error:
-                if not self.rules.counting_faults:
+                if not self.rules.counting_faults or (error.fault == "no form" and not begun):
                     raise FireflyError(f"{self.source}:{number}{error.place}: {error}") from error
                 self.faults[error.fault] += 1
             else:
                 yield row
+            begun = True
         if not number:
             raise FireflyError(f"{self.source}: has no rows; remove it from the list or fill it")
 

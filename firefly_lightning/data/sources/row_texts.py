@@ -60,7 +60,7 @@ def text_of(fields: Mapping[str, Any], name: str, place: str = "") -> str:
 
 def names_of(fields: Mapping[str, Any]) -> str:
     """The names of a record's fields for a message, which a record of a thousand fields must not fill."""
-    names = sorted(map(str, fields))
+    names = sorted(name if len(name) <= 40 else f"{name[:39]}…" for name in map(str, fields))
     return f"{names}" if len(names) <= 12 else f"{names[:12]} and {len(names) - 12} more"
 
 

@@ -159,6 +159,7 @@ def _check_example(templates: Templates, content: Any, where: str) -> None:
 
 
 def _template(text: Any, names: Sequence[str], where: str) -> Template:
+    plain_text(text, "template", where)
     try:
         parsed = list(string.Formatter().parse(text))
     except (ValueError, TypeError) as error:

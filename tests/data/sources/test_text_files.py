@@ -163,3 +163,18 @@ def test_a_table_of_odd_columns_is_told_in_one_line(tmp_path):
     with pytest.raises(FireflyError, match=r"rows\.parquet: not a readable Parquet file") as raised:
         list(read_rows(str(path)))
     raised_line(raised)
+
+
+def test_a_column_that_is_there_twice_is_told(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table([["K"], ["问"], ["再问"], ["答"]], names=["kind", "input", "input", "target"]), path)
+    with pytest.raises(FireflyError, match=r"rows\.parquet: has the column input twice; rename one of them") as raised:
+        list(read_rows(str(path)))
+    raised_line(raised)
+
+
+def test_the_fields_of_a_row_that_has_thousands_do_not_fill_a_message(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({f"{at} {'长' * 5000}": at for at in range(100)}))
+    with pytest.raises(FireflyError, match="and 88 more are none of the accepted forms") as raised:
+        list(read_rows(str(tmp_path / "rows.jsonl")))
+    assert len(str(raised.value)) < 1500

@@ -250,6 +250,17 @@ def test_an_example_of_other_types_is_told_in_one_line(tmp_path, example, messag
     fails(tmp_path, message, example=example)
 
 
+@pytest.mark.parametrize("part", ["inputs", "targets"])
+def test_half_a_character_in_a_template_is_told(tmp_path, part):
+    whole = {"inputs": ["上联：{first}"], "targets": ["{second}"]}
+    half = {**whole, part: ["{first}\ud800"]}
+    path = write(tmp_path, COUPLET) / "Couplet.yaml"
+    path.write_text(json.dumps({**COUPLET, "groups": [whole, half]}))  # YAML has the escapes of JSON
+    with pytest.raises(FireflyError, match=f"group 2: {part}: .* half a surrogate pair") as raised:
+        load_templates("Couplet", tmp_path)
+    raised_line(raised)
+
+
 @pytest.mark.parametrize(
     "text", ["a: " + "[" * 5000 + "]" * 5000, "a: 2024-99-99", "a: !!python/object:os.x {}", "a: [1"]
 )
