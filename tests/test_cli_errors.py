@@ -88,6 +88,8 @@ FLAGS = {
     "--data.val_fraction 0.5 --data.val_files a": "data.val_fraction and data.val_files are both set",
     "--data.prompt chatml": "data.prompt: no format is called 'chatml'; there are firefly,",
     "--data.num_workers -1": "data.num_workers is -1; it must be at least 0 and at most 1,024",
+    "--data.batch_size 1000000000 --data.micro_batch_size 1": "data.batch_size is 1000000000; it must be at least 1",
+    "--data.max_length 1099511627776": "data.max_length is 1099511627776; it must be",
     "--data.batch_size 1.5": "data.batch_size: 1.5 is not int",
     "--data.row_format my_rows.messages": "data.row_format: No module named 'my_rows'; name a class or function",
     "--samples.prompts 你好": "samples.prompts: 你好 is not a list",

@@ -80,12 +80,7 @@ def _of_validation(trainer: L.Trainer, data: PlannedData) -> Iterator[str]:
         FireflyError: If no epoch is as long as the steps between validations that are to be counted in each.
     """
     interval, epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch
-    if (
-        data.val is None
-        or data.train is None
-        or trainer.limit_val_batches == 0
-        or not isinstance(interval, int | float)
-    ):
+    if data.train is None or trainer.limit_val_batches == 0 or not isinstance(interval, int | float):
         return
     steps, per_epoch = last_step(trainer, data), data.train.plan.steps_per_epoch
     # In micro-batches, once the data are planned; a share of an epoch is such a number, too.
@@ -96,7 +91,7 @@ def _of_validation(trainer: L.Trainer, data: PlannedData) -> Iterator[str]:
             "or set trainer.check_val_every_n_epoch to null, so that it counts through the ends of epochs"
         )
     first = every if epochs is None else (epochs - 1) * per_epoch + every
-    if first > steps:
+    if data.val is not None and first > steps:
         yield (
             f"the run has {steps:,} steps and is first validated after {first:,}, so never, and keeps no best "
             "checkpoint; choose a smaller trainer.val_check_interval"

@@ -8,7 +8,7 @@ from firefly_lightning.errors import FireflyError, check_number
 RANGES: dict[str, tuple[float | None, float | None, float | None]] = {
     # least, most, above
     "seed_everything": (0, 2**32 - 1, None),
-    "trainer.val_check_interval": (None, None, 0),
+    "trainer.val_check_interval": (None, 10**12, 0),
     "trainer.check_val_every_n_epoch": (1, None, None),
     "trainer.max_steps": (-1, None, None),
     "trainer.min_steps": (0, None, None),

@@ -212,8 +212,8 @@ class FireflyDataModule(L.LightningDataModule):
         return [self.train.rows.describe(int(row)) for row in self.train.plan.rows(step)]
 
     def _check_arguments(self) -> None:
-        for name in ("batch_size", "micro_batch_size", "max_length"):
-            check_number(f"data.{name}", getattr(self, name), least=1)
+        for name, most in {"batch_size": 10**6, "micro_batch_size": 10**6, "max_length": 2**31 - 1}.items():
+            check_number(f"data.{name}", getattr(self, name), least=1, most=most)
         check_number("data.num_workers", self.num_workers, least=0, most=1024)
         if not 0 <= self.val_fraction < 1:
             raise FireflyError(f"data.val_fraction is {self.val_fraction}; it must be at least 0 and below 1")

@@ -12,7 +12,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import BloomForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from firefly_lightning.errors import FireflyError, reason
+from firefly_lightning.errors import FireflyError, check_number, reason
 from firefly_lightning.huggingface import PUBLISHED_DECODING
 from firefly_lightning.prompt import PromptEncoder, Turn
 
@@ -121,12 +121,29 @@ class Decoding(TypedDict, total=False):
     length_penalty: float
 
 
+_RANGES: dict[str, tuple[float | None, float | None, float | None]] = {
+    # least, most, above
+    "max_new_tokens": (1, None, None),
+    "min_new_tokens": (0, None, None),
+    "temperature": (0.001, 100, None),
+    "top_k": (0, None, None),
+    "top_p": (None, 1, 0),
+    "repetition_penalty": (None, None, 0),
+    "no_repeat_ngram_size": (0, None, None),
+    "num_beams": (1, None, None),
+    "length_penalty": (None, None, None),
+}
+"""Settings that transformers refuses only where it generates, or not at all."""
+
+
 def change_decoding(config: GenerationConfig, changes: Decoding) -> GenerationConfig:
     """A copy of a generation config with some settings changed.
 
     Raises:
         FireflyError: If a setting does not exist, or cannot have its new value.
     """
+    for name, (least, most, above) in _RANGES.items():
+        check_number(f"model.decoding.{name}", changes.get(name), least, most, above)  # type: ignore[arg-type]
     changed = copy.deepcopy(config)
     if changes.get("do_sample") is False:
         for name in ("temperature", "top_k", "top_p"):  # transformers 4.51 warns of sampling's settings where they stay

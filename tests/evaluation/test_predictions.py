@@ -124,7 +124,10 @@ def test_nothing_to_answer(taught, rows):
     [
         ('{"max_new_token": 3}', "decoding.max_new_token: no such key; did you mean model.decoding.max_new_tokens?"),
         ('{"temperature": "warm"}', "model.decoding: warm is not float"),
-        ('{"max_new_tokens": 0}', "model.decoding: `max_new_tokens` must be greater than 0, but is 0; choose another"),
+        ('{"temperature": -1}', "model.decoding.temperature is -1.0; it must be at least 0.001"),
+        ('{"top_p": 2}', "model.decoding.top_p is 2.0; it must be above 0 and at most 1"),
+        ('{"num_beams": 0}', "model.decoding.num_beams is 0; it must be at least 1"),
+        ('{"max_new_tokens": 0}', "model.decoding.max_new_tokens is 0; it must be at least 1"),
     ],
 )
 def test_a_wrong_decoding_is_refused_before_weights_are_loaded(taught, rows, tmp_path, decoding, says):
