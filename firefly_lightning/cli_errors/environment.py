@@ -2,6 +2,7 @@
 
 import os
 import re
+from typing import Any
 
 import yaml
 
@@ -26,7 +27,8 @@ def fill_in(content: str) -> str:
         if _VARIABLE.search(node.value):
             node.value = _VARIABLE.sub(_value, node.value)
             if node.style is None:
-                node.tag = yaml.SafeLoader("").resolve(yaml.ScalarNode, node.value, (True, False))
+                resolver: Any = yaml.SafeLoader("")  # untyped
+                node.tag = resolver.resolve(yaml.ScalarNode, node.value, (True, False))
     return yaml.serialize(root, allow_unicode=True)
 
 
