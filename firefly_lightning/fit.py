@@ -85,7 +85,7 @@ def overview() -> str:
         lines += _wrapped(key.name, f"{key.text}{default}{required}")
     lines += [
         *_wrapped("trainer.*", "arguments of Lightning's Trainer, such as trainer.max_steps, .devices, .strategy"),
-        *_wrapped("ckpt_path", "a checkpoint to resume from or to evaluate; `last` is the newest of the run"),
+        *_wrapped("ckpt_path", "a checkpoint to resume from or to evaluate; `last` is the newest, `best` the best"),
         "",
         "All keys and their types:      firefly-fit fit --help",
         "Those of a class alone:        firefly-fit fit --model.help, --data.help",

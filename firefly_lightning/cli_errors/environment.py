@@ -27,7 +27,7 @@ def fill_in(content: str) -> str:
         if _VARIABLE.search(node.value):
             node.value = _VARIABLE.sub(_value, node.value)
             if node.style is None:
-                resolver: Any = yaml.SafeLoader("")
+                resolver: Any = yaml.SafeLoader("")  # untyped
                 node.tag = resolver.resolve(yaml.ScalarNode, node.value, (True, False))
     return yaml.serialize(root, allow_unicode=True)
 

@@ -93,8 +93,9 @@ def check_output(out: Path, inputs: Iterable[str | Path]) -> None:
         FireflyError: If the output is an input or lies in one.
     """
     try:
-        # Parents of the name and of the file that it links to: a link may lead out of an input, or into it.
-        places = dict.fromkeys([out, *out.absolute().parents, out.resolve(), *out.resolve().parents])
+        # A link is changed where it lies, what it leads to where that lies; `..` is no name in a folder.
+        lies = [out, *(out.parent.resolve() / out.name).parents] if out.name != ".." else []
+        places = dict.fromkeys([*lies, out.resolve(), *out.resolve().parents])
         there = [place for place in places if place.exists()]
         for path in {str(given): Path(given).expanduser() for given in inputs}.values():
             for place in there if path.exists() else ():
