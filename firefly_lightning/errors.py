@@ -75,6 +75,13 @@ def reason(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:199] + "…"
 
 
+def full_width_hint(path: Path) -> str:
+    """What to say of YAML that cannot be read where a key of the file ends in a full-width colon; else nothing."""
+    lines = path.expanduser().read_text("utf-8", "replace").splitlines()
+    found = [number for number, line in enumerate(lines, 1) if re.match(r"\s*(- +)?[\w.]+：", line)]
+    return f"; line {found[0]} has a full-width colon (：), write : and a blank" if found else ""
+
+
 def some(names: list[str], count: int = 3) -> str:
     """The first of many names, and how many more there are."""
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -18,7 +18,7 @@ def export(
     """Writes a Hugging Face folder from a checkpoint.
 
     Args:
-        checkpoint: A ``.ckpt`` file, or a folder with ``last.ckpt`` in it.
+        checkpoint: A checkpoint, which is a folder or a file, or the folder of a run or of its checkpoints.
         out: The new folder; it appears complete or not at all.
         dtype: Type of the weights; the type that they have in the checkpoint by default.
         max_shard_size: Weights beyond this size are spread over several files.

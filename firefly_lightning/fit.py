@@ -87,8 +87,8 @@ def overview() -> str:
         *_wrapped("trainer.*", "arguments of Lightning's Trainer, such as trainer.max_steps, .devices, .strategy"),
         *_wrapped("ckpt_path", "a checkpoint to resume from or to evaluate; `last` is the newest, `best` the best"),
         "",
-        "All keys and their types:      firefly-fit fit --help",
-        "Those of a class alone:        firefly-fit fit --model.help, --data.help",
+        "Arguments of the trainer:      firefly-fit fit --help",
+        "Keys of a class, with types:   firefly-fit fit --model.help, --data.help",
         "A configuration as it is read: firefly-fit fit --config FILE --print_config",
     ]
     return "\n".join(lines)

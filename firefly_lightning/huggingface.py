@@ -71,7 +71,10 @@ def load_config(path: str) -> BloomConfig:
     if file is None or Path(path).is_dir():
         _refuse_adapter(path)
     if file is None:
-        raise FireflyError(f"{path}: has no config.json; give a folder that holds a Bloom model")
+        what = "has no config.json; give a folder that holds a Bloom model"
+        if any(Path(path).glob("*.ckpt")):
+            what = f"holds a checkpoint; make a model of it: firefly export --checkpoint {path} --out FOLDER"
+        raise FireflyError(f"{path}: {what}")
     fields = read_config(file)
     try:
         return BloomConfig.from_dict(fields)

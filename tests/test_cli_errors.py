@@ -42,7 +42,8 @@ IN_YAML = {
     "model: {optimizer: {class_path: torch.optim.AdamWW}}\n": "has no attribute 'AdamWW'; did you mean AdamW?",
     "model: {lr_scheduler: CosineAnealingLR}\n": "did you mean CosineAnnealingLR?",
     "data: {prompt: {bos: x}}\n": "data.prompt.bos: no such key; there are end, later_separator, separator, start",
-    "trainer: {logger: {class_path: WandbLogger, init_args: {entity: me}}}\n": "WandbLogger needs wandb, which is not",
+    "trainer: {logger: {class_path: CometLogger, init_args: {entity: me}}}\n": "CometLogger needs comet_ml, which is",
+    "data:\n  batch_size：8\n  max_length: 7\n": "line 2 has a full-width colon (：), write : and a blank",
     "data: {train_files: [{path: a, weight: 1.0e+300}]}\n": "the weight of a is 1e+300; it must be above 0 and at most",
     "data: {train_files: [{path: a, weight: .inf}]}\n": "the weight of a is inf; it must be finite and above 0",
     "data: {train_files: [{path: a, weight: .nan}]}\n": "the weight of a is nan; it must be finite and above 0",
@@ -60,6 +61,7 @@ FLAGS = {
     "--lr 1e-4": "did you mean model.learning_rate?",
     "--max_steps 3": "did you mean trainer.max_steps?",
     "--max-steps 3": "did you mean trainer.max_steps?",
+    "--trainer.max_step 3": "did you mean trainer.max_steps?",
     "--devices 2": "did you mean trainer.devices?",
     "--strategy ddp": "did you mean trainer.strategy?",
     "--epochs 2": "did you mean trainer.max_epochs?",
@@ -107,7 +109,7 @@ FLAGS = {
     "--trainer.callbacks EarlyStopping --trainer.callbacks.monitr x": "did you mean trainer.callbacks.monitor?",
     "--trainer.callbacks EarlyStopping": "trainer.callbacks.monitor is required",
     "--trainer.callbacks Timer --trainer.callbacks.duration 9s": "Timer: `Timer(duration='9s')` is not",
-    "--trainer.logger WandbLogger": "WandbLogger: Requirement 'wandb>=",
+    "--trainer.logger CometLogger": "CometLogger: ",
     "--trainer.logger WandLogger": "did you mean WandbLogger?",
     "--model my.Module": "model: No module named 'my'",
     "--data FireflyDataModul": "did you mean FireflyDataModule?",
@@ -137,6 +139,14 @@ def answered(folder: Path, *args: object):
     with lean(["fit"]):
         own = ["--model.path", "x", "--trainer.default_root_dir", folder / "root"]
         return run("firefly-fit", "fit", *own, *args, check=False)
+
+
+def test_a_module_of_the_working_folder_says_how_it_is_found(tmp_path):
+    (tmp_path / "my_own_rows.py").write_text("def dialog(fields): return None\n", "utf-8")
+    with lean(["fit"]):
+        named = ["--data.row_format", "my_own_rows.dialog"]
+        result = run("firefly-fit", "fit", "--model.path", "x", *named, check=False, cwd=tmp_path)
+    assert "it is in this folder: put PYTHONPATH=. before the command" in one_line(result)
 
 
 @pytest.mark.parametrize("encoding", ["gb18030", "utf-16"])

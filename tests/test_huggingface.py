@@ -13,6 +13,7 @@ from firefly_lightning.huggingface import (
     check_sizes,
     describe,
     load_bloom,
+    load_config,
     load_prompt_format,
     load_tokenizer,
 )
@@ -115,6 +116,13 @@ def test_a_tokenizer_that_is_missing_or_damaged_is_named(tmp_path):
     with pytest.raises(FireflyError, match="the tokenizer cannot be read") as raised:
         load_tokenizer(str(tmp_path))
     raised_line(raised)
+
+
+def test_a_checkpoint_in_the_place_of_a_model_is_called_one(tmp_path):
+    (tmp_path / "last.ckpt").mkdir()
+    (tmp_path / "last.ckpt" / "trainer.ckpt").touch()
+    with pytest.raises(FireflyError, match="holds a checkpoint; make a model of it: firefly export --checkpoint"):
+        load_config(str(tmp_path / "last.ckpt"))
 
 
 def test_weights_saved_without_the_head_load(tiny_folder, bloom, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from firefly_lightning import interrupts
@@ -18,6 +19,7 @@ from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
 from firefly_lightning.checkpoints.layout import TRAINER_FILE
 from firefly_lightning.checkpoints.torch_file import load_file
 from firefly_lightning.errors import FireflyError, check_number
+from firefly_lightning.model.metric_names import renamed
 from firefly_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
 
 
@@ -113,6 +115,9 @@ def _in_own_form(strategy: Strategy) -> CheckpointIO:
     return AtomicCheckpointIO(portable=False) if nobodys_choice and isinstance(strategy, ShardedCheckpoints) else io
 
 
+OF_BEFORE = ("val_perplexity/", "val_accuracy/", "val_eos_accuracy/")
+"""Beginnings of the names that metrics of one kind had before; what another module logs is left as it is."""
+
 LONGEST_MONITOR = 50
 """Characters that the name of a checkpoint has of its monitor at most; file systems take 255 bytes in all."""
 
@@ -134,6 +139,9 @@ class BestCheckpoint(ModelCheckpoint):
         self, monitor: str = "val_loss", mode: str = "min", save_top_k: int = 1, dirpath: str | None = None
     ) -> None:
         check_number("best_checkpoint.save_top_k", save_top_k, least=-1)
+        if monitor.startswith(OF_BEFORE):
+            rank_zero_info(f"best_checkpoint.monitor {monitor} is called {renamed(monitor)} now; write that")
+            monitor = renamed(monitor)
         shown = re.sub(r"[^\w.-]+", "_", monitor)[:LONGEST_MONITOR]  # a kind may have any character, also `/` and `:`
         filename = f"best-step={{step}}-{shown}={{monitored:.4f}}"
         super().__init__(

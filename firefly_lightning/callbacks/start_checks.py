@@ -12,11 +12,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from firefly_lightning.data.protocol import PlannedData, data_of
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.model.metric_names import of_kind
 from firefly_lightning.module import FireflyModule
 
 OF_STEPS = ("train_loss", "lr", "grad_norm", "target_tokens_per_second", "data_wait", "memory_gb", "mfu")
 OF_VALIDATIONS = ("val_loss", "val_perplexity", "val_accuracy", "val_eos_accuracy")
-"""Metrics that every run logs, of steps and of validations; those of kinds are called ``val_perplexity/KIND``."""
+"""Metrics that every run logs, of steps and of validations; those of kinds are called ``val_perplexity_of/KIND``."""
 
 
 class StartChecks(Callback):
@@ -50,7 +51,7 @@ def last_step(trainer: L.Trainer, data: PlannedData) -> float:
     steps, epochs = trainer.max_steps, trainer.max_epochs
     if epochs is None and steps == -1:
         epochs = 1000  # Lightning's own default
-    by_epochs = math.inf if epochs in (None, -1) else epochs * data.train.plan.steps_per_epoch
+    by_epochs = math.inf if epochs in (None, -1) else epochs * data.train.steps_per_epoch
     return min(by_epochs, math.inf if steps == -1 else steps)
 
 
@@ -82,7 +83,7 @@ def _of_validation(trainer: L.Trainer, data: PlannedData) -> Iterator[str]:
     interval, epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch
     if data.train is None or trainer.limit_val_batches == 0 or not isinstance(interval, int | float):
         return
-    steps, per_epoch = last_step(trainer, data), data.train.plan.steps_per_epoch
+    steps, per_epoch = last_step(trainer, data), data.train.steps_per_epoch
     # In micro-batches, once the data are planned; a share of an epoch is such a number, too.
     every = interval // data.train.micro_batches_per_step if isinstance(interval, int) else per_epoch
     if epochs is not None and every > per_epoch:
@@ -101,7 +102,7 @@ def _of_validation(trainer: L.Trainer, data: PlannedData) -> Iterator[str]:
 def _of_monitors(trainer: L.Trainer, data: PlannedData) -> Iterator[str]:
     """Names that callbacks wait for and no run logs, where one that is logged is nearly the same."""
     kinds = data.val.rows.kinds if data.val else []
-    known = {*OF_STEPS, *OF_VALIDATIONS, *(f"{name}/{kind}" for name in OF_VALIDATIONS[1:] for kind in kinds)}
+    known = {*OF_STEPS, *OF_VALIDATIONS, *(of_kind(name, kind) for name in OF_VALIDATIONS[1:] for kind in kinds)}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name: Any = getattr(callback, "monitor", None)
         if isinstance(name, str) and name not in known and (near := difflib.get_close_matches(name, known, 1, 0.8)):

@@ -15,6 +15,7 @@ def find_checkpoint(checkpoint: str, mode: str = "min") -> Path:
     A checkpoint is a file or a folder; a path to a file inside such a folder means the folder too. A folder of several
     checkpoints, and the name ``last`` inside it, mean its latest ``last*.ckpt``, or its latest ``step=*.ckpt`` where it
     has no ``last*.ckpt``. The name ``best`` inside it means the one of ``best-*.ckpt`` whose name has the best value.
+    The folder of a run means its ``checkpoints``.
 
     Args:
         checkpoint: The path.
@@ -39,6 +40,8 @@ def find_checkpoint(checkpoint: str, mode: str = "min") -> Path:
     candidates += replaced_paths(folder, "last*.ckpt")
     candidates = candidates or list(folder.glob("step=*.ckpt"))
     found = sorted(candidates, key=lambda file: file.stat().st_mtime)
+    if not found and (folder / "checkpoints").is_dir():
+        return find_checkpoint(str(folder / "checkpoints"))
     if not found:
         problem = "holds no last.ckpt; name a checkpoint" if folder.is_dir() else "no such checkpoint; check the path"
         raise MissingFileError(f"{checkpoint}: {problem}")

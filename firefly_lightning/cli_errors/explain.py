@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from pydoc import locate
 from typing import Any, get_type_hints
 
@@ -119,6 +120,8 @@ def _of_value(path: str, message: str) -> str:
 
 def _no_class(path: str, absent: re.Match[str], given: str, message: str) -> str:
     """Says that no class or function is called so, and which one is likely meant."""
+    if (module := re.match(r"No module named '(\w+)", absent[2] or "")) and Path(f"{module[1]}.py").is_file():
+        return f"{path}: {absent[2]}; it is in this folder: put PYTHONPATH=. before the command"
     name = absent[1] or absent[3]
     if name is None:
         return f"{path}: {absent[2]}; {_meant(path)}"

@@ -8,11 +8,15 @@ from jsonargparse import ArgumentParser
 
 from firefly_lightning.cli_errors.environment import fill_in
 from firefly_lightning.cli_errors.explain import explain, known_keys
-from firefly_lightning.errors import FireflyError, describe_os_error, reason
+from firefly_lightning.errors import FireflyError, describe_os_error, full_width_hint, reason
 
 
 class OneLineErrors(ArgumentParser):  # type: ignore[misc]
     """A parser that raises a one-line :class:`FireflyError` where it would print its usage and exit."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.allow_abbrev = False  # a key that is cut short would be taken for another in silence
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises the error; a parser inside a type reports to the parser around it, as in jsonargparse."""
@@ -60,9 +64,8 @@ def check_yaml(path: Path) -> None:
         mark = error.problem_mark or error.context_mark
         place = f":{mark.line + 1}" if mark else ""
         column = f" at column {mark.column + 1}" if mark else ""
-        raise FireflyError(
-            f"{path}{place}: not YAML, {error.problem or error.context}{column}; mend the line"
-        ) from error
+        cure = full_width_hint(path) or "; mend the line"
+        raise FireflyError(f"{path}{place}: not YAML, {error.problem or error.context}{column}{cure}") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise FireflyError(f"{path}: not YAML ({reason(error)}); mend it") from error
     if not isinstance(root, yaml.MappingNode):

@@ -29,8 +29,8 @@ def prune(
     Args:
         model: Hugging Face folder with a Bloom: config.json, tokenizer.json, and weights (.safetensors or .bin).
         out: Folder to make; if it exists, it must be empty.
-        corpus: Instruction rows (.jsonl, .json, .parquet, globs, hub names) or .txt files with a text a line, whose
-            tokens are kept. Give either this or --tokenizer.
+        corpus: Instruction rows (.jsonl, .json, .csv, .tsv, .parquet, compressed too, globs, hub names) or .txt files
+            with a text a line, whose tokens are kept. Give either this or --tokenizer.
         tokenizer: Folder with a smaller tokenizer, every token of which is in the large one; its order is kept.
         min_count: How often a token must occur in the corpus to be kept.
         pad_multiple: Pads the vocabulary to a multiple of this with copies of the <pad> row.

@@ -50,7 +50,8 @@ def open_large(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
     """
     refuse_adapter(folder, str(folder))
     if not (folder / "config.json").is_file():
-        raise MissingFileError(f"{folder}: has no config.json; give the folder of a Hugging Face model")
+        problem = "has no config.json; give the folder of a Hugging Face model" if folder.is_dir() else "no such folder"
+        raise MissingFileError(f"{folder}: {problem}")
     config = read_config(folder / "config.json")
     tensors = open_checkpoint(folder, tied=config.get("tie_word_embeddings", True))
     vocabulary = tensors[EMBEDDING].shape[0]

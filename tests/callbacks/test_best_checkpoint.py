@@ -27,6 +27,11 @@ def test_every_kind_can_be_monitored(tiny_folder, tmp_path, kind):
     assert (tmp_path / "checkpoints" / saved[0] / "checkpoint.json").is_file()
 
 
+def test_the_name_that_a_metric_had_before_is_taken_for_that_of_today():
+    assert BestCheckpoint("val_perplexity/NER").monitor == "val_perplexity_of/NER"
+    assert BestCheckpoint("val_bleu/mine").monitor == "val_bleu/mine", "of another module"
+
+
 def test_a_plain_name_stays_as_it_was(tmp_path):
     name = BestCheckpoint(dirpath=str(tmp_path)).format_checkpoint_name({"step": 5, "val_loss": 1.25})
     assert name == f"{tmp_path}/best-step=5-val_loss=1.2500.ckpt"

@@ -143,6 +143,10 @@ def test_export_takes_the_latest_checkpoint_of_a_folder(bloom, tokenizer, tmp_pa
         save(tmp_path / name, bloom, tokenizer)
     for name in (tmp_path, tmp_path / "last", tmp_path / "last.ckpt"):
         assert find_checkpoint(str(name)) == tmp_path / "last.ckpt"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path)
+    for name in (tmp_path / "run", tmp_path / "run" / "last"):
+        assert find_checkpoint(str(name)).samefile(tmp_path / "last.ckpt"), "the folder of a run"
     with pytest.raises(FireflyError, match="no such checkpoint"):
         export(str(tmp_path / "first"), str(tmp_path / "out"))
     (tmp_path / "empty").mkdir()

@@ -127,3 +127,9 @@ def test_long_files_say_why_they_are():
     reasons = {path.name: ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "" for path in long}
     assert len(long) <= 4
     assert all("Longer than 300 lines, since" in " ".join(reason.split()) for reason in reasons.values()), reasons
+
+
+def test_a_module_inside_a_package_of_an_old_name_can_be_imported_first():
+    """Looking up its neighbours in the package must not import the package's old contents, which import it."""
+    code = "import firefly_lightning.strategies.colossalai.checkpoints"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

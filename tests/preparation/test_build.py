@@ -108,6 +108,7 @@ def test_wrong_arguments(tmp_path):
         (source + "/x.jsonl", {}, "raw.jsonl"),
         (str(tmp_path / "out"), {"per_row": 0}, "--per_row 0"),
         (str(tmp_path / "out"), {"templates": str(tmp_path)}, "there are templates for none"),
+        (str(tmp_path / "out"), {"templates": str(tmp_path / "no")}, "no: no such folder; --templates is a folder"),
     ):
         with pytest.raises(FireflyError, match=message):
             build("SentimentAnalyze", [source], out, **arguments)

@@ -76,7 +76,8 @@ def load_hub_dataset(name: str) -> Any:
 
         return datasets.load_dataset(name, split="train")
     except Exception as error:
-        raise FireflyError(f"{name}: neither a file nor a dataset that could be loaded ({error})") from error
+        hint = f"; name its files, as in '{name}/*.jsonl'" if Path(name).is_dir() else ""
+        raise FireflyError(f"{name}: neither a file nor a dataset that could be loaded ({error}){hint}") from error
 
 
 def _read(source: str) -> Iterator[tuple[int, Any]]:

@@ -41,7 +41,7 @@ from typing import Any
 
 import yaml
 
-from firefly_lightning.errors import FireflyError, describe_os_error, reason
+from firefly_lightning.errors import FireflyError, MissingFileError, describe_os_error, full_width_hint, reason
 from firefly_lightning.preparation.templates.fill import TemplateGroup, Templates, Words
 from firefly_lightning.preparation.templates.views import Listing, Template, ValueMap, plain_text
 
@@ -64,11 +64,13 @@ def load_templates(kind: str, folder: Path | None = None) -> Templates:
     """
     folder = folder or TEMPLATE_FOLDER
     path = folder / f"{kind}.yaml"
+    if not folder.is_dir():
+        raise MissingFileError(f"{folder}: no such folder; --templates is a folder of files called KIND.yaml")
     kinds = sorted(file.stem for file in folder.glob("*.yaml"))
     if kind not in kinds:
         nearest = difflib.get_close_matches(kind.lower(), [name.lower() for name in kinds], n=1, cutoff=0.5)
         hint = "".join(f" (did you mean {name}?)" for name in kinds if name.lower() in nearest)
-        known = ", ".join(kinds) or "none"
+        known = f"{', '.join(kinds) or 'none'}; --templates names a folder of your own"
         raise FireflyError(f"{folder}: no templates for the kind {kind!r}{hint}; there are templates for {known}")
     try:
         return _read_file(yaml.safe_load(path.read_text("utf-8")), path)
@@ -77,7 +79,7 @@ def load_templates(kind: str, folder: Path | None = None) -> Templates:
     except UnicodeDecodeError as error:
         raise FireflyError(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the file") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError: a date such as 2024-99-99
-        raise FireflyError(f"{path}: not YAML: {reason(error)}") from error
+        raise FireflyError(f"{path}: not YAML: {reason(error)}{full_width_hint(path)}") from error
 
 
 def _read_file(content: Any, path: Path) -> Templates:

@@ -19,7 +19,7 @@ from firefly_lightning.checkpoints.layout import (
 )
 from firefly_lightning.checkpoints.torch_file import load_file
 from firefly_lightning.errors import FireflyError, reason
-from firefly_lightning.strategies.colossalai import padded_vocabulary
+from firefly_lightning.strategies.colossalai.padded_vocabulary import strip
 from firefly_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
 
 
@@ -124,4 +124,4 @@ def read_weights(folder: Path, trainer: dict[str, Any]) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise FireflyError(f"{folder}: damaged ({reason(error)}); use an earlier one") from error
     vocab_size = trainer[DESCRIPTION_KEY]["config.json"]["vocab_size"]
-    return {name: padded_vocabulary.strip(name, weight, vocab_size) for name, weight in weights.items()}
+    return {name: strip(name, weight, vocab_size) for name, weight in weights.items()}

@@ -299,7 +299,8 @@ def test_a_folder_is_read_as_a_dataset(tmp_path, monkeypatch):
     rows = [row for source in find_sources([str(folder)]) for row in read_rows(source)]
     assert rows == [Row("Couplet", (("上联：春风", target),), n) for n, target in enumerate(("秋月", "明月"), 1)]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FireflyError, match="empty: neither a file nor a dataset that could be loaded"):
+    message = r"empty: neither a file nor a dataset that could be loaded .*; name its files, as in '.*/empty/\*\.jsonl'"
+    with pytest.raises(FireflyError, match=message):
         list(read_records(str(tmp_path / "empty")))
 
 
