@@ -243,6 +243,7 @@ def _quiet_lightning() -> None:
     spare_bars("lightning.pytorch", "lightning.fabric")
     for message in (
         ".*LeafSpec.* is deprecated",  # Lightning's own use of torch
+        "Precision .* is not supported by the model summary",  # whose sizes are those of float32, as masters are
         "Total length of `list` across ranks is zero",  # a run without validation rows
         "Checkpoint directory .* exists and is not empty",  # a resumed run; nothing there is overwritten
     ):
