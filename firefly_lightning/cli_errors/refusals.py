@@ -22,20 +22,37 @@ class Refusals:
         self.noted: Exception | None = None
         self._mistakes: tuple[type[Exception], ...] = (ValueError, TypeError, ImportError, *others)
 
-    def noting(self, make: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that makes an object as the given one does, and notes why it cannot be made."""
+    def noting(self, make: Callable[..., Any]) -> "Noting":
+        """What makes an object as the given function does, and notes why it cannot be made."""
+        return Noting(self, make)
 
-        def note(kind: type, *args: Any, applied_instantiation_links: dict[str, Any], **kwargs: Any) -> Any:
-            try:
-                return make(kind, *args, applied_instantiation_links=applied_instantiation_links, **kwargs)
-            except self._mistakes as error:
-                self.noted = FireflyError(f"{kind.__name__}: {_line(str(error))}")
-                raise self.noted from error
-            except Exception as error:
-                self.noted = error
+    def note(self, kind: type, error: Exception) -> Exception:
+        """Notes what the constructor of a class has raised; returns what to raise in its place."""
+        mistake = isinstance(error, self._mistakes)
+        self.noted = FireflyError(f"{kind.__name__}: {_line(str(error))}") if mistake else error
+        return self.noted
+
+
+class Noting:
+    """Makes objects; a class and no closure, since Lightning hands the parser to the processes that it spawns.
+
+    Args:
+        refusals: Where to note what is refused.
+        make: Makes an object of a class from its arguments.
+    """
+
+    def __init__(self, refusals: Refusals, make: Callable[..., Any]) -> None:
+        self._refusals, self._make = refusals, make
+
+    def __call__(self, kind: type, *args: Any, applied_instantiation_links: dict[str, Any], **kwargs: Any) -> Any:
+        """An object of a class; what its constructor refuses is noted."""
+        try:
+            return self._make(kind, *args, applied_instantiation_links=applied_instantiation_links, **kwargs)
+        except Exception as error:
+            noted = self._refusals.note(kind, error)
+            if noted is error:
                 raise
-
-        return note
+            raise noted from error
 
 
 @contextmanager

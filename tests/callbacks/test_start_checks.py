@@ -32,9 +32,9 @@ WARNINGS = {
         "EarlyStopping monitors val_los, which is not logged; did you mean val_loss?",
     ),
     "metric of a kind": (
-        ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val_perplexity/Sumary",
+        ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val_perplexity_of/Sumary",
          "--trainer.callbacks.strict", "false"],
-        "did you mean val_perplexity/Summary?",
+        "did you mean val_perplexity_of/Summary?",
     ),
     "own metric": (
         ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "cleverness",

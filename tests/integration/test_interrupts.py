@@ -101,7 +101,7 @@ def test_a_signal_ends_a_command(name, number, places, seconds, tmp_path, monkey
     first = (list(COMMANDS).index(name) // 2 + (number == signal.SIGTERM)) % 2
     for moment in range(first, first + 1) if DIVIDED else range(MOMENTS):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache{moment}"))  # as empty as that of the whole command
-        after = drawn.uniform(0.5, seconds(name))
+        after = drawn.uniform(0.5, 0.95 * seconds(name))  # what is over is not told to end
         took, process = ended(name, places, tmp_path / str(moment), number, after, twice=moment % 2 == 1)
         if took is None:
             continue  # it had ended before

@@ -64,7 +64,7 @@ def test_a_resumed_run_goes_on_exactly_and_its_checkpoint_validates(odd_folder, 
         assert [float(loss) for loss in logged(parts, "val_loss", version=2).values()] == [
             pytest.approx(float(validated[0]), rel=1e-6)
         ]
-    for name in RESUMED:
+    for name in (name for name, kind in SAVED if kind == "own"):
         assert_damage_is_found(tmp_path / name / "own" / "checkpoints" / "last.ckpt", tmp_path / f"{name}.ckpt")
 
 
