@@ -16,8 +16,7 @@ from torch import Tensor
 from firefly_lightning import interrupts
 from firefly_lightning.callbacks.signals import Signals
 from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
-from firefly_lightning.checkpoints.layout import TRAINER_FILE
-from firefly_lightning.checkpoints.torch_file import load_file
+from firefly_lightning.checkpoints.torch_file import load_file, trainer_file
 from firefly_lightning.errors import FireflyError, check_number
 from firefly_lightning.model.metric_names import renamed
 from firefly_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
@@ -199,7 +198,7 @@ class BestCheckpoint(ModelCheckpoint):
 def _saved_state(checkpoint: Path, key: str) -> dict[str, Any]:
     """The state of a callback in a checkpoint; empty where there is none, or it cannot be read."""
     try:
-        saved = load_file(checkpoint / TRAINER_FILE if checkpoint.is_dir() else checkpoint, "cpu")
+        saved = load_file(trainer_file(checkpoint), "cpu")
     except FireflyError:
         return {}
     state: dict[str, Any] = saved.get("callbacks", {}).get(key, {})

@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks.progress.rich_progress import (
     CustomBarColumn,
     RichProgressBarTheme,
 )
-from rich import reconfigure
 from rich.progress import TextColumn, TimeElapsedColumn
 from typing_extensions import override
 
@@ -40,13 +39,6 @@ class RunProgressBar(RichProgressBar):
     def __init__(self) -> None:
         super().__init__(refresh_rate=10, theme=RichProgressBarTheme(metrics_text_delimiter=" · "))
         self._started, self._first_step = 0.0, 0
-
-    @override
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        # Lightning lists metrics by kind after an evaluation, and a kind may be called [/x], which is no markup.
-        self._console_kwargs = {} if stage == "fit" else {"markup": False, "emoji": False}
-        reconfigure(**self._console_kwargs)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from firefly_lightning.checkpoints.layout import CONFIGURATION_KEY, TRAINER_FILE
-from firefly_lightning.checkpoints.torch_file import load_file
+from firefly_lightning.checkpoints.layout import CONFIGURATION_KEY
+from firefly_lightning.checkpoints.torch_file import load_file, trainer_file
 from firefly_lightning.errors import reason
 
 _OF_THE_START = ("ckpt_path", "config")
@@ -26,8 +26,7 @@ def read_configuration(checkpoint: Path) -> Any:
     Raises:
         FireflyError: If the checkpoint is damaged.
     """
-    file = checkpoint / TRAINER_FILE if checkpoint.is_dir() else checkpoint
-    return load_file(file, "cpu").get(CONFIGURATION_KEY)
+    return load_file(trainer_file(checkpoint), "cpu").get(CONFIGURATION_KEY)
 
 
 def differences(saved: Any, now: str) -> str:

@@ -13,6 +13,7 @@ import torch
 import xxhash
 
 from firefly_lightning.checkpoints.contents import DAMAGED
+from firefly_lightning.checkpoints.layout import TRAINER_FILE
 from firefly_lightning.errors import FireflyError, reason, unreadable
 
 _END, _END_SIZE = b"PK\x05\x06", 22
@@ -40,6 +41,11 @@ def save_file(contents: dict[str, Any], file: BinaryIO) -> None:
     comment = _comment(file, size)
     file.seek(size)
     file.write(comment)
+
+
+def trainer_file(checkpoint: Path) -> Path:
+    """The file of a checkpoint that holds what Lightning saved: one in its folder, or the checkpoint itself."""
+    return checkpoint / TRAINER_FILE if checkpoint.is_dir() else checkpoint
 
 
 def load_file(path: Path, map_location: Any, weights_only: bool = True) -> dict[str, Any]:

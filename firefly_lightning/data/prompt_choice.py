@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from firefly_lightning.checkpoints.layout import DESCRIPTION_KEY, TRAINER_FILE
-from firefly_lightning.checkpoints.torch_file import load_file
+from firefly_lightning.checkpoints.layout import DESCRIPTION_KEY
+from firefly_lightning.checkpoints.torch_file import load_file, trainer_file
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import load_prompt_format, load_tokenizer
 from firefly_lightning.prompt import PRESETS, PromptFormat, format_of_template
@@ -81,7 +81,7 @@ def saved_format(checkpoint: Path) -> PromptFormat | None:
     Raises:
         FireflyError: If the checkpoint is damaged.
     """
-    file = checkpoint / TRAINER_FILE if checkpoint.is_dir() else checkpoint
+    file = trainer_file(checkpoint)
     return described_format(load_file(file, "cpu").get(DESCRIPTION_KEY)) if file.is_file() else None
 
 
