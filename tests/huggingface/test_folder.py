@@ -92,7 +92,7 @@ def test_a_hub_that_does_not_answer_is_named(load, monkeypatch):
     def download(path, name):
         raise LocalEntryNotFoundError("cannot reach\nthe hub")
 
-    monkeypatch.setattr("firefly_lightning.huggingface.hf_hub_download", download)
+    monkeypatch.setattr("firefly_lightning.huggingface.folder.hf_hub_download", download)
     with pytest.raises(FireflyError) as raised:
         load("nobody/nothing")
     assert (
@@ -104,7 +104,7 @@ def test_a_hub_model_without_a_saved_format_has_none(monkeypatch):
     def download(path, name):
         raise EntryNotFoundError("404")
 
-    monkeypatch.setattr("firefly_lightning.huggingface.hf_hub_download", download)
+    monkeypatch.setattr("firefly_lightning.huggingface.folder.hf_hub_download", download)
     assert load_prompt_format("bigscience/bloom-560m") is None
 
 
@@ -168,7 +168,7 @@ def test_an_adapter_of_the_hub_is_called_one(load, tmp_path, monkeypatch):
         (tmp_path / name).write_text(json.dumps(ADAPTER))
         return str(tmp_path / name)
 
-    monkeypatch.setattr("firefly_lightning.huggingface.hf_hub_download", download)
+    monkeypatch.setattr("firefly_lightning.huggingface.folder.hf_hub_download", download)
     with pytest.raises(FireflyError, match="somebody/lora: is an adapter of bigscience/bloom-560m"):
         load("somebody/lora")
 
