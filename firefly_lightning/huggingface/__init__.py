@@ -10,22 +10,32 @@ from firefly_lightning.huggingface.description import (
     describe,
     write_description,
 )
-from firefly_lightning.huggingface.folder import find_model_file, load_config, load_prompt_format, load_tokenizer
-from firefly_lightning.huggingface.weights import load_bloom, random_bloom
+from firefly_lightning.huggingface.folder import (
+    base_of,
+    find_model_file,
+    load_config,
+    load_prompt_format,
+    load_tokenizer,
+)
+from firefly_lightning.huggingface.weights import Quantize, digest_of_weights, load_bloom, random_bloom, stored_dtype
 
 __all__ = [
     "DESCRIPTION_FILES",
     "PUBLISHED_DECODING",
     "TOKENIZER_CONFIG",
     "UNUSED_ROWS",
+    "Quantize",
+    "base_of",
     "check_same_model",
     "check_sizes",
     "describe",
+    "digest_of_weights",
     "find_model_file",
     "load_bloom",
     "load_config",
     "load_prompt_format",
     "load_tokenizer",
     "random_bloom",
+    "stored_dtype",
     "write_description",
 ]

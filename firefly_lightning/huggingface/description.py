@@ -104,9 +104,8 @@ def describe(model_config: BloomConfig, tokenizer: PreTrainedTokenizerFast, prom
 
 
 def write_description(description: dict[str, Any], out: Path) -> None:
-    """Writes the files of a description into an existing folder."""
-    for name in DESCRIPTION_FILES:
-        content = description[name]
+    """Writes the files of a description, or of a part of it, into an existing folder."""
+    for name, content in description.items():
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, indent=2) + "\n"
         (out / name).write_text(text, encoding="utf-8")
 
@@ -115,6 +114,7 @@ def _describe_config(model_config: BloomConfig) -> dict[str, Any]:
     stored = json.loads(model_config.to_json_string())
     # Fields that begin with _ concern this process alone, such as the folder that the model came from.
     fields = {name: value for name, value in stored.items() if not name.startswith("_")}
+    fields.pop("quantization_config", None)  # how a run keeps the weights in memory
     # transformers 5 reads both names of the type, 4 only the old one.
     dtype = fields.pop("dtype", None) or fields.pop("torch_dtype", None)
     tied = bool(model_config.tie_word_embeddings)

@@ -13,22 +13,22 @@ from transformers.utils import logging as transformers_logging
 
 from firefly_lightning.errors import FireflyError, reason
 from firefly_lightning.files.json_object import read_json_object
-from firefly_lightning.files.model_json import CURE, read_config, refuse_adapter
+from firefly_lightning.files.model_json import CURE, adapter_base, read_config
 from firefly_lightning.prompt import SPECIAL_TOKENS, PromptFormat
 
 
 def load_config(path: str) -> BloomConfig:
-    """The configuration of a Bloom.
+    """The configuration of a Bloom; that of its base where an adapter is named.
 
     Args:
-        path: Folder or hub name of the model.
+        path: Folder or hub name of the model or the adapter.
 
     Raises:
         FireflyError: If there is no configuration, or the model is of another architecture.
     """
+    if base := base_of(path):
+        return load_config(base)
     file = find_model_file(path, "config.json")
-    if file is None or Path(path).is_dir():
-        _refuse_adapter(path)
     if file is None:
         what = "has no config.json; give a folder that holds a Bloom model"
         if any(Path(path).glob("*.ckpt")):
@@ -42,16 +42,17 @@ def load_config(path: str) -> BloomConfig:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model, read from its ``tokenizer.json``.
+    """The tokenizer of a model, read from its ``tokenizer.json``; an adapter without one has that of its base.
 
     Args:
-        path: Folder or hub name of the model.
+        path: Folder or hub name of the model or the adapter.
 
     Raises:
         FireflyError: If there is no tokenizer, or it cannot be read.
     """
     if find_model_file(path, "tokenizer.json") is None:
-        _refuse_adapter(path)
+        if base := base_of(path):
+            return load_tokenizer(base)
         raise FireflyError(f"{path}: has no tokenizer.json; copy the tokenizer's files there")
     try:
         # Bloom's tokenizer_config.json names a class of its own, which transformers 5 no longer has: a warning at most.
@@ -65,22 +66,52 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
 
 
 def load_prompt_format(path: str) -> PromptFormat | None:
-    """The prompt format that a model was trained with; None where its folder does not say.
+    """The prompt format that a model was trained with; None where its folder, or that of its base, does not say.
 
     Args:
-        path: Folder or hub name of the model.
+        path: Folder or hub name of the model or the adapter.
 
     Raises:
         FireflyError: If ``prompt_format.json`` is malformed.
     """
     file = find_model_file(path, "prompt_format.json")
     if file is None:
-        return None
+        base = base_of(path)
+        return load_prompt_format(base) if base else None
     fields = read_json_object(file, CURE)
     known = asdict(PromptFormat()).keys()
     if fields.keys() - known or not all(isinstance(value, str) for value in fields.values()):
         raise FireflyError(f"{file}: must map {', '.join(known)} to strings, and nothing else")
     return PromptFormat(**fields)
+
+
+def base_of(path: str) -> str | None:
+    """Folder or hub name of the model that an adapter was made for; None where a whole model is named.
+
+    Args:
+        path: Folder or hub name of the adapter or the model.
+
+    Raises:
+        FireflyError: If the adapter does not say its base, or the base is not there or an adapter itself.
+    """
+    base = _adapter_base(path)
+    if base is None:
+        return None
+    cure = f"set base_model_name_or_path in {path}/adapter_config.json"
+    try:
+        other = _adapter_base(base)
+    except FireflyError as error:
+        raise FireflyError(f"{path}: is an adapter of {base}, which is not there ({error}); {cure}") from error
+    if other is not None:
+        raise FireflyError(f"{path}: is an adapter of {base}, which is one too; merge that first, and {cure}")
+    return base
+
+
+def _adapter_base(path: str) -> str | None:
+    if not Path(path).is_dir() and find_model_file(path, "config.json"):
+        return None
+    file = find_model_file(path, "adapter_config.json")
+    return adapter_base(file.parent) if file else None
 
 
 def find_model_file(path: str, name: str) -> Path | None:
@@ -108,11 +139,6 @@ def _lacks_file(path: str, error: Exception) -> bool:
     if isinstance(error, LocalEntryNotFoundError):
         return isinstance(try_to_load_from_cache(path, "config.json"), str)
     return isinstance(error, EntryNotFoundError)
-
-
-def _refuse_adapter(path: str) -> None:
-    if file := find_model_file(path, "adapter_config.json"):
-        refuse_adapter(file.parent, path)
 
 
 @contextmanager
