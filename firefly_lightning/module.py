@@ -1,7 +1,6 @@
 """FireflyModule: a (pruned) Bloom that learns the targets of instruction rows."""
 
 import os
-from collections.abc import Iterable
 from functools import partial
 from typing import Any, Literal
 
@@ -11,13 +10,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.nn import Parameter
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from transformers import BloomForCausalLM, GenerationConfig
 
-from firefly_lightning.checkpoints.layout import DESCRIPTION_KEY, NAMES_KEY, SETTINGS_KEY
+from firefly_lightning.checkpoints.layout import DESCRIPTION_KEY, SETTINGS_KEY
 from firefly_lightning.checkpoints.loop_state import fit_loop_state
-from firefly_lightning.checkpoints.unsharded import accept_names, numbered_names
+from firefly_lightning.checkpoints.unsharded import accept_names, keep_states, name_states
 from firefly_lightning.data.batches import MicroBatch, data_parallel_share
 from firefly_lightning.data.prompt_choice import check_same_format, tokenizer_and_format
 from firefly_lightning.data.protocol import data_of
@@ -37,9 +35,10 @@ from firefly_lightning.huggingface import (
 )
 from firefly_lightning.model.fast_bloom import FastBloom, takes_fast_pass
 from firefly_lightning.model.stock_pass import StockPass
-from firefly_lightning.optim import RunSettings, check_counts_steps, cosine_schedule
+from firefly_lightning.optim import RunSettings, cosine_schedule
 from firefly_lightning.prompt import PromptEncoder
-from firefly_lightning.strategies.hooks import StrategyHooks, check_accumulation, hooks_of
+from firefly_lightning.strategies.hooks import StrategyHooks, hooks_of
+from firefly_lightning.strategies.run_optimizer import check_optimizer, make_optimizer
 from firefly_lightning.strategies.step_guard import StepGuard
 from firefly_lightning.strategies.unsuited_callbacks import check_callbacks
 
@@ -60,6 +59,11 @@ class FireflyModule(L.LightningModule):
         from_scratch: Whether to begin with random weights for the folder's ``config.json``, not the folder's weights.
         optimizer: Optimizer that replaces AdamW; its own arguments hold, and ``learning_rate`` is not used.
         lr_scheduler: Schedule that replaces warm-up and cosine; it is stepped once an optimizer step.
+        weight_decay: Weight decay of matrices and embeddings, not of biases and layer norms; it also holds for an
+            ``optimizer`` that replaces AdamW.
+        loraplus_lr_ratio: By how much the learning rate of an adapter's matrices B is higher than that of A (LoRA+).
+        release_gradients: Whether each weight is updated as its gradient arrives, so that gradients are not in memory
+            together: on one device, where a step is one micro-batch and nothing clips gradients.
         decoding: Settings with which ``test`` and ``predict`` answer, where they differ from the model's own generation
             config, such as ``{max_new_tokens: 100, do_sample: false}``.
     """
@@ -74,17 +78,24 @@ class FireflyModule(L.LightningModule):
         from_scratch: bool = False,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
+        weight_decay: float = 0.0,
+        loraplus_lr_ratio: float | None = None,
+        release_gradients: bool = False,
         decoding: Decoding | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         check_number("model.learning_rate", learning_rate, least=0)
         check_number("model.warmup_steps", warmup_steps, least=0)
+        check_number("model.weight_decay", weight_decay, least=0)
+        check_number("model.loraplus_lr_ratio", loraplus_lr_ratio, above=0)
         self.path = path
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.attention = attention
         self.gradient_checkpointing, self.from_scratch = gradient_checkpointing, from_scratch
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.weight_decay, self.loraplus_lr_ratio = weight_decay, loraplus_lr_ratio
+        self.release_gradients = release_gradients
         self.decoding = decoding or Decoding()
         self.model: BloomForCausalLM = None  # until configure_model, where Lightning wants it to be built
         self._pass: FastBloom | StockPass = StockPass(self)
@@ -116,9 +127,7 @@ class FireflyModule(L.LightningModule):
         keep_names(self.trainer.loggers)
         if stage == "fit":
             self._settings = RunSettings()
-            check_accumulation(self.trainer.strategy, self.trainer.accumulate_grad_batches)
-            optimizer = self._make_optimizer([Parameter(torch.zeros(1))])
-            check_counts_steps(self.lr_scheduler(optimizer) if self.lr_scheduler else None)
+            check_optimizer(self)
 
     def configure_model(self) -> None:
         """Loads the weights; here rather than in the constructor, so that a strategy can shard them as they come.
@@ -147,7 +156,7 @@ class FireflyModule(L.LightningModule):
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """A micro-batch's loss, scaled so that the mean over micro-batches and ranks is the loss of the step."""
         loss = self._pass.target_loss(batch) * (batch["step_micro_batches"] / batch["step_target_tokens"])
-        self.step_guard.add(loss)
+        self.step_guard.add(self, loss)
         return loss
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
@@ -187,8 +196,7 @@ class FireflyModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Notes the configured optimizer settings, and lets optimizers load states by name, before any are loaded."""
         for optimizer in self.trainer.optimizers:
-            if hasattr(optimizer, "register_load_state_dict_pre_hook"):  # an engine's own may lack it
-                accept_names(self, optimizer)
+            accept_names(self, optimizer)
         self._settings.note(self.trainer)
 
     def on_train_start(self) -> None:
@@ -231,7 +239,7 @@ class FireflyModule(L.LightningModule):
         Raises:
             FireflyError: If the run has no last step for the cosine to end at.
         """
-        optimizer = self._make_optimizer(self.parameters())
+        optimizer = make_optimizer(self)
         if self.lr_scheduler:
             schedule: Any = self.lr_scheduler(optimizer)
         else:
@@ -244,7 +252,7 @@ class FireflyModule(L.LightningModule):
             self._description = describe(self.model.config, *self._tokenizer_and_prompt())
         checkpoint[DESCRIPTION_KEY] = self._description
         checkpoint[SETTINGS_KEY] = self._settings.changed(self.trainer)
-        checkpoint[NAMES_KEY] = [numbered_names(self, optimizer) for optimizer in self.trainer.optimizers]
+        keep_states(checkpoint, self, self.trainer.optimizers, self._hooks.whole_states)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint is of this model, and resumes at the step of the plan that comes next.
@@ -253,6 +261,7 @@ class FireflyModule(L.LightningModule):
             FireflyError: If the checkpoint is of another model, or a training would go on in another prompt format.
         """
         self._settings.resume(checkpoint.get(SETTINGS_KEY, []))
+        name_states(checkpoint)
         if self.model is not None:
             check_same_model(checkpoint.get(DESCRIPTION_KEY, {}), self.model.config, self.path)
         check_same_format(checkpoint.get(DESCRIPTION_KEY), self._trainer)
@@ -283,16 +292,6 @@ class FireflyModule(L.LightningModule):
         """Random seed of a place in the run; it differs between ranks, except between those that split one model."""
         _, rank = data_parallel_share(self.trainer.strategy)
         return hash((int(os.environ.get("PL_GLOBAL_SEED", 0)), *where, rank)) % 2**63
-
-    def _make_optimizer(self, parameters: Iterable[Parameter]) -> Optimizer:
-        make = self.optimizer or self._adamw
-        return self._hooks.convert_optimizer(make(parameters))
-
-    def _adamw(self, parameters: Iterable[Parameter]) -> Optimizer:
-        """PyTorch's AdamW, fused into one pass over the weights where nothing else touches their gradients."""
-        plain = self._hooks.whole_weights and not isinstance(self.trainer.strategy, StrategyHooks)
-        fused = plain and self.trainer.precision != "16-mixed"  # Lightning cannot clip scaled gradients then
-        return AdamW(parameters, self.learning_rate, weight_decay=0.0, fused=fused or None)
 
     def _tokenizer_and_prompt(self) -> tuple[Any, Any]:
         """The data's tokenizer and prompt format; where it is not ours, the model's own."""

@@ -21,11 +21,15 @@ class StrategyHooks:
         generates_in_step: Whether ranks must call the model equally often, because a forward pass is collective.
         whole_weights: Whether a process holds all weights as plain tensors all the time, so that a weight may be used
             without calling the module that it belongs to.
+        whole_states: Whether a process holds the states of the optimizer as the optimizer made them.
+        splits_states: Whether the optimizer updates parts of weights, so that it must update each number by itself.
     """
 
     norm_follows_step = False
     generates_in_step = False
     whole_weights = False
+    whole_states = False
+    splits_states = False
 
     def check_model(self, config: BloomConfig) -> None:
         """Refuses a model that this strategy cannot train; called before weights are loaded.
@@ -91,5 +95,6 @@ def hooks_of(strategy: Strategy | None) -> StrategyHooks:
     if isinstance(strategy, StrategyHooks):
         return strategy
     hooks = StrategyHooks()
-    hooks.whole_weights = strategy is None or isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+    plain = strategy is None or isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+    hooks.whole_weights = hooks.whole_states = plain
     return hooks
