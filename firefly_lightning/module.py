@@ -260,7 +260,7 @@ class FireflyModule(L.LightningModule):
         Raises:
             FireflyError: If the checkpoint is of another model, or a training would go on in another prompt format.
         """
-        self._settings.resume(checkpoint.get(SETTINGS_KEY, []))
+        self._settings.resume(checkpoint.get(SETTINGS_KEY, []), checkpoint.get("lr_schedulers", []))
         name_states(checkpoint)
         if self.model is not None:
             check_same_model(checkpoint.get(DESCRIPTION_KEY, {}), self.model.config, self.path)

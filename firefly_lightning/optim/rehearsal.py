@@ -65,11 +65,15 @@ def attempt(act: Callable[[], T], what: str = "model.optimizer: cannot be made o
     """
     try:
         return act()
-    except FireflyError:
-        raise
     except Exception as error:
-        hint = "take firefly_lightning.optim.MuonWithAdamW" if "Muon" in str(error) else _ANOTHER
-        raise FireflyError(f"{what} ({reason(error)}); {hint}") from error
+        if "Muon only supports 2D" in str(error):
+            muon = (
+                "Muon is for matrices alone; take firefly_lightning.optim.MuonWithAdamW, which has AdamW for all else"
+            )
+            raise FireflyError(f"model.optimizer: {muon}") from error
+        if isinstance(error, FireflyError):
+            raise
+        raise FireflyError(f"{what} ({reason(error)}); {_ANOTHER}") from error
 
 
 def check_elementwise(make: Callable[[Any], Optimizer]) -> None:
@@ -82,7 +86,7 @@ def check_elementwise(make: Callable[[Any], Optimizer]) -> None:
         FireflyError: If parts of a weight are not updated as the whole is, or states are not shaped like the weight.
     """
     torch_state = torch.Generator().manual_seed(0)
-    wholes = [Parameter(torch.randn(*shape, generator=torch_state)) for shape in ((96, 65), (65,))]
+    wholes = [Parameter(torch.randn(*shape, generator=torch_state)) for shape in ((96, 64), (65,))]
     cuts = [each.numel() // 2 + 1 for each in wholes]
     parts = [
         [Parameter(part) for part in each.detach().flatten().clone().tensor_split([cut])]

@@ -99,19 +99,27 @@ class RunSettings:
     def __init__(self) -> None:
         self._configured: list[OptimizerSettings] = []
         self._changed: list[dict[str, list[Any]]] | None = None
+        self._schedules: list[dict[str, Any]] = []
 
     def note(self, trainer: Any) -> None:
         """Notes the settings as configured, before a checkpoint's are loaded."""
         self._configured = [OptimizerSettings.of(*each) for each in optimizers_with_schedules(trainer)]
+        self._leave_out_groups()
 
     def changed(self, trainer: Any) -> list[dict[str, list[Any]]]:
         """For each optimizer, the settings that schedules have changed, to be saved."""
         pairs = zip(self._configured, trainer.optimizers, strict=False)
         return [settings.changed(optimizer) for settings, optimizer in pairs]
 
-    def resume(self, changed: list[dict[str, list[Any]]]) -> None:
-        """Takes what :meth:`changed` gave from a checkpoint; empty where the checkpoint does not have it."""
-        self._changed = changed
+    def resume(self, changed: list[dict[str, list[Any]]], schedules: list[dict[str, Any]]) -> None:
+        """Takes what a checkpoint has; called before or after :meth:`note`, as the strategy has it.
+
+        Args:
+            changed: What :meth:`changed` gave; empty where the checkpoint does not have it.
+            schedules: States of the schedules, which are about to be loaded.
+        """
+        self._changed, self._schedules = changed, schedules
+        self._leave_out_groups()
 
     def restore(self, trainer: Any) -> None:
         """Restores the settings, once, after a checkpoint was loaded; without one it leaves them alone."""
@@ -120,6 +128,12 @@ class RunSettings:
             for number, (settings, each) in enumerate(pairs):
                 settings.apply(*each, self._changed[number] if number < len(self._changed) else {})
             self._changed = None
+
+    def _leave_out_groups(self) -> None:
+        """Leaves functions out of schedules' states for groups that this run does not have."""
+        for state, settings in zip(self._schedules, self._configured, strict=False):
+            if "lr_lambdas" in state:
+                state["lr_lambdas"] = state["lr_lambdas"][: len(settings.groups)]
 
 
 def _own(value: Any) -> Any:
