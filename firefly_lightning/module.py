@@ -195,7 +195,7 @@ class FireflyModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Notes the configured optimizer settings, and lets optimizers load states by name, before any are loaded."""
-        for optimizer in self.trainer.optimizers:
+        for optimizer in self.trainer.optimizers if self._hooks.whole_states else ():
             accept_names(self, optimizer)
         self._settings.note(self.trainer)
 

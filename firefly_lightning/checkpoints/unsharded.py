@@ -106,9 +106,7 @@ def parameter_names(module: nn.Module) -> dict[int, str]:
 
 def accept_names(module: nn.Module, optimizer: Optimizer) -> None:
     """Makes ``optimizer.load_state_dict`` take states by parameter name too; the optimizer then keeps its settings."""
-    load_numbered = getattr(optimizer, "load_state_dict", None)
-    if load_numbered is None:  # an engine's own
-        return
+    load_numbered = optimizer.load_state_dict
 
     def load(state_dict: Any) -> None:
         if BY_NAME not in state_dict:
