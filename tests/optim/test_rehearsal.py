@@ -1,6 +1,9 @@
 """An optimizer that cannot train, or cannot be resumed, is refused in a line before any weights are loaded."""
 
 import json
+import re
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +11,11 @@ from torch.optim import Optimizer
 
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.optim.rehearsal import check_elementwise
+from firefly_lightning.strategies.colossalai.booster import BoosterStrategy
+from firefly_lightning.strategies.deepspeed.machine import cpu_adam
 from tests.support.helpers import fit, one_line
 from tests.support.optimizers import ALL, ELEMENTWISE, HAS_MUON, WHOLE, maker
+from tests.support.readme import page
 
 
 class Forgetful(torch.optim.SGD):
@@ -116,3 +122,33 @@ def test_only_what_updates_each_number_by_itself_goes_with_parts_of_weights(name
 def test_both_kinds_are_tried():
     assert len(ELEMENTWISE) >= 13
     assert len(WHOLE) >= 7
+
+
+SAYS = {"en": ("yes", "no", ", "), "zh": ("能", "不能", "、")}
+
+
+@pytest.mark.parametrize("language", SAYS)
+def test_the_documentation_says_which_optimizer_goes_where(language):
+    yes, no, comma = SAYS[language]
+    rows = re.findall(rf"^\| ([^|`]+) \| {yes} \| ({yes}|{no}) \| ({yes}|{no}) \|$", page("resuming", language), re.M)
+    found = {name: (parts, adam) for names, parts, adam in rows for name in names.split(comma)}
+    forms = {"AdamW, foreach", "AdamW, fused"}
+    assert found.keys() - {"Adam", "Muon"} == ALL.keys() - forms - {"Muon"}
+    for name, (parts, adam) in found.items():
+        assert parts == (yes if name in ELEMENTWISE or name == "Adam" else no), name
+        assert adam == (yes if name in ("AdamW", "Adam") else no), name
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam with amsgrad", "SGD", "Lion", "Adafactor"])
+def test_colossalai_and_offloading_take_plain_adam_alone(name):
+    optimizer = maker(name)([torch.nn.Parameter(torch.zeros(2))])
+    checks = [lambda: BoosterStrategy.check_adam(SimpleNamespace(name="gemini"), optimizer)]
+    if name != "AdamW":  # which DeepSpeed would compile
+        checks.append(lambda: cpu_adam(optimizer))
+    for check in checks:
+        with (
+            pytest.raises(FireflyError, match="take torch.optim.AdamW or Adam|leave it out")
+            if name != "AdamW"
+            else nullcontext()
+        ):
+            check()
