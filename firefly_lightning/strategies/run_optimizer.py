@@ -48,7 +48,7 @@ def check_optimizer(module: Any) -> None:
     if module.loraplus_lr_ratio is not None and getattr(module, "adapter", None) is None:
         raise FireflyError("model.loraplus_lr_ratio: is for the matrices of an adapter; set model.adapter: lora")
     if module.release_gradients:
-        _check_can_release(trainer)
+        check_can_release(trainer)
     make = partial(_in_groups, module)
     optimizer = attempt(lambda: make(small_bloom()))
     hooks = hooks_of(strategy)
@@ -81,7 +81,15 @@ def _adamw(module: Any, parameters: Any) -> Optimizer:
     return AdamW(parameters, module.learning_rate, weight_decay=0.0, fused=fused or None)
 
 
-def _check_can_release(trainer: Any) -> None:
+def check_can_release(trainer: Any) -> None:
+    """Refuses runs whose gradients must be there together.
+
+    Args:
+        trainer: The trainer of the run.
+
+    Raises:
+        FireflyError: If the run is such a run; the message says why.
+    """
     problems = {
         "this strategy reduces or shards gradients; train on one device": not isinstance(
             trainer.strategy, SingleDeviceStrategy

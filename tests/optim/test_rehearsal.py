@@ -147,7 +147,7 @@ def test_colossalai_and_offloading_take_plain_adam_alone(name):
         checks.append(lambda: cpu_adam(optimizer))
     for check in checks:
         with (
-            pytest.raises(FireflyError, match="take torch.optim.AdamW or Adam|leave it out")
+            pytest.raises(FireflyError, match=r"take torch\.optim\.AdamW or Adam|leave it out")
             if name != "AdamW"
             else nullcontext()
         ):

@@ -1,9 +1,13 @@
 """Gradients that are released change no digit of a run, and are not in memory together."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from firefly_lightning import FireflyError, FireflyModule
+from firefly_lightning.strategies.run_optimizer import check_can_release
 from tests.support.choice import DIVIDED
 from tests.support.helpers import memory_taken
 from tests.support.optimizers import ALL, maker
@@ -101,6 +105,16 @@ def test_a_run_that_needs_gradients_together_is_refused(tiny_folder, short_rows,
     with pytest.raises(FireflyError) as raised:
         run(tiny_folder, short_rows, tmp_path, True, **settings)
     assert str(raised.value).startswith(f"model.release_gradients: {said}")
+
+
+def test_a_scaled_loss_is_refused():
+    """What only a GPU has."""
+    strategy = SingleDeviceStrategy("cpu")
+    trainer = SimpleNamespace(
+        strategy=strategy, accumulate_grad_batches=1, gradient_clip_val=None, precision="16-mixed"
+    )
+    with pytest.raises(FireflyError, match="16-mixed scales gradients and skips whole steps"):
+        check_can_release(trainer)
 
 
 def test_gradients_are_not_in_memory_together(tmp_path_factory, tokenizer, short_rows, tmp_path):
