@@ -41,7 +41,7 @@ class Ending:
 
 {before}
 with interrupts.ends_on_signals("firefly"):
-    print(subprocess.Popen(["sleep", "90"], stdout=subprocess.DEVNULL).pid, flush=True)
+    print(subprocess.Popen(["sleep", "90"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid, flush=True)
     Ending()
     {then}
     time.sleep(90)
@@ -55,7 +55,7 @@ def test_a_signal_ends_a_command_where_python_drops_what_it_raises(name, code, b
     run = run_script(LOST.format(name=name, before=before, then=then))
     assert run.returncode == code, run.stderr
     assert run.stderr.splitlines() == [f"firefly: error: {'interrupted' if name == 'SIGINT' else 'ended by SIGTERM'}"]
-    wait_for_ends([int(run.stdout)])
+    wait_for_ends([int(run.stdout)], seconds=20)
 
 
 def run_script(script: str) -> subprocess.CompletedProcess:
