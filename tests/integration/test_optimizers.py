@@ -62,7 +62,7 @@ def test_a_run_in_parts_goes_on_and_moves(strategy, odd_folder, rows_file, tmp_p
 
 
 def names_of(strategy: str) -> list[str]:
-    """`native_tp` refuses what steps over all weights together, DeepSpeed Adagrad; torchao's compile for minutes."""
+    """`native_tp` refuses what steps over all weights together, DeepSpeed Adagrad; torchao's compile."""
     if strategy == "ddp":
         return [name for name in WHOLE if "." in WHOLE[name][0]]
     left_out = ("AdamW, foreach", "AdamW, fused") if strategy == "native_tp" else ()
