@@ -1,4 +1,7 @@
-"""FireflyModule: a (pruned) Bloom that learns the targets of instruction rows."""
+"""FireflyModule: a (pruned) Bloom that learns the targets of instruction rows.
+
+Longer than 300 lines, since all hooks of a run are read together.
+"""
 
 import os
 from collections.abc import Iterable
@@ -9,15 +12,16 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 from transformers import BloomForCausalLM, GenerationConfig
 
-from firefly_lightning.checkpoints.layout import DESCRIPTION_KEY, NAMES_KEY, SETTINGS_KEY
+from firefly_lightning.checkpoints.layout import ADAPTER_KEY, DESCRIPTION_KEY, NAMES_KEY, SETTINGS_KEY
 from firefly_lightning.checkpoints.loop_state import fit_loop_state
-from firefly_lightning.checkpoints.unsharded import accept_names, numbered_names
+from firefly_lightning.checkpoints.unsharded import accept_names, numbered_names, saved_parameters
 from firefly_lightning.data.batches import MicroBatch, data_parallel_share
 from firefly_lightning.data.prompt_choice import check_same_format, tokenizer_and_format
 from firefly_lightning.data.protocol import data_of
@@ -28,14 +32,16 @@ from firefly_lightning.evaluation.predictions import Prediction, predict
 from firefly_lightning.evaluation.totals import ALL, EvaluationTotals, kinds_of
 from firefly_lightning.huggingface import (
     PUBLISHED_DECODING,
+    Quantize,
     check_same_model,
     check_sizes,
     describe,
-    load_bloom,
     load_config,
-    random_bloom,
 )
+from firefly_lightning.model.adapters import Lora
 from firefly_lightning.model.fast_bloom import FastBloom, takes_fast_pass
+from firefly_lightning.model.neftune import Neftune
+from firefly_lightning.model.source import ModelSource, autocast_dtype
 from firefly_lightning.model.stock_pass import StockPass
 from firefly_lightning.optim import RunSettings, check_counts_steps, cosine_schedule
 from firefly_lightning.prompt import PromptEncoder
@@ -62,6 +68,11 @@ class FireflyModule(L.LightningModule):
         lr_scheduler: Schedule that replaces warm-up and cosine; it is stepped once an optimizer step.
         decoding: Settings with which ``test`` and ``predict`` answer, where they differ from the model's own generation
             config, such as ``{max_new_tokens: 100, do_sample: false}``.
+        adapter: Adapter that is trained in the place of all weights: ``lora``, its ``{rank, alpha, dropout,
+            target_modules}``, or any of peft as ``class_path: peft.LoraConfig`` with its ``init_args``.
+        quantize: How the frozen weights under an adapter are kept: ``nf4`` in 4 bits, ``int8`` in 8; as they are where
+            not given.
+        neftune_noise_alpha: Strength of the noise that NEFTune adds to the embeddings of training rows; 0 for none.
     """
 
     def __init__(
@@ -75,15 +86,23 @@ class FireflyModule(L.LightningModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         decoding: Decoding | None = None,
+        adapter: Literal["lora"] | Lora | Any = None,
+        quantize: Quantize | None = None,
+        neftune_noise_alpha: float = 0.0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "adapter"])
         check_number("model.learning_rate", learning_rate, least=0)
         check_number("model.warmup_steps", warmup_steps, least=0)
+        check_number("model.neftune_noise_alpha", neftune_noise_alpha, least=0)
         self.path = path
+        self._source = ModelSource(path, from_scratch, adapter, quantize)
+        self.saves_trained_only = self._source.adapter is not None
+        self.strict_loading = not self.saves_trained_only
+        self._noise = Neftune(neftune_noise_alpha)
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.attention = attention
-        self.gradient_checkpointing, self.from_scratch = gradient_checkpointing, from_scratch
+        self.gradient_checkpointing = gradient_checkpointing
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.decoding = decoding or Decoding()
         self.model: BloomForCausalLM = None  # until configure_model, where Lightning wants it to be built
@@ -108,7 +127,9 @@ class FireflyModule(L.LightningModule):
         Raises:
             FireflyError: If one of them cannot be used, or the folder holds no Bloom.
         """
-        config = load_config(self.path)
+        config = self._source.config()
+        if self.saves_trained_only:
+            self._hooks.check_adapter(quantized=self._source.quantize is not None)
         self._hooks.check_model(config)
         takes_fast_pass(self.attention, config)
         change_decoding(GenerationConfig(**PUBLISHED_DECODING), self.decoding)
@@ -128,10 +149,16 @@ class FireflyModule(L.LightningModule):
         """
         if self.model is not None:
             return
-        config, dtype = load_config(self.path), torch.get_default_dtype()
-        build = partial(random_bloom, config, dtype) if self.from_scratch else partial(load_bloom, self.path, dtype)
-        self.model = self._hooks.build_model(config, build)
+        dtype, casts = torch.get_default_dtype(), autocast_dtype(self.trainer.precision) if self._trainer else None
+        build = partial(self._source.load, dtype, casts or dtype)
+        kept_in = None if isinstance(self._hooks, Strategy) else casts
+        self.model = self._hooks.build_model(
+            load_config(self.path), build, partial(self._source.put_adapter, kept_in=kept_in)
+        )
+        if self._trainer:
+            self._source.note_base(self.trainer.strategy.broadcast, self.trainer.is_global_zero)
         self.model.train()  # from_pretrained leaves it in evaluation mode, and Lightning keeps that
+        self._noise.attach(self.model)
         check_sizes(self.model.config, self._tokenizer_and_prompt()[0], self.path)
         if takes_fast_pass(self.attention, self.model.config):
             heads = self._hooks.own_heads(self.model.config.n_head)
@@ -146,7 +173,8 @@ class FireflyModule(L.LightningModule):
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """A micro-batch's loss, scaled so that the mean over micro-batches and ranks is the loss of the step."""
-        loss = self._pass.target_loss(batch) * (batch["step_micro_batches"] / batch["step_target_tokens"])
+        with self._noise.on(batch["lengths"]):
+            loss = self._pass.target_loss(batch) * (batch["step_micro_batches"] / batch["step_target_tokens"])
         self.step_guard.add(loss)
         return loss
 
@@ -231,7 +259,7 @@ class FireflyModule(L.LightningModule):
         Raises:
             FireflyError: If the run has no last step for the cosine to end at.
         """
-        optimizer = self._make_optimizer(self.parameters())
+        optimizer = self._make_optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
         if self.lr_scheduler:
             schedule: Any = self.lr_scheduler(optimizer)
         else:
@@ -243,6 +271,10 @@ class FireflyModule(L.LightningModule):
         if self._description is None:  # the same at every save, and a tokenizer takes a moment to write out
             self._description = describe(self.model.config, *self._tokenizer_and_prompt())
         checkpoint[DESCRIPTION_KEY] = self._description
+        if record := self._source.record():
+            checkpoint[ADAPTER_KEY] = record
+            kept = {name for name, _ in saved_parameters(self)}
+            checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
         checkpoint[SETTINGS_KEY] = self._settings.changed(self.trainer)
         checkpoint[NAMES_KEY] = [numbered_names(self, optimizer) for optimizer in self.trainer.optimizers]
 
@@ -255,6 +287,7 @@ class FireflyModule(L.LightningModule):
         self._settings.resume(checkpoint.get(SETTINGS_KEY, []))
         if self.model is not None:
             check_same_model(checkpoint.get(DESCRIPTION_KEY, {}), self.model.config, self.path)
+            self._source.check_record(checkpoint.get(ADAPTER_KEY))
         check_same_format(checkpoint.get(DESCRIPTION_KEY), self._trainer)
         data = data_of(self._trainer)
         if data and data.train is not None and checkpoint["global_step"] and "loops" in checkpoint:

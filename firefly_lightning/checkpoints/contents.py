@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from firefly_lightning.checkpoints.layout import (
+    ADAPTER_KEY,
     DESCRIPTION_KEY,
     FILES_KEY,
     NAMES_KEY,
@@ -70,6 +71,13 @@ def _is_description(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("config.json", {}), dict)
 
 
+def _is_adapter(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("config"), dict):
+        return False
+    base = value.get("base")
+    return isinstance(base, dict) and _of(dict, str)(base) and {"path", "xxh3_128"} <= base.keys()
+
+
 def _are_optimizers(value: Any) -> bool:
     return _of(list, dict)(value) and all(isinstance(one.get("state"), dict) for one in value)
 
@@ -96,6 +104,7 @@ _CHECKS: dict[str, Check] = {
     "loops": (_are_loops, "states by name with that of fit_loop"),
     "callbacks": (_of(dict, dict), "states by name"),
     DESCRIPTION_KEY: (_is_description, "files by name with fields of config.json"),
+    ADAPTER_KEY: (_is_adapter, "a configuration and a base"),
     SCALER_KEY: (_of(dict), "numbers by name"),
     NAMES_KEY: (_of(list, list), "names of each optimizer's parameters"),
     SCALARS_KEY: (_are_scalars, "numbers of all parameters and of each"),

@@ -20,6 +20,8 @@ An engine's own checkpoint is a folder that the same strategy reads on the same 
     rank-*.pt                      PyTorch's: for each process, its parts of weights and optimizer states
     digests.json                   names, sizes and xxh3_128 digests of the other files; written last
 
+A checkpoint of an adapter, in any of these forms, holds only the weights that are trained.
+
 Where a checkpoint is not to be portable or cannot be, one device and ``ddp`` write a single file as Lightning does,
 with its digest at its end. In that file and in ``trainer.ckpt``, keys that are not named here are Lightning's own.
 """
@@ -61,6 +63,9 @@ VERSION_KEY = "pytorch-lightning_version"
 
 DESCRIPTION_KEY = "hugging_face"
 """Key of the description: all that a Hugging Face folder holds except the weights."""
+
+ADAPTER_KEY = "adapter"
+"""Key of the adapter that was trained: its configuration, and path and digest of the base, which is not saved."""
 
 CONFIGURATION_KEY = "configuration"
 """Key of the whole configuration of the run, as YAML."""

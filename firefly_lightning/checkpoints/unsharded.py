@@ -1,7 +1,7 @@
 """Turns a checkpoint that Lightning keeps as one dictionary in one process into a portable checkpoint, and back."""
 
 import inspect
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,18 @@ def numbered_names(module: nn.Module, optimizer: Optimizer) -> list[str | None]:
 def parameter_names(module: nn.Module) -> dict[int, str]:
     """Names of a module's parameters by their ``id``; of a parameter with two names, the first."""
     return {id(parameter): name for name, parameter in module.named_parameters()}
+
+
+def saved_parameters(module: nn.Module) -> Iterator[tuple[str, Parameter]]:
+    """The parameters that a checkpoint of a module holds, with their names.
+
+    They are all, or those that are trained where the module's ``saves_trained_only`` is true: the others are then to be
+    found elsewhere, as the weights of an adapter's base are.
+    """
+    trained_only = bool(getattr(module, "saves_trained_only", False))
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad or not trained_only:
+            yield name, parameter
 
 
 def accept_names(module: nn.Module, optimizer: Optimizer) -> None:

@@ -118,6 +118,26 @@ def layers_beyond(count: int, names: Iterable[str]) -> list[str]:
     return sorted(name for layer, name in layers if layer and int(layer[2]) >= count)
 
 
+def adapter_base(folder: Path) -> str | None:
+    """What an adapter's folder says of its base, a folder or hub name; None where a folder holds no adapter alone.
+
+    Args:
+        folder: The folder; one that has the weights of a whole model too is not an adapter's.
+
+    Raises:
+        FireflyError: If the adapter does not say its base.
+    """
+    file = folder / "adapter_config.json"
+    patterns = ("model*.safetensors*", "pytorch_model*.bin*")
+    if not file.is_file() or any(True for pattern in patterns for _ in folder.glob(pattern)):
+        return None
+    base = read_json_object(file, CURE).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise FireflyError(f"{file}: does not name the adapter's base; set base_model_name_or_path to its folder")
+    beside = folder / base
+    return str(beside) if not Path(base).is_dir() and beside.is_dir() else base
+
+
 def refuse_adapter(folder: Path, name: str) -> None:
     """Refuses a folder that holds an adapter, such as a LoRA, and no whole model.
 
@@ -128,17 +148,11 @@ def refuse_adapter(folder: Path, name: str) -> None:
     Raises:
         FireflyError: If it is an adapter's.
     """
-    file = folder / "adapter_config.json"
-    patterns = ("model*.safetensors*", "pytorch_model*.bin*")
-    if not file.is_file() or any(True for pattern in patterns for _ in folder.glob(pattern)):
-        return
-    base = read_json_object(file, CURE).get("base_model_name_or_path")
-    of = f" of {base}" if isinstance(base, str) and base else ""
-    raise FireflyError(
-        f"{name}: is an adapter{of}, not a whole model; merge it into its model with peft "
-        "(AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…)), copy the tokenizer's "
-        "files there and name that folder"
-    )
+    if base := adapter_base(folder):
+        raise FireflyError(
+            f"{name}: is an adapter of {base}, not a whole model; merge them: firefly export --checkpoint {name} "
+            "--out FOLDER"
+        )
 
 
 def _check(fields: Mapping[str, Any], checks: Mapping[str, Check], where: str | Path) -> None:

@@ -132,7 +132,7 @@ class FastBloom:
         input_ids = batch["input_ids"].flatten().index_select(0, positions)
         rows = PackedRows(batch["lengths"], positions, batch["packed_targets"])
         embedding, head = self._model.transformer.word_embeddings, self._model.lm_head
-        if not self._whole_weights:
+        if not (self._whole_weights and type(embedding) is nn.Embedding and type(head) is nn.Linear):
             return self._hidden(embedding(input_ids), rows), None
         if head.weight is embedding.weight:
             embedded, weight = embed_tied(embedding.weight, input_ids)
@@ -245,7 +245,8 @@ def _packed_forward(block: Any, hidden: Tensor, attend: Any, only: Tensor | None
     def normed_into(layer: nn.Module, norm: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
         normed = norm(hidden)
         given = normed.to(computing_dtype(normed))  # autocast would cast it too, but out of sight of _fed
-        again = partial(_norm_again, norm, hidden, given.dtype) if keeping.spares_norms else None
+        spares = keeping.spares_norms and type(norm) is nn.LayerNorm  # an adapter may have put another in its place
+        again = partial(_norm_again, norm, hidden, given.dtype) if spares else None
         return _fed(layer, given, again), normed if block.apply_residual_connection_post_layernorm else hidden
 
     fused, residual = normed_into(attention.query_key_value, block.input_layernorm, hidden)

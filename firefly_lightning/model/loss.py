@@ -76,7 +76,7 @@ def fused_target_cross_entropy(hidden: Tensor, weight: Tensor, target_ids: Tenso
     """:func:`target_cross_entropy` in little memory, for a head that is a weight alone.
 
     Logits exist for one chunk of targets at a time. Their gradient is computed right after them, so that no logits are
-    computed twice.
+    computed twice. No gradient is computed of a head that is frozen.
 
     Args:
         hidden: (targets, hidden_size) last hidden states where a target comes next.
@@ -140,34 +140,39 @@ class _EmbedTied(torch.autograd.Function):
 class _FusedTargetCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target_ids: Tensor, dtype: torch.dtype) -> Tensor:
-        learns = any(ctx.needs_input_grad)
+        learns_hidden, learns_weight = ctx.needs_input_grad[:2]
         inputs, head = hidden.to(dtype), weight.to(dtype)
         loss = hidden.new_zeros((), dtype=torch.float32)
-        d_hidden = torch.empty_like(inputs) if learns else None
+        d_hidden = torch.empty_like(inputs) if learns_hidden else None
         # The sum is at least in float32: in half precision it would lose small products.
-        d_weight = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32)) if learns else None
+        d_weight = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32)) if learns_weight else None
         chunk = chunk_size(len(weight), weight.device.type)
         for start in range(0, len(inputs), chunk):
             part, ids = inputs[start : start + chunk], target_ids[start : start + chunk, None]
             scores = _scores(part, head)
             loss -= scores.gather(1, ids).sum()
-            if d_hidden is not None and d_weight is not None:
+            if learns_hidden or learns_weight:
                 d_logits = scores.exp_().scatter_add_(1, ids, scores.new_full((1, 1), -1.0).expand_as(ids)).to(dtype)
                 del scores  # or they would be in memory together with the product and the next scores
-                torch.mm(d_logits, head, out=d_hidden[start : start + chunk])
-                _add_product(d_weight, d_logits.t(), part)
+                if d_hidden is not None:
+                    torch.mm(d_logits, head, out=d_hidden[start : start + chunk])
+                if d_weight is not None:
+                    _add_product(d_weight, d_logits.t(), part)
                 del d_logits
             else:
                 del scores
-        if d_hidden is not None and d_weight is not None:
-            ctx.save_for_backward(d_hidden.to(hidden.dtype), d_weight.to(weight.dtype))
+        ctx.save_for_backward(
+            None if d_hidden is None else d_hidden.to(hidden.dtype),
+            None if d_weight is None else d_weight.to(weight.dtype),
+        )
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * scale, d_weight.mul_(scale), None, None
+        scaled = None if d_hidden is None else d_hidden * scale
+        return scaled, None if d_weight is None else d_weight.mul_(scale), None, None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

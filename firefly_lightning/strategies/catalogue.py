@@ -76,6 +76,11 @@ class StrategyEntry:
         return "layers" in self.shards
 
     @property
+    def trains_adapters(self) -> bool:
+        """Whether some weights can be trained while all others are frozen."""
+        return self.engine in (LIGHTNING, DEEPSPEED) or (self.engine is NATIVE and not self.splits_layers)
+
+    @property
     def whole_weights(self) -> bool:
         """Whether every device holds all weights whole, all the time."""
         return not self.shards & {"weights", "layers"}

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from transformers import BloomConfig, BloomForCausalLM
 
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.strategies.catalogue import CATALOGUE
 
 
 class StrategyHooks:
@@ -21,11 +22,13 @@ class StrategyHooks:
         generates_in_step: Whether ranks must call the model equally often, because a forward pass is collective.
         whole_weights: Whether a process holds all weights as plain tensors all the time, so that a weight may be used
             without calling the module that it belongs to.
+        trains_adapters: Whether some weights may be trained while all others are frozen.
     """
 
     norm_follows_step = False
     generates_in_step = False
     whole_weights = False
+    trains_adapters = False
 
     def check_model(self, config: BloomConfig) -> None:
         """Refuses a model that this strategy cannot train; called before weights are loaded.
@@ -37,14 +40,40 @@ class StrategyHooks:
             FireflyError: If the strategy cannot train the model.
         """
 
-    def build_model(self, config: BloomConfig, build: Callable[[], BloomForCausalLM]) -> BloomForCausalLM:
-        """The model with its weights, sharded where the strategy shards before the optimizer is made.
+    def check_adapter(self, quantized: bool) -> None:
+        """Refuses an adapter where this strategy cannot train one; called before weights are loaded.
+
+        Args:
+            quantized: Whether the frozen weights are kept in 4 or 8 bits, which nothing can shard.
+
+        Raises:
+            FireflyError: If the strategy trains whole models only, or would shard quantised weights.
+        """
+        able = [entry for entry in CATALOGUE if entry.trains_adapters and (entry.whole_weights or not quantized)]
+        names = ", ".join(entry.name for entry in able)
+        if not self.trains_adapters:
+            raise FireflyError(f"model.adapter: this strategy trains all weights only; take one of {names}")
+        if quantized and not self.whole_weights:
+            raise FireflyError(
+                f"model.quantize: this strategy shards weights, which must be whole; take one of {names}"
+            )
+
+    def build_model(
+        self,
+        config: BloomConfig,
+        build: Callable[[], BloomForCausalLM],
+        put_adapter: Callable[[BloomForCausalLM], None],
+    ) -> BloomForCausalLM:
+        """The model with its weights and its adapter, sharded where the strategy shards before the optimizer is made.
 
         Args:
             config: Configuration of the model.
             build: Makes the whole model in host memory of the process that calls it.
+            put_adapter: Puts the adapter, if the run has one, into a model, whose weights need not be in memory.
         """
-        return build()
+        bloom = build()
+        put_adapter(bloom)
+        return bloom
 
     def own_heads(self, count: int) -> slice:
         """Which of the model's ``count`` attention heads this process computes."""
@@ -91,5 +120,6 @@ def hooks_of(strategy: Strategy | None) -> StrategyHooks:
     if isinstance(strategy, StrategyHooks):
         return strategy
     hooks = StrategyHooks()
-    hooks.whole_weights = strategy is None or isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+    whole = strategy is None or isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+    hooks.whole_weights = hooks.trains_adapters = whole
     return hooks

@@ -2,24 +2,39 @@
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
 from firefly_lightning.checkpoints.contents import DAMAGED
-from firefly_lightning.checkpoints.layout import DESCRIPTION_KEY, MODEL_PREFIX, WRITER_KEY
+from firefly_lightning.checkpoints.layout import ADAPTER_KEY, DESCRIPTION_KEY, MODEL_PREFIX, WRITER_KEY
 from firefly_lightning.checkpoints.own_form import read_own
 from firefly_lightning.checkpoints.portable import PortableReader
 from firefly_lightning.checkpoints.torch_file import load_file
 from firefly_lightning.errors import FireflyError, reason, some
 from firefly_lightning.files.model_json import check_config, check_generation_config
 from firefly_lightning.huggingface import DESCRIPTION_FILES
+from firefly_lightning.model.adapters import config_of, put
 from firefly_lightning.strategies.catalogue import reader_of
 
 
-def read_model(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The description of a checkpoint's model, and its weights by their Hugging Face names.
+class SavedModel(NamedTuple):
+    """The model in a checkpoint.
+
+    Attributes:
+        description: Contents of the files of a Hugging Face folder besides the weights, by name of the file.
+        weights: The weights by their Hugging Face names; those of the adapter alone where there is one.
+        adapter: The adapter's configuration, and path and digest of its base; None where all weights were trained.
+    """
+
+    description: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+    adapter: dict[str, Any] | None
+
+
+def read_model(path: Path) -> SavedModel:
+    """The model in a checkpoint of any strategy.
 
     Args:
         path: The checkpoint, a file or a folder.
@@ -35,7 +50,11 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise FireflyError(f"{path}: not a checkpoint of firefly_lightning; it has no {', '.join(missing)}")
     description = checkpoint[DESCRIPTION_KEY]
     _check_description(description, path)
-    return description, _bloom_weights(checkpoint["state_dict"], description["config.json"], path)
+    ours = [name for name in checkpoint["state_dict"] if isinstance(name, str) and name.startswith(MODEL_PREFIX)]
+    weights = {name.removeprefix(MODEL_PREFIX): checkpoint["state_dict"][name] for name in ours}
+    adapter = checkpoint.get(ADAPTER_KEY)
+    _check_weights(weights, *_expected(weights, description["config.json"], adapter), path)
+    return SavedModel(description, weights, adapter)
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:
@@ -64,23 +83,35 @@ def _check_description(description: dict[str, Any], path: Path) -> None:
     check_generation_config(description["generation_config.json"], f"{path}, generation_config.json")
 
 
-def _bloom_weights(state_dict: dict[str, Any], config: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
-    ours = [name for name in state_dict if isinstance(name, str) and name.startswith(MODEL_PREFIX)]
-    weights = {name.removeprefix(MODEL_PREFIX): state_dict[name] for name in ours}
+def _expected(
+    weights: dict[str, torch.Tensor], fields: dict[str, Any], adapter: dict[str, Any] | None
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The weights that a checkpoint must have, without values, and what they belong to, in words.
+
+    The head is taken from ``weights`` where it is the embedding, which is stored once.
+    """
     with torch.device("meta"):
-        described = BloomConfig.from_dict(config)
-        described.n_layer = min(described.n_layer, len(weights) + 1)  # enough to see that weights are missing
-        expected = BloomForCausalLM(described).state_dict()
-    if config.get("tie_word_embeddings", True):  # the head is the embedding, and is stored once
+        config = BloomConfig.from_dict(fields)
+        if adapter is not None:
+            bloom = BloomForCausalLM(config)
+            put(bloom, config_of(adapter["config"]))
+            trained = ((name, weight) for name, weight in bloom.named_parameters() if weight.requires_grad)
+            return dict(trained), "the adapter"
+        config.n_layer = min(config.n_layer, len(weights) + 1)  # enough to see that weights are missing
+        expected = BloomForCausalLM(config).state_dict()
+    if fields.get("tie_word_embeddings", True):
         weights.pop("lm_head.weight", None)
         del expected["lm_head.weight"]
+    return expected, "the model"
+
+
+def _check_weights(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], whose: str, path: Path) -> None:
     for problem, names in (("lacks", expected.keys() - weights.keys()), ("has", weights.keys() - expected.keys())):
         if names:
-            raise FireflyError(f"{path}: {problem} {some(sorted(names))}, unlike the model it describes")
+            raise FireflyError(f"{path}: {problem} {some(sorted(names))}, unlike {whose} it describes")
     for name, weight in weights.items():
         if not isinstance(weight, torch.Tensor):
             raise FireflyError(f"{path}: {name} is {type(weight).__name__}, not a tensor; {DAMAGED}")
         if weight.shape != expected[name].shape:
-            sizes = f"{tuple(weight.shape)}, the model it describes {tuple(expected[name].shape)}"
+            sizes = f"{tuple(weight.shape)}, {whose} it describes {tuple(expected[name].shape)}"
             raise FireflyError(f"{path}: {name} has the sizes {sizes}")
-    return weights

@@ -146,7 +146,9 @@ def test_an_adapter_is_called_one(tmp_path):
     refuse_adapter(tmp_path, "x")
     written(tmp_path / "adapter_config.json", base_model_name_or_path="bigscience/bloom-1b7")
     (tmp_path / "adapter_model.safetensors").touch()
-    with pytest.raises(FireflyError, match="x: is an adapter of bigscience/bloom-1b7, not a whole model; merge it"):
+    with pytest.raises(
+        FireflyError, match="x: is an adapter of bigscience/bloom-1b7, not a whole model; merge them: firefly export"
+    ):
         refuse_adapter(tmp_path, "x")
     (tmp_path / "model-00001-of-00002.safetensors").touch()
     refuse_adapter(tmp_path, "x")

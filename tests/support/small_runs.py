@@ -67,13 +67,13 @@ class Noting(Callback):
 
 
 class Interrupting(Callback):
-    """Sends a signal to its own process within a step."""
+    """Sends a signal to its own process in the first micro-batch of a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
+        if trainer.global_step == self.step and batch_idx % trainer.accumulate_grad_batches == 0:
             signal.raise_signal(signal.SIGTERM)
 
 

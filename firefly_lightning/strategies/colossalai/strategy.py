@@ -277,7 +277,12 @@ class TensorParallelStrategy(BoosterStrategy):
         return slice(place * own, (place + 1) * own)
 
     @override
-    def build_model(self, config: BloomConfig, build: Callable[[], BloomForCausalLM]) -> BloomForCausalLM:
+    def build_model(
+        self,
+        config: BloomConfig,
+        build: Callable[[], BloomForCausalLM],
+        put_adapter: Callable[[BloomForCausalLM], None],
+    ) -> BloomForCausalLM:
         bloom = build()
         padded_vocabulary.pad(bloom, self.tp_size)
         return bloom

@@ -26,6 +26,25 @@ def sharded_hugging_face(config: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
+def whole_parameters(enabled: bool = True) -> Iterator[None]:
+    """Makes whole parameters under ``deepspeed.zero.Init`` too; the engine shards them later, with their values.
+
+    Args:
+        enabled: Whether parameters would be sharded as they are made.
+    """
+    if not enabled:
+        yield
+        return
+    from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
+
+    shutdown_init_context()
+    try:
+        yield
+    finally:
+        restore_init_context()
+
+
+@contextmanager
 def _initialised_whole() -> Iterator[None]:
     """Gathers the weights of a module while a constructor of transformers draws them at random.
 

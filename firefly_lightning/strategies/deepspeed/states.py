@@ -22,7 +22,7 @@ from torch.nn import Parameter
 
 from firefly_lightning.checkpoints.layout import WEIGHT
 from firefly_lightning.checkpoints.portable import PortableReader, States
-from firefly_lightning.checkpoints.unsharded import check_states, is_scalar, scalars_of
+from firefly_lightning.checkpoints.unsharded import check_states, is_scalar, saved_parameters, scalars_of
 
 
 def read_states(zero: Any, module: nn.Module) -> Iterator[tuple[str, States]]:
@@ -33,7 +33,7 @@ def read_states(zero: Any, module: nn.Module) -> Iterator[tuple[str, States]]:
         module: The module that the engine trains.
     """
     keys = [key for key, value in _any_state(zero).items() if not is_scalar(value)]
-    for name, parameter in module.named_parameters():
+    for name, parameter in saved_parameters(module):
         if _is_trained(zero, parameter):
             states = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
             yield name, {WEIGHT: safe_get_full_fp32_param(parameter), **states}
@@ -58,7 +58,7 @@ def write_states(zero: Any, module: nn.Module, reader: PortableReader) -> None:
     """
     if example := next((name for name, _ in module.named_parameters() if reader.keys(name)), None):
         _make_states(zero, reader, example)
-    for name, parameter in module.named_parameters():
+    for name, parameter in saved_parameters(module):
         if _is_trained(zero, parameter):
             _set(parameter, reader.weight(name))
             for key in reader.keys(name):
@@ -70,7 +70,7 @@ def write_states(zero: Any, module: nn.Module, reader: PortableReader) -> None:
 
 def write_weights(module: nn.Module, reader: PortableReader) -> None:
     """Sets the weights of a module that has no optimizer, sharded or not, to those of a checkpoint."""
-    for name, parameter in module.named_parameters():
+    for name, parameter in saved_parameters(module):
         write_weight(parameter, reader, name)
 
 

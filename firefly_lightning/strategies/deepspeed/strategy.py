@@ -31,7 +31,7 @@ from firefly_lightning.strategies.deepspeed.config import (
     settle_precision,
     without_auto,
 )
-from firefly_lightning.strategies.deepspeed.init import sharded_hugging_face
+from firefly_lightning.strategies.deepspeed.init import sharded_hugging_face, whole_parameters
 from firefly_lightning.strategies.deepspeed.machine import compute_on_cpu, cpu_adam, keep_quiet, require_deepspeed
 from firefly_lightning.strategies.hooks import StrategyHooks
 from firefly_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
@@ -50,6 +50,7 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
     """
 
     norm_follows_step = True
+    trains_adapters = True
     config: dict[str, Any]
 
     def __init__(self, **kwargs: Any) -> None:
@@ -114,8 +115,16 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
         self._init_config_if_needed()
 
     @override
-    def build_model(self, config: BloomConfig, build: Callable[[], BloomForCausalLM]) -> BloomForCausalLM:
-        return agreed(build)
+    def build_model(
+        self,
+        config: BloomConfig,
+        build: Callable[[], BloomForCausalLM],
+        put_adapter: Callable[[BloomForCausalLM], None],
+    ) -> BloomForCausalLM:
+        bloom = agreed(build)
+        with whole_parameters(enabled=self.zero_stage_3):
+            put_adapter(bloom)
+        return bloom
 
     @override
     def convert_optimizer(self, optimizer: Optimizer) -> Optimizer:
@@ -168,9 +177,8 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
 
     @override
     def save_shards(self, folder: Path) -> None:
-        self.deepspeed_engine.save_checkpoint(
-            str(folder), tag=DEEPSPEED_FOLDER, exclude_frozen_parameters=self.exclude_frozen_parameters
-        )
+        excludes = self.exclude_frozen_parameters or getattr(self.lightning_module, "saves_trained_only", False)
+        self.deepspeed_engine.save_checkpoint(str(folder), tag=DEEPSPEED_FOLDER, exclude_frozen_parameters=excludes)
 
     @override
     def load_shards(self, folder: Path, fitting: bool) -> None:

@@ -16,7 +16,7 @@ from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
 from firefly_lightning.checkpoints.layout import WEIGHT, WRITER_KEY, native_part_file
 from firefly_lightning.checkpoints.portable import PortableReader, States
 from firefly_lightning.checkpoints.torch_file import load_file
-from firefly_lightning.checkpoints.unsharded import check_states, is_scalar, scalars_of
+from firefly_lightning.checkpoints.unsharded import check_states, is_scalar, saved_parameters, scalars_of
 from firefly_lightning.strategies.native.dtensors import join, local, part_like, split_of, whole, with_parts
 from firefly_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
 
@@ -124,7 +124,8 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
     @override
     def load_shards(self, folder: Path, fitting: bool) -> None:
         saved = load_file(folder / native_part_file(self.global_rank), "cpu")
-        self._load_weights(saved["weights"], _as_it_is, strict=True)
+        module: Any = self.lightning_module
+        self._load_weights(saved["weights"], _as_it_is, module.strict_loading)
         if fitting:
             for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
                 _load_optimizer(optimizer, state, _as_it_is)
@@ -144,7 +145,7 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
         for owner in module.modules():
             if hasattr(owner, "reshard"):
                 owner.reshard()
-        parts = list(module.named_parameters())
+        parts = list(saved_parameters(module))
         known = {id(parameter) for _, parameter in parts}
         assert all(id(parameter) in known for optimizer in self.optimizers for parameter in optimizer.state)
         return parts
@@ -160,6 +161,9 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
         """The parameters and buffers themselves, not copies, by name; a tied weight is there under both its names."""
         module: Any = self.lightning_module
         state: dict[str, Any] = module.state_dict(keep_vars=True)
+        if not module.strict_loading:
+            kept = {name for name, _ in saved_parameters(module)}
+            state = {name: value for name, value in state.items() if name in kept}
         return state
 
     def _gather(self, value: Any) -> Any:

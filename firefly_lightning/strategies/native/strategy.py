@@ -78,16 +78,23 @@ class NativeStrategy(StrategyHooks, NativeCheckpoints):
         self.generates_in_step = self.fully_sharded
 
     @override
-    def build_model(self, config: BloomConfig, build: Callable[[], BloomForCausalLM]) -> BloomForCausalLM:
+    def build_model(
+        self,
+        config: BloomConfig,
+        build: Callable[[], BloomForCausalLM],
+        put_adapter: Callable[[BloomForCausalLM], None],
+    ) -> BloomForCausalLM:
         """Builds the whole model on the first process only, and gives every process its part, tensor by tensor.
 
         Raises:
             FireflyError: On all processes, if the first one cannot build the model.
         """
-        source = agreed(lambda: build() if self.is_global_zero else None)
+        whole = partial(super().build_model, config, build, put_adapter)
+        source = agreed(lambda: whole() if self.is_global_zero else None)
         configs: Any = self.broadcast(None if source is None else (source.config, source.generation_config))
         with torch.device("meta"):
             model = BloomForCausalLM(configs[0]).to(torch.get_default_dtype())
+            put_adapter(model)
         model.generation_config = configs[1]
         self.split_model(model)
         model.to_empty(device=self.root_device)
@@ -158,6 +165,7 @@ class FSDP2Strategy(NativeStrategy):
 
     name = "fsdp2"
     fully_sharded = True
+    trains_adapters = True
 
     def __init__(
         self,

@@ -92,7 +92,7 @@ def test_a_hub_that_does_not_answer_is_named(load, monkeypatch):
     def download(path, name):
         raise LocalEntryNotFoundError("cannot reach\nthe hub")
 
-    monkeypatch.setattr("firefly_lightning.huggingface.hf_hub_download", download)
+    monkeypatch.setattr("firefly_lightning.huggingface.folder.hf_hub_download", download)
     with pytest.raises(FireflyError) as raised:
         load("nobody/nothing")
     assert (
@@ -104,7 +104,7 @@ def test_a_hub_model_without_a_saved_format_has_none(monkeypatch):
     def download(path, name):
         raise EntryNotFoundError("404")
 
-    monkeypatch.setattr("firefly_lightning.huggingface.hf_hub_download", download)
+    monkeypatch.setattr("firefly_lightning.huggingface.folder.hf_hub_download", download)
     assert load_prompt_format("bigscience/bloom-560m") is None
 
 
@@ -150,27 +150,52 @@ def test_check_same_model_names_the_size_that_differs(bloom, tokenizer):
 ADAPTER = {"base_model_name_or_path": "bigscience/bloom-560m", "peft_type": "LORA"}
 
 
-@pytest.mark.parametrize("load", [lambda path: load_bloom(path, torch.float32), load_tokenizer])
-def test_an_adapter_is_called_one(load, tmp_path, tiny_folder):
-    (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTER))
-    (tmp_path / "adapter_model.safetensors").write_bytes((tiny_folder / "model.safetensors").read_bytes())
-    for path in (tmp_path / "nothing", tmp_path):
-        with pytest.raises(FireflyError) as raised:
-            load(str(path))
-    assert raised_line(raised).startswith(f"{tmp_path}: is an adapter of bigscience/bloom-560m, not a whole model")
+LOADERS = [lambda path: load_bloom(path, torch.float32), load_tokenizer]
 
 
-@pytest.mark.parametrize("load", [lambda path: load_bloom(path, torch.float32), load_tokenizer])
-def test_an_adapter_of_the_hub_is_called_one(load, tmp_path, monkeypatch):
+@pytest.mark.parametrize("load", LOADERS)
+def test_an_adapter_needs_its_base(load, tmp_path):
+    alone, upon = tmp_path / "alone", tmp_path / "upon"
+    for folder, base in ((alone, tmp_path / "no"), (upon, alone)):
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(ADAPTER | {"base_model_name_or_path": str(base)}))
+    with pytest.raises(FireflyError) as raised:
+        load(str(alone))
+    assert raised_line(raised).startswith(f"{alone}: is an adapter of {tmp_path / 'no'}, which is not there (")
+    with pytest.raises(FireflyError) as raised:
+        load(str(upon))
+    assert raised_line(raised).startswith(f"{upon}: is an adapter of {alone}, which is one too; merge that first")
+    (alone / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(FireflyError, match=r"adapter_config\.json: does not name the adapter's base"):
+        load(str(alone))
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_an_adapter_of_the_hub_needs_its_base(load, tmp_path, monkeypatch):
     def download(path, name):
+        if path != "somebody/lora":
+            raise OSError("no network")
         if name != "adapter_config.json":
             raise EntryNotFoundError("404")
         (tmp_path / name).write_text(json.dumps(ADAPTER))
         return str(tmp_path / name)
 
-    monkeypatch.setattr("firefly_lightning.huggingface.hf_hub_download", download)
-    with pytest.raises(FireflyError, match="somebody/lora: is an adapter of bigscience/bloom-560m"):
+    monkeypatch.setattr("firefly_lightning.huggingface.folder.hf_hub_download", download)
+    with pytest.raises(FireflyError, match="somebody/lora: is an adapter of bigscience/bloom-560m, which is not there"):
         load("somebody/lora")
+
+
+def test_an_adapter_without_its_own_has_the_tokenizer_of_its_base(tmp_path, tiny_folder, tokenizer):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTER | {"base_model_name_or_path": str(tiny_folder)}))
+    assert load_tokenizer(str(tmp_path)).get_vocab() == tokenizer.get_vocab()
+    assert load_config(str(tmp_path)).hidden_size == load_config(str(tiny_folder)).hidden_size
+
+
+def test_an_adapter_is_no_pickle(tmp_path, tiny_folder):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTER | {"base_model_name_or_path": str(tiny_folder)}))
+    (tmp_path / "adapter_model.bin").write_bytes(b"x")
+    with pytest.raises(FireflyError, match=r"has no adapter_model\.safetensors"):
+        load_bloom(str(tmp_path), torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,243 @@
+"""Adapters: small weights that are trained while a model's own stay as they are, by peft.
+
+peft has the methods; here is what a user writes, what cannot work with a Bloom, and how a checkpoint tells of it. peft
+is imported only where a run asks for an adapter.
+"""
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BloomConfig, BloomForCausalLM
+
+from firefly_lightning.errors import FireflyError, check_number, reason, some
+
+LINEAR_LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+"""The four linear layers of a Bloom's block, by their last names."""
+
+NAME = "default"
+"""Name under which peft keeps the one adapter of a model."""
+
+_NEED_CALLS = ("ADALORA",)
+"""Methods of peft that a training loop must call at every step."""
+
+_INITIAL = (True, False, "gaussian", "orthogonal")
+"""Initial weights of LoRA that leave the weights of the model as they are."""
+
+_MAY_CHANGE = ("peft_version", "base_model_name_or_path", "inference_mode", "task_type", "revision", "lora_dropout")
+"""Fields of an adapter's configuration that may be others in a resumed run."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """LoRA (Hu et al., 2021): the product of two narrow matrices is added to each of some linear layers.
+
+    Args:
+        rank: Columns of the first matrix and rows of the second.
+        alpha: What the product is scaled by, divided by the rank.
+        dropout: Probability with which an input of the two matrices is dropped.
+        target_modules: Last names of the layers; the four linear layers of every block by default.
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=lambda: [*LINEAR_LAYERS])
+
+    def __post_init__(self) -> None:
+        check_number("model.adapter.rank", self.rank, least=1)
+        check_number("model.adapter.alpha", self.alpha, above=0)
+        check_number("model.adapter.dropout", self.dropout, least=0, most=0.999)
+
+
+def as_config(adapter: Any) -> Any:
+    """The configuration of peft for what a user has written; None for None.
+
+    Args:
+        adapter: ``lora``, a :class:`Lora`, an instance of one of peft's configurations, or None.
+
+    Raises:
+        FireflyError: If peft is missing, or it is something else.
+    """
+    if adapter is None:
+        return None
+    require("peft")
+    import peft
+
+    if adapter == "lora":
+        adapter = Lora()
+    if isinstance(adapter, Lora):
+        names = list(adapter.target_modules)
+        return peft.LoraConfig(
+            r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, target_modules=names
+        )
+    if isinstance(adapter, peft.PeftConfig):
+        return deepcopy(adapter)
+    keys = ", ".join(Lora.__dataclass_fields__)
+    raise FireflyError(
+        f"model.adapter {_shown(adapter)}: no adapter; write lora, keys of it ({keys}), or class_path: peft.LoraConfig "
+        "with its init_args"
+    )
+
+
+def require(package: str) -> None:
+    """Checks that a package of the extra ``adapters`` is there.
+
+    Raises:
+        FireflyError: If it is not installed.
+    """
+    if find_spec(package) is None:
+        raise FireflyError(f'{package} is not installed; run pip install "firefly-lightning[adapters]"')
+
+
+def check(config: Any, bloom_config: BloomConfig) -> None:
+    """Refuses an adapter that a Bloom cannot have, by putting it into one without weights.
+
+    Args:
+        config: The configuration of peft.
+        bloom_config: Configuration of the model that it is for.
+
+    Raises:
+        FireflyError: If peft or this project cannot train it, or it names layers that the model lacks.
+    """
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind in _NEED_CALLS:
+        raise FireflyError(
+            f"model.adapter: {kind} must be told of every step, which no Trainer does; take peft.LoraConfig"
+        )
+    if getattr(config, "init_lora_weights", True) not in _INITIAL:
+        raise FireflyError(
+            f"model.adapter: init_lora_weights {config.init_lora_weights} changes the model's own weights, which no "
+            "checkpoint holds; leave it out"
+        )
+    if getattr(config, "layer_replication", None):
+        raise FireflyError("model.adapter: layer_replication makes another model; leave it out")
+    with torch.device("meta"):
+        bloom = BloomForCausalLM(bloom_config)
+    lacking = [
+        name for name in _listed(config) if not any(_is_named(module, name) for module, _ in bloom.named_modules())
+    ]
+    if lacking:
+        linear = sorted(
+            {name.rpartition(".")[2] for name, part in bloom.named_modules() if isinstance(part, nn.Linear)}
+        )
+        raise FireflyError(
+            f"model.adapter: the model has no {some(lacking)}; its linear layers are {', '.join(linear)}"
+        )
+    put(bloom, config)
+    trained = [name for name, parameter in bloom.named_parameters() if parameter.requires_grad]
+    if not trained:
+        raise FireflyError("model.adapter: trains nothing; name its target_modules")
+    ends = [name for name in trained if name.startswith(("transformer.word_embeddings.", "lm_head."))]
+    if ends and bloom_config.tie_word_embeddings:
+        raise FireflyError(
+            f"model.adapter: trains {ends[0]}, but embedding and head are one weight in this model, which would come "
+            "apart; leave both out, or train all weights"
+        )
+
+
+def put(bloom: BloomForCausalLM, config: Any, seed: int = 0) -> None:
+    """Puts an adapter into a model, whose own weights are frozen with it.
+
+    Args:
+        bloom: The model; its weights may be on ``meta``, quantised or in parts.
+        config: The configuration of peft, which stays as it is.
+        seed: Seed of the adapter's random weights, so that every process draws the same under every strategy.
+
+    Raises:
+        FireflyError: If peft refuses the adapter.
+    """
+    from peft import inject_adapter_in_model
+
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of layers that peft has not seen before, and of tied weights
+            torch.manual_seed(seed)
+            inject_adapter_in_model(deepcopy(config), bloom)
+    except Exception as error:  # of many types, by the method
+        raise FireflyError(f"model.adapter: peft cannot put it into a Bloom ({reason(error)})") from error
+
+
+def fields_of(config: Any) -> dict[str, Any]:
+    """The fields of an adapter as peft writes them into ``adapter_config.json``: plain values by name."""
+    with TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        fields: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text("utf-8"))
+    return fields
+
+
+def config_of(fields: Mapping[str, Any]) -> Any:
+    """The configuration of peft from what :func:`fields_of` gave.
+
+    Raises:
+        FireflyError: If peft does not know such an adapter; a later release may have written it.
+    """
+    require("peft")
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_peft_type(**fields)
+    except Exception as error:  # anybody may have written the fields
+        raise FireflyError(f"the adapter's configuration cannot be used ({reason(error)}); is peft too old?") from error
+
+
+def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Checks that the adapter of a checkpoint is that of the run that resumes from it.
+
+    Args:
+        saved: Fields of the adapter in the checkpoint.
+        now: Fields of the run's own.
+
+    Raises:
+        FireflyError: If a field differs that decides what is computed.
+    """
+    names = [name for name in sorted(saved.keys() & now.keys()) if name not in _MAY_CHANGE and saved[name] != now[name]]
+    if names:
+        changed = [f"{name} {_shown(saved[name])} → {_shown(now[name])}" for name in names]
+        raise FireflyError(f"model.adapter: differs from the checkpoint's ({some(changed)}); resume with that one")
+
+
+def compute_in(bloom: BloomForCausalLM, config: Any, dtype: torch.dtype) -> None:
+    """Keeps frozen linear layers in the type in which autocast computes them: half the memory, the same results.
+
+    Args:
+        bloom: A model with its adapter.
+        config: The adapter's configuration; only of a plain LoRA are the results known to be the same.
+        dtype: The type in which products are computed.
+    """
+    if getattr(config.peft_type, "value", None) != "LORA" or config.use_dora:
+        return
+    for layer in _frozen_linear(bloom):
+        layer.to(dtype)
+    for module in bloom.modules():
+        if hasattr(module, "lora_A"):
+            module.cast_input_dtype_enabled = False  # autocast casts what needs to be cast
+
+
+def _frozen_linear(bloom: BloomForCausalLM) -> Iterator[nn.Module]:
+    for module in bloom.transformer.h.modules():
+        if type(module) is nn.Linear and not any(parameter.requires_grad for parameter in module.parameters()):
+            yield module
+
+
+def _listed(config: Any) -> list[str]:
+    """Names of layers that a configuration lists; a regular expression and ``all-linear`` list none."""
+    named = [getattr(config, field, None) or () for field in ("target_modules", "modules_to_save")]
+    return [name for names in named if not isinstance(names, str) for name in sorted(names)]
+
+
+def _is_named(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:59] + "…"
