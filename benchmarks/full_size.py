@@ -20,8 +20,6 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
-from transformers import BloomConfig
-
 from benchmarks import throughput
 from benchmarks.clock import Clock
 from benchmarks.floor import matrix_products
@@ -104,7 +102,10 @@ def measure(folder: Path, way: Way, options: argparse.Namespace) -> dict[str, An
     run.write_text(yaml.safe_dump(configuration(folder, way, options)), "utf-8")
     dtype = "fp32" if way.precision == "32-true" else "bf16"
     if way.peer:
-        return {name: value for name, value in alone(train_peer, options, dtype).items() if name in FIGURES}
+        found = alone(train_peer, options, dtype)
+        seconds = found["tokens"] / found["tokens_per_second"] / options.steps
+        own = {"step_seconds": round(seconds, 1), "peak_gb": found["peak_rss_gb"]}
+        return own | {name: value for name, value in found.items() if name in FIGURES}
     try:
         found = alone(train, [str(run)], steps, options, saved)
         size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
@@ -114,20 +115,20 @@ def measure(folder: Path, way: Way, options: argparse.Namespace) -> dict[str, An
     planned = alone(foretell, run, steps)
     tokens = [tokens for tokens, _ in found["counts"][options.warmup :]]
     floor = alone(floor_of, found["counts"][options.warmup :], options, dtype, "adapter" in way.model)
+    taken = found["peak_gb"] - found["libraries_gb"]
+    kept = ("peak_gb", "libraries_gb", "load_peak_gb", "save_peak_gb", "load_seconds", "save_seconds", "loss")
     return {
         "step_seconds": round(found["seconds"] / options.steps, 1),
         "tokens_per_second": round(sum(tokens) / found["seconds"], 1),
         "share_of_floor": round(floor / found["seconds"], 3),
-        "planned_gb": round(planned / 1e9, 2), "taken_gb": round(found["peak_gb"] - found["libraries_gb"], 2),
-        "difference": round(planned / 1e9 / (found["peak_gb"] - found["libraries_gb"]) - 1, 3),
-        "peak_rss_gb": found["peak_gb"], "libraries_gb": found["libraries_gb"], "load_peak_gb": found["start_peak_gb"], "save_peak_gb": found["save_peak_gb"],
-        "resume_peak_gb": resumed["start_peak_gb"], "load_seconds": found["start_seconds"],
-        "save_seconds": found["save_seconds"], "resume_seconds": resumed["start_seconds"],
-        "checkpoint_gb": round(size / 1e9, 3), "loss": found["loss"], "tokens": sum(tokens),
+        "planned_gb": round(planned / 1e9, 2), "taken_gb": round(taken, 2),
+        "difference": f"{planned / 1e9 / taken - 1:+.1%}", **{name: found[name] for name in kept},
+        "resume_peak_gb": resumed["load_peak_gb"], "resume_seconds": resumed["load_seconds"],
+        "checkpoint_gb": round(size / 1e9, 3), "tokens": sum(tokens),
     }  # fmt: skip
 
 
-FIGURES = ("step_seconds", "tokens_per_second", "share_of_floor", "peak_rss_gb", "loss", "tokens")
+FIGURES = ("tokens_per_second", "share_of_floor", "libraries_gb", "loss", "tokens")
 """What is known of ``transformers.Trainer`` too."""
 
 
@@ -170,8 +171,8 @@ class Meter(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Notes what loading took, the checkpoint of a resumed run included."""
-        self.noted["start_seconds"] = round(time.perf_counter() - self._began, 1)
-        self.noted["start_peak_gb"] = peak_gb()
+        self.noted["load_seconds"] = round(time.perf_counter() - self._began, 1)
+        self.noted["load_peak_gb"] = peak_gb()
         reset_peak()
 
     def on_train_batch_end(self, *arguments: Any) -> None:
@@ -207,8 +208,8 @@ def foretell(run: Path, steps: int) -> float:
 def floor_of(counts: Sequence[tuple[int, int]], options: argparse.Namespace, dtype: str, frozen: bool) -> float:
     """Seconds of the bare matrix products of steps with these tokens and learned tokens."""
     torch.set_num_threads(options.threads)
-    sizes = options.hidden, options.layers, options.vocabulary, dtype, frozen
-    return sum(matrix_products(*each, *sizes) for each in counts)
+    sizes = options.hidden, options.layers, options.vocabulary
+    return sum(matrix_products(*each, *sizes, dtype, frozen) for each in counts)
 
 
 def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
@@ -219,7 +220,7 @@ def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     memory, speed = figure.subplots(1, 2, sharey=True)
     names = [f"{line['size']}: {line['way']}" for line in lines]
     colours = [throughput.GREY if WAYS[line["way"]].peer else throughput.BLUE for line in lines]
-    for axes, key, label in ((memory, "peak_rss_gb", "peak memory, GB"), (speed, "tokens_per_second", "tokens/s")):
+    for axes, key, label in ((memory, "peak_gb", "peak memory, GB"), (speed, "tokens_per_second", "tokens/s")):
         axes.bar_label(axes.barh(names, [line[key] for line in lines], color=colours), padding=3)
         axes.set_xlabel(label)
         axes.margins(x=0.15)
