@@ -2,12 +2,13 @@
 
 A folder with random weights is made for each size, in bfloat16. Each way is ``firefly-fit`` in a process of its own: it
 loads the folder, takes a few steps, saves, and a second process resumes and takes one step more. Memory is resident
-memory; the peak of loading, of the steps, of saving and of resuming are told apart, and the one of the steps is held
+memory, with glibc told to give freed memory back; the peak of loading, of the steps, of saving and of resuming are told apart, and the one of the steps is held
 against what ``firefly plan`` foretells. Beside it runs ``transformers.Trainer`` with ``peft``.
 """
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -20,12 +21,14 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
+
 from benchmarks import throughput
 from benchmarks.clock import Clock
 from benchmarks.floor import matrix_products
 from benchmarks.machine import machine, peak_gb, reset_peak
 from benchmarks.plan import NO_SIZES
 from benchmarks.processes import alone
+from firefly_lightning.planning.measuring import GIVE_BACK
 
 SIZES = {"1b4": (2048, 24, 16), "2b6": (2560, 30, 32)}
 """Width, blocks and heads of the published models."""
@@ -77,6 +80,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="PNG of the figures")
     options = parser.parse_args()
     print(json.dumps(machine() | {"threads": options.threads}), flush=True)
+    os.environ |= GIVE_BACK
     lines = []
     for size in options.sizes:
         options.hidden, options.layers, options.heads = SIZES.get(size) or map(int, size.split("x"))
@@ -210,6 +214,24 @@ def floor_of(counts: Sequence[tuple[int, int]], options: argparse.Namespace, dty
     torch.set_num_threads(options.threads)
     sizes = options.hidden, options.layers, options.vocabulary
     return sum(matrix_products(*each, *sizes, dtype, frozen) for each in counts)
+
+
+GOALS = {("1b4", "full"): 20, ("2b6", "LoRA"): 16, ("2b6", "QLoRA"): 10}
+"""GiB of resident memory that a way should take at most, by size and the first word of the way."""
+
+
+def held_to_goals(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """Sentences that hold the peaks against the goals, and the plan against what was taken."""
+    remarks = []
+    for line in lines:
+        goal = GOALS.get((line.get("size", ""), line.get("way", "").partition(" ")[0].rstrip(",")))
+        if goal:
+            peak = max(value for name, value in line.items() if name.endswith("peak_gb")) * 1e9 / 2**30
+            remarks.append(f"{line['size']}, {line['way']}: {peak:.1f} GiB at the most (goal {goal}).")
+    planned = [abs(float(line["difference"].rstrip("%"))) for line in lines if "difference" in line]
+    if planned:
+        remarks.append(f"The plan differs from what was taken by {max(planned):.1f}% at the most (goal 10%).")
+    return remarks
 
 
 def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:

@@ -43,7 +43,7 @@ def prepare(options: argparse.Namespace, steps: Sequence[Rows]) -> Callable[[Clo
 
 def run(options: argparse.Namespace, make: Callable[..., Any], clock: Clock) -> float:
     """Makes a trainer for the model and trains; returns the loss of the last step."""
-    model = BloomForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
+    model = BloomForCausalLM.from_pretrained(options.folder, torch_dtype=torch.float32)
     if options.system == "peft":
         model = with_lora(model)
     count_rows(model, clock)

@@ -178,7 +178,7 @@ def measure(
         "vocabulary": vocabulary, "batch_size": options.batch_size, "max_length": options.max_length,
         "steps": options.steps, "tokens": tokens, "tokens_per_second": round(tokens / seconds, 1),
         "target_tokens_per_second": round(targets / seconds, 1), "peak_rss_gb": peak,
-        "libraries_gb": before, "state_gb": round(16 * parameters / 1e9, 2),
+        "libraries_gb": before, "state_gb": round((4 if system in ADAPTED else 16) * parameters / 1e9, 2),
         "share_of_floor": round(floor / seconds, 3), "loss": round(loss, 4),
         **({"shares_of_time": profiled(profiler, profile_to)} if profiler and profile_to else {}),
     }  # fmt: skip

@@ -41,11 +41,12 @@ def activations(run: Run) -> float:
     """Bytes that the model keeps from the forward pass for the backward pass, without logits.
 
     After its attention, the last block computes only the learned tokens. Checkpointing keeps the input of each block.
+    Behind a frozen embedding nothing is kept of it; the few numbers between LoRA's two matrices are not counted.
     """
     model, load = run.model, run.load
     hidden, residual = model.hidden_size, run.weight_bytes
     bias = model.n_head * load.longest**2 * (4 if run.device == "cpu" else run.computed_bytes)
-    ends = load.tokens * hidden * residual + 2 * load.targets * hidden * residual + bias
+    ends = (0 if run.frozen else load.tokens * hidden * residual) + 2 * load.targets * hidden * residual + bias
     if run.checkpointing:
         return ends + model.n_layer * load.tokens * hidden * residual
     whole = (model.n_layer - 1) * block_activations(run, load.tokens, run.attended)

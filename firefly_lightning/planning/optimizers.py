@@ -121,7 +121,7 @@ class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._uses: Counter[int] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {_place(tensor) for tensor in tree_leaves((args, kwargs)) if type(tensor) is Tensor}
+        given = {_place(tensor) for tensor in tree_leaves((args, kwargs)) if type(tensor) in (Tensor, Parameter)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if type(tensor) is Tensor and (_place(tensor) in self._uses or _place(tensor) not in given):

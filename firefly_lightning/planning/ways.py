@@ -19,7 +19,7 @@ RESERVED = 0.5 * GIGA
 ADAFACTOR = OptimizerCost((0.0, 4.0, 4.0, 0.0), (0.0, 4.0), 4.0)
 """PyTorch's Adafactor: a number for each row and each column of a matrix."""
 
-ADAMW_8BIT = OptimizerCost((2048.0, 0.0, 0.0, 2 + 8 / 256), (0.0, 8.0), 4.0)
+ADAMW_8BIT = OptimizerCost((2048.0, 0.0, 0.0, 2 + 8 / 256), (0.0, 8.0), 0.0)
 """The AdamW of bitsandbytes: two moments of a byte, and a float32 scale of each for 256 numbers."""
 
 OPTIMIZERS = {
