@@ -240,11 +240,13 @@ def _quiet_lightning() -> None:
     advertisement = "litlogger"
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: advertisement not in record.getMessage())
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that a hub has for some processors
     spare_bars("lightning.pytorch", "lightning.fabric")
     for message in (
         ".*LeafSpec.* is deprecated",  # Lightning's own use of torch
         "Precision .* is not supported by the model summary",  # whose sizes are those of float32, as masters are
         "Total length of `list` across ranks is zero",  # a run without validation rows
+        "`loftq_config` specified but will be ignored",  # a default, which jsonargparse writes out
         "Checkpoint directory .* exists and is not empty",  # a resumed run; nothing there is overwritten
     ):
         warnings.filterwarnings("ignore", message)

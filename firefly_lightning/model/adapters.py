@@ -52,11 +52,6 @@ class Lora:
     dropout: float = 0.0
     target_modules: list[str] = field(default_factory=lambda: [*LINEAR_LAYERS])
 
-    def __post_init__(self) -> None:
-        check_number("model.adapter.rank", self.rank, least=1)
-        check_number("model.adapter.alpha", self.alpha, above=0)
-        check_number("model.adapter.dropout", self.dropout, least=0, most=0.999)
-
 
 def as_config(adapter: Any) -> Any:
     """The configuration of peft for what a user has written; None for None.
@@ -75,6 +70,9 @@ def as_config(adapter: Any) -> Any:
     if adapter == "lora":
         adapter = Lora()
     if isinstance(adapter, Lora):
+        check_number("model.adapter.rank", adapter.rank, least=1)
+        check_number("model.adapter.alpha", adapter.alpha, above=0)
+        check_number("model.adapter.dropout", adapter.dropout, least=0, most=0.999)
         names = list(adapter.target_modules)
         return peft.LoraConfig(
             r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, target_modules=names
@@ -82,9 +80,12 @@ def as_config(adapter: Any) -> Any:
     if isinstance(adapter, peft.PeftConfig):
         return deepcopy(adapter)
     keys = ", ".join(Lora.__dataclass_fields__)
+    what = (
+        f".{adapter.key}" if hasattr(adapter, "key") else f" {_shown(adapter)}"
+    )  # jsonargparse's flag of no known key
     raise FireflyError(
-        f"model.adapter {_shown(adapter)}: no adapter; write lora, keys of it ({keys}), or class_path: peft.LoraConfig "
-        "with its init_args"
+        f"model.adapter{what}: no adapter; write lora, keys of it ({keys}), or class_path: peft.LoraConfig with its "
+        "init_args"
     )
 
 
@@ -136,6 +137,8 @@ def check(config: Any, bloom_config: BloomConfig) -> None:
     trained = [name for name, parameter in bloom.named_parameters() if parameter.requires_grad]
     if not trained:
         raise FireflyError("model.adapter: trains nothing; name its target_modules")
+    if getattr(config, "modules_to_save", None) and not any(".modules_to_save." in name for name in trained):
+        raise FireflyError("model.adapter: this release of peft passes over modules_to_save; take peft 0.14 or later")
     ends = [name for name in trained if name.startswith(("transformer.word_embeddings.", "lm_head."))]
     if ends and bloom_config.tie_word_embeddings:
         raise FireflyError(

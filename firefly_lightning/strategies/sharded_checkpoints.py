@@ -28,7 +28,7 @@ from firefly_lightning.checkpoints.layout import (
 )
 from firefly_lightning.checkpoints.own_form import files_of, finish_own, read_own
 from firefly_lightning.checkpoints.portable import PortableReader, PortableWriter, States, finish
-from firefly_lightning.checkpoints.unsharded import parameter_names, summed_up
+from firefly_lightning.checkpoints.unsharded import saved_parameters, summed_up
 from firefly_lightning.errors import FireflyError, MissingFileError
 from firefly_lightning.files.atomic import partial_path, whole_folder
 from firefly_lightning.files.manifest import FileEntry, entry_of
@@ -235,9 +235,10 @@ class ShardedCheckpoints(Strategy):
 
     def _tied(self) -> dict[str, str]:
         module: Any = self.lightning_module
-        first = parameter_names(module)
+        first = {id(parameter): name for name, parameter in saved_parameters(module)}
         named = module.named_parameters(remove_duplicate=False)
-        return {name: first[id(parameter)] for name, parameter in named if name != first[id(parameter)]}
+        names = ((name, first.get(id(parameter), name)) for name, parameter in named)
+        return {name: stored for name, stored in names if name != stored}
 
     def _scalars(self) -> dict[str, Tensor]:
         return {"step": torch.tensor(float(self.optimizer_steps()))} if self.optimizers else {}

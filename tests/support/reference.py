@@ -47,21 +47,28 @@ def backward(model: BloomForCausalLM, rows: Sequence[tuple[list[int], list[int]]
 class Trained:
     """A stock Bloom that is trained on the given rows in each step.
 
+    Args:
+        adapt: Gives the model that is trained in its place, such as one of peft; only what is not frozen is trained.
+
     Attributes:
         model: The trained model.
         losses: Loss of each step.
         norms: Norm of the gradient before clipping, of each step.
     """
 
-    def __init__(self, folder: Path, rows_file: Path, steps: Sequence[Sequence[int]], lr, warmup, clip, eps):
-        self.model = BloomForCausalLM.from_pretrained(folder).float().train()
+    def __init__(
+        self, folder: Path, rows_file: Path, steps: Sequence[Sequence[int]], lr, warmup, clip, eps, adapt=None
+    ):
+        bloom = BloomForCausalLM.from_pretrained(folder).float()
+        self.model = (adapt(bloom) if adapt else bloom).train()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.losses, self.norms = [], []
         rows = labelled(folder, rows_file)
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, eps=eps, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(trained, lr=lr, eps=eps, weight_decay=0.01)
         schedule = get_cosine_schedule_with_warmup(optimizer, warmup, len(steps))
         for numbers in steps:
             optimizer.zero_grad()
             self.losses.append(backward(self.model, [rows[number] for number in numbers]))
-            self.norms.append(float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)))
+            self.norms.append(float(torch.nn.utils.clip_grad_norm_(trained, clip)))
             optimizer.step()
             schedule.step()
