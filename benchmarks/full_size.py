@@ -2,8 +2,9 @@
 
 A folder with random weights is made for each size, in bfloat16. Each way is ``firefly-fit`` in a process of its own: it
 loads the folder, takes a few steps, saves, and a second process resumes and takes one step more. Memory is resident
-memory, with glibc told to give freed memory back; the peak of loading, of the steps, of saving and of resuming are told apart, and the one of the steps is held
-against what ``firefly plan`` foretells. Beside it runs ``transformers.Trainer`` with ``peft``.
+memory, with glibc told to give freed memory back; the peaks of loading, of the steps, of saving and of resuming are told
+apart, and the one of the steps is held against what ``firefly plan`` foretells. Beside it runs ``transformers.Trainer``
+with ``peft``.
 """
 
 import argparse
@@ -128,7 +129,7 @@ def measure(folder: Path, way: Way, options: argparse.Namespace) -> dict[str, An
         "planned_gb": round(planned / 1e9, 2), "taken_gb": round(taken, 2),
         "difference": f"{planned / 1e9 / taken - 1:+.1%}", **{name: found[name] for name in kept},
         "resume_peak_gb": resumed["load_peak_gb"], "resume_seconds": resumed["load_seconds"],
-        "checkpoint_gb": round(size / 1e9, 3), "tokens": sum(tokens),
+        "checkpoint_mb": round(size / 1e6, 1), "tokens": sum(tokens),
     }  # fmt: skip
 
 

@@ -172,7 +172,7 @@ PARTS = {
         [],
         ["size", "way", "step_seconds", "tokens_per_second", "share_of_floor", "planned_gb", "taken_gb", "difference",
          "peak_gb", "load_peak_gb", "save_peak_gb", "resume_peak_gb", "load_seconds", "save_seconds", "resume_seconds",
-         "checkpoint_gb"],
+         "checkpoint_mb"],
         full_size.held_to_goals,
     ),
     "ladder": Part(

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -10,10 +11,11 @@ import yaml
 from firefly_lightning.model.adapters import Lora, as_config
 from firefly_lightning.planning.memory import estimate
 from firefly_lightning.planning.request import read_settings
-from firefly_lightning.planning.run_config import adapter_shapes
+from firefly_lightning.planning.run_config import adapter_shapes, read_fit, strategy_of, trained_of
 from firefly_lightning.planning.runs import ModelSize, numbers
 from firefly_lightning.planning.ways import RESERVED, WAYS, lora_shapes, ways
-from tests.support.helpers import run
+from tests.support.helpers import ROOT, run
+from tests.support.readme import page
 
 SIZES = {"vocab_size": 46145, "hidden_size": 2048, "n_layer": 24, "n_head": 16}
 FLAGS = [part for name, value in SIZES.items() for part in (f"--{name}", value)]
@@ -61,32 +63,15 @@ def test_commands_train_what_was_planned(tmp_path, memory):
         words = shlex.split(one["command"])
         assert words[:2] == ["firefly-fit", "fit"]
         assert words[2:4] == ["--config", str(tmp_path / "run.yaml")]
-        flags = dict(zip(words[4::2], words[5::2], strict=True))
-        if not {"--model.release_gradients"} & flags.keys():
-            read = run_of(tmp_path, flags)
-            assert estimate(read).peak + RESERVED == pytest.approx(one["peak"], rel=1e-3), one
-            assert read.checkpointing == one["gradient_checkpointing"]
-
-
-def run_of(tmp_path, flags):
-    """The run that a command plans, read as `firefly-fit` reads it."""
-    lines = [f"{name[2:]}={value}" for name, value in flags.items()]
-    nested: dict = {}
-    for line in lines:
-        name, value = line.split("=", 1)
-        *above, last = name.split(".")
-        place = nested
-        for part in above:
-            place = place.setdefault(part, {}) if not isinstance(place.get(part), str) else place
-        place[last] = yaml.safe_load(value)
-    model = nested.setdefault("model", {})
-    rate = model.pop("lr", None)
-    if isinstance(model.get("optimizer"), str):
-        model["optimizer"] = {"class_path": model["optimizer"], "init_args": {"lr": float(rate)}}
-    strategy = nested.get("trainer", {}).get("strategy", "auto")
-    (tmp_path / "flags.yaml").write_text(yaml.safe_dump(nested), "utf-8")
-    read = read_settings([str(tmp_path / "run.yaml"), str(tmp_path / "flags.yaml")], None, SIZES, None, None)
-    return read.run(strategy, 1, read.own_rows(strategy, 1), read.checkpointing, refuse=True)
+        if "--model.release_gradients" in words and not hasattr(given.fit.model.init_args, "release_gradients"):
+            continue
+        fit = read_fit(words[2:])
+        precision = str(fit.trainer.precision)
+        read = replace(given, fit=fit, precision=precision, trained=trained_of(fit.model, given.model, precision))
+        strategy = strategy_of(fit.trainer, 1)
+        taken = read.run(strategy, 1, read.own_rows(strategy, 1), read.checkpointing, refuse=True)
+        assert estimate(taken).peak + RESERVED == pytest.approx(one["peak"], rel=1e-3), one
+        assert read.checkpointing == one["gradient_checkpointing"]
 
 
 def test_weights_of_lora_are_those_that_peft_makes():
@@ -107,6 +92,21 @@ def test_the_command_answers_for_each_memory(tmp_path):
     assert "firefly-fit" not in second
     plan = json.loads((tmp_path / "plan" / "plan.json").read_text("utf-8"))
     assert {one["memory"] for one in plan["ways"]} == {"8GB", "1GiB"}
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_documented_table_is_what_is_computed(language, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    shown = re.findall(r"^\| .* \| `(\S+)` \| (.*) \|$", page("cards", language), re.MULTILINE)
+    limits = {f"{size}GB": size * 1e9 for size in (8, 12, 16, 24)}
+    computed = [[way.precision or "bf16-mixed"] for way in WAYS]
+    for name, sizes in (("1b4", SIZES), ("2b6", SIZES | {"hidden_size": 2560, "n_layer": 30, "n_head": 32})):
+        found = ways(read_settings([f"configs/firefly-{name}.yaml"], None, sizes, None, None), limits)
+        for place, way in enumerate(WAYS):
+            for one in (one for one in found if one["way"] == way.name):
+                again = " ↻" if one["gradient_checkpointing"] else ""
+                computed[place].append(f"{one['micro_batch_size']}{again}" if one["micro_batch_size"] else "–")
+    assert [[precision, *cells.split(" | ")] for precision, cells in shown] == computed
 
 
 def test_a_cpu_is_its_own_host(tmp_path):
