@@ -4,7 +4,6 @@ Longer than 300 lines, since all hooks of a run are read together.
 """
 
 import os
-from collections.abc import Iterable
 from functools import partial
 from typing import Any, Literal
 
@@ -15,13 +14,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.nn import Parameter
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from transformers import BloomForCausalLM, GenerationConfig
 
-from firefly_lightning.checkpoints.layout import ADAPTER_KEY, DESCRIPTION_KEY, NAMES_KEY, SETTINGS_KEY
+from firefly_lightning.checkpoints.layout import ADAPTER_KEY, DESCRIPTION_KEY, SETTINGS_KEY
 from firefly_lightning.checkpoints.loop_state import fit_loop_state
-from firefly_lightning.checkpoints.unsharded import accept_names, numbered_names, saved_parameters
+from firefly_lightning.checkpoints.unsharded import accept_names, keep_states, name_states, saved_parameters
 from firefly_lightning.data.batches import MicroBatch, data_parallel_share
 from firefly_lightning.data.prompt_choice import check_same_format, tokenizer_and_format
 from firefly_lightning.data.protocol import data_of
@@ -43,9 +41,10 @@ from firefly_lightning.model.fast_bloom import FastBloom, takes_fast_pass
 from firefly_lightning.model.neftune import Neftune
 from firefly_lightning.model.source import ModelSource, autocast_dtype
 from firefly_lightning.model.stock_pass import StockPass
-from firefly_lightning.optim import RunSettings, check_counts_steps, cosine_schedule
+from firefly_lightning.optim import RunSettings, cosine_schedule
 from firefly_lightning.prompt import PromptEncoder
-from firefly_lightning.strategies.hooks import StrategyHooks, check_accumulation, hooks_of
+from firefly_lightning.strategies.hooks import StrategyHooks, hooks_of
+from firefly_lightning.strategies.run_optimizer import check_optimizer, make_optimizer
 from firefly_lightning.strategies.step_guard import StepGuard
 from firefly_lightning.strategies.unsuited_callbacks import check_callbacks
 
@@ -66,6 +65,11 @@ class FireflyModule(L.LightningModule):
         from_scratch: Whether to begin with random weights for the folder's ``config.json``, not the folder's weights.
         optimizer: Optimizer that replaces AdamW; its own arguments hold, and ``learning_rate`` is not used.
         lr_scheduler: Schedule that replaces warm-up and cosine; it is stepped once an optimizer step.
+        weight_decay: Weight decay of matrices and embeddings, not of biases and layer norms; it also holds for an
+            ``optimizer`` that replaces AdamW.
+        loraplus_lr_ratio: By how much the learning rate of an adapter's matrices B is higher than that of A (LoRA+).
+        release_gradients: Whether each weight is updated as its gradient arrives, so that gradients are not in memory
+            together: on one device, where a step is one micro-batch and nothing clips gradients.
         decoding: Settings with which ``test`` and ``predict`` answer, where they differ from the model's own generation
             config, such as ``{max_new_tokens: 100, do_sample: false}``.
         adapter: Adapter that is trained in the place of all weights: ``lora``, its ``{rank, alpha, dropout,
@@ -85,6 +89,9 @@ class FireflyModule(L.LightningModule):
         from_scratch: bool = False,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
+        weight_decay: float = 0.0,
+        loraplus_lr_ratio: float | None = None,
+        release_gradients: bool = False,
         decoding: Decoding | None = None,
         adapter: Literal["lora"] | Lora | Any = None,
         quantize: Quantize | None = None,
@@ -95,6 +102,8 @@ class FireflyModule(L.LightningModule):
         check_number("model.learning_rate", learning_rate, least=0)
         check_number("model.warmup_steps", warmup_steps, least=0)
         check_number("model.neftune_noise_alpha", neftune_noise_alpha, least=0)
+        check_number("model.weight_decay", weight_decay, least=0)
+        check_number("model.loraplus_lr_ratio", loraplus_lr_ratio, above=0)
         self.path = path
         self._source = ModelSource(path, from_scratch, adapter, quantize)
         self.saves_trained_only = self._source.adapter is not None
@@ -104,6 +113,8 @@ class FireflyModule(L.LightningModule):
         self.attention = attention
         self.gradient_checkpointing = gradient_checkpointing
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.weight_decay, self.loraplus_lr_ratio = weight_decay, loraplus_lr_ratio
+        self.release_gradients = release_gradients
         self.decoding = decoding or Decoding()
         self.model: BloomForCausalLM = None  # until configure_model, where Lightning wants it to be built
         self._pass: FastBloom | StockPass = StockPass(self)
@@ -137,9 +148,7 @@ class FireflyModule(L.LightningModule):
         keep_names(self.trainer.loggers)
         if stage == "fit":
             self._settings = RunSettings()
-            check_accumulation(self.trainer.strategy, self.trainer.accumulate_grad_batches)
-            optimizer = self._make_optimizer([Parameter(torch.zeros(1))])
-            check_counts_steps(self.lr_scheduler(optimizer) if self.lr_scheduler else None)
+            check_optimizer(self)
 
     def configure_model(self) -> None:
         """Loads the weights; here rather than in the constructor, so that a strategy can shard them as they come.
@@ -175,7 +184,7 @@ class FireflyModule(L.LightningModule):
         """A micro-batch's loss, scaled so that the mean over micro-batches and ranks is the loss of the step."""
         with self._noise.on(batch["lengths"]):
             loss = self._pass.target_loss(batch) * (batch["step_micro_batches"] / batch["step_target_tokens"])
-        self.step_guard.add(loss)
+        self.step_guard.add(self, loss)
         return loss
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
@@ -214,9 +223,8 @@ class FireflyModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Notes the configured optimizer settings, and lets optimizers load states by name, before any are loaded."""
-        for optimizer in self.trainer.optimizers:
-            if hasattr(optimizer, "register_load_state_dict_pre_hook"):  # an engine's own may lack it
-                accept_names(self, optimizer)
+        for optimizer in self.trainer.optimizers if self._hooks.whole_states else ():
+            accept_names(self, optimizer)
         self._settings.note(self.trainer)
 
     def on_train_start(self) -> None:
@@ -259,7 +267,7 @@ class FireflyModule(L.LightningModule):
         Raises:
             FireflyError: If the run has no last step for the cosine to end at.
         """
-        optimizer = self._make_optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+        optimizer = make_optimizer(self)
         if self.lr_scheduler:
             schedule: Any = self.lr_scheduler(optimizer)
         else:
@@ -276,7 +284,7 @@ class FireflyModule(L.LightningModule):
             kept = {name for name, _ in saved_parameters(self)}
             checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
         checkpoint[SETTINGS_KEY] = self._settings.changed(self.trainer)
-        checkpoint[NAMES_KEY] = [numbered_names(self, optimizer) for optimizer in self.trainer.optimizers]
+        keep_states(checkpoint, self, self.trainer.optimizers, self._hooks.whole_states)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint is of this model, and resumes at the step of the plan that comes next.
@@ -284,7 +292,8 @@ class FireflyModule(L.LightningModule):
         Raises:
             FireflyError: If the checkpoint is of another model, or a training would go on in another prompt format.
         """
-        self._settings.resume(checkpoint.get(SETTINGS_KEY, []))
+        self._settings.resume(checkpoint.get(SETTINGS_KEY, []), checkpoint.get("lr_schedulers", []))
+        name_states(checkpoint)
         if self.model is not None:
             check_same_model(checkpoint.get(DESCRIPTION_KEY, {}), self.model.config, self.path)
             self._source.check_record(checkpoint.get(ADAPTER_KEY))
@@ -316,16 +325,6 @@ class FireflyModule(L.LightningModule):
         """Random seed of a place in the run; it differs between ranks, except between those that split one model."""
         _, rank = data_parallel_share(self.trainer.strategy)
         return hash((int(os.environ.get("PL_GLOBAL_SEED", 0)), *where, rank)) % 2**63
-
-    def _make_optimizer(self, parameters: Iterable[Parameter]) -> Optimizer:
-        make = self.optimizer or self._adamw
-        return self._hooks.convert_optimizer(make(parameters))
-
-    def _adamw(self, parameters: Iterable[Parameter]) -> Optimizer:
-        """PyTorch's AdamW, fused into one pass over the weights where nothing else touches their gradients."""
-        plain = self._hooks.whole_weights and not isinstance(self.trainer.strategy, StrategyHooks)
-        fused = plain and self.trainer.precision != "16-mixed"  # Lightning cannot clip scaled gradients then
-        return AdamW(parameters, self.learning_rate, weight_decay=0.0, fused=fused or None)
 
     def _tokenizer_and_prompt(self) -> tuple[Any, Any]:
         """The data's tokenizer and prompt format; where it is not ours, the model's own."""

@@ -35,6 +35,7 @@ OF_ONE_STACK = {
     "current": (
         "benchmarks", "callbacks", "chat", "checkpoints/test_portable", "data", "demo", "evaluation/test_answer",
         "evaluation/test_predictions", "files", "integration/test_interrupts", "integration/test_moving",
+        "integration/test_optimizers",
         "integration/test_outputs", "integration/test_prompt_formats", "integration/test_readme",
         "integration/test_start", "model/test_target_metrics", "planning", "preparation", "pruning",
         "strategies/deepspeed", "strategies/native", "test_cli", "test_prompt",

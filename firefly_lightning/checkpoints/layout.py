@@ -7,7 +7,8 @@ A portable checkpoint is a folder that every strategy writes and reads, on any n
     model-*.safetensors            weights by their Hugging Face names, in float32 where the run keeps float32 masters
     model.safetensors.index.json   in which file each of these weights is, as Hugging Face writes it
     module-*.safetensors           weights of a module around the model, if it has any, by their names there
-    optimizer-*.safetensors        states of the optimizer: ``exp_avg/NAME`` and so on, a tensor shaped like the weight
+    optimizer-*.safetensors        states of the optimizer: ``exp_avg/NAME`` and so on, tensors of any shape; where one
+                                   is made of others, these: ``exp_avg.codes/NAME``
 
 Every process writes files of its own, a bounded number of bytes at a time.
 
@@ -86,7 +87,9 @@ TENSOR_KEYS = ("state_dict", "optimizer_states", NAMES_KEY)
 """Keys of a checkpoint of one file that ``trainer.ckpt`` lacks: the files beside it hold these tensors by name."""
 
 SCALARS_KEY = "optimizer_scalars"
-"""Key of the numbers that an optimizer counts, such as ``step``: those that parameters share, and those that differ."""
+"""Key of the numbers that an optimizer counts, such as ``step``: those that parameters share, and those that differ.
+
+Under ``forms`` among them is how tensors that are made of others are put together; see ``optim/states.py``."""
 
 TIED_KEY = "tied"
 """Key of the names of weights that share a tensor, each with the name under which the tensor is stored."""

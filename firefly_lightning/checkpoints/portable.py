@@ -47,7 +47,7 @@ FLUSH_BYTES = 256 * 2**20
 """Bytes of pending tensors at which a process writes them to a file; a single tensor may be larger."""
 
 States = dict[str, Tensor]
-"""A parameter's unsharded tensors: its weight under :data:`WEIGHT`, the optimizer's of the same shape by their keys."""
+"""A parameter's unsharded tensors: its weight under :data:`WEIGHT`, the optimizer's, of any shape, by their keys."""
 
 
 class PortableWriter:
@@ -89,7 +89,7 @@ class PortableWriter:
             return
         count = sum(kind_of(name) == kind for name in self._files)
         path = self._folder / tensor_file(kind, self._rank, count)
-        tensors = {name: tensor.contiguous() for name, tensor in pending.items()}
+        tensors = _each_alone(pending)
         try:
             save_file(tensors, path, metadata={"format": "pt"})
         except SafetensorError as error:
@@ -97,6 +97,18 @@ class PortableWriter:
                 raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
             raise
         self._files[path.name] = entry_of(path) | {"tensors": {name: tensor.nbytes for name, tensor in tensors.items()}}
+
+
+def _each_alone(pending: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of which no two share memory, as those may that an optimizer keeps for all parameters."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in pending.items():
+        whole = tensor.contiguous()
+        place = whole.untyped_storage().data_ptr()
+        tensors[name] = whole.clone() if place in seen else whole
+        seen.add(place)
+    return tensors
 
 
 def finish(folder: Path, files: Mapping[str, FileEntry]) -> None:
@@ -184,9 +196,9 @@ class PortableReader:
             FireflyError: If a state has another shape than its weight, so that it cannot be split like the weight.
         """
         for name, keys in self._keys.items():
-            shape = self.weight(name).shape
+            shape = self._shape(WEIGHT, name)
             for key in keys:
-                if self.state(key, name).shape != shape:
+                if self._shape(key, name) != shape:
                     raise FireflyError(
                         f"{self.folder}: the optimizer's {key} of {name} is not shaped like the weight, and cannot be "
                         "split; resume under auto or ddp, or export the model and train it anew"
@@ -200,6 +212,13 @@ class PortableReader:
             FireflyError: If the optimizer that was saved has no such state.
         """
         return self._read(key, name, f"the optimizer's {key} of {name}; resume with its optimizer")
+
+    def _shape(self, key: str, name: str) -> list[int]:
+        kind, stored = stored_name(key, name)
+        if (kind, stored) not in self._where:
+            return []
+        shape: list[int] = self._open(self._where[kind, stored]).get_slice(stored).get_shape()
+        return shape
 
     def _read(self, key: str, name: str, what: str) -> Tensor:
         kind, stored = stored_name(key, name)

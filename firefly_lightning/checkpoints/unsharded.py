@@ -1,7 +1,6 @@
 """Turns a checkpoint that Lightning keeps as one dictionary in one process into a portable checkpoint, and back."""
 
-import inspect
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,22 @@ from firefly_lightning.checkpoints.layout import (
 )
 from firefly_lightning.checkpoints.portable import PortableReader, PortableWriter, finish
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.optim.states import is_scalar, kept_for, keys_kept, put_together, taken_apart
 
 
 def can_be_portable(checkpoint: Mapping[str, Any]) -> bool:
     """Whether all tensors of a checkpoint have names; it holds weights alone, or the states of one optimizer too."""
     optimizers = checkpoint.get("optimizer_states", [])
     named = len(optimizers) == 0 or (len(optimizers) == 1 and None not in checkpoint.get(NAMES_KEY, [[None]])[0])
+    # What an optimizer keeps besides states and groups has no names either.
+    named &= all(map(_has_names, optimizers))
     return named and NAMES_KEY in checkpoint and "state_dict" in checkpoint
+
+
+def _has_names(saved: Mapping[str, Any]) -> bool:
+    """Whether all that an optimizer saves is of numbered parameters; states of something else have no names."""
+    numbered = saved.keys() == {"state", "param_groups"} and all(isinstance(number, int) for number in saved["state"])
+    return numbered or not saved
 
 
 def write_whole(checkpoint: Mapping[str, Any], folder: Path) -> None:
@@ -49,7 +57,7 @@ def write_whole(checkpoint: Mapping[str, Any], folder: Path) -> None:
             tied[name] = first
     kept = {name: value for name, value in checkpoint.items() if name not in TENSOR_KEYS}
     files = writer.close()
-    more = {TIED_KEY: tied, SCALARS_KEY: summed_up(scalars), FILES_KEY: sorted(files)}
+    more = {TIED_KEY: tied, SCALARS_KEY: summed_up(scalars, states), FILES_KEY: sorted(files)}
     torch.save(kept | more, folder / TRAINER_FILE)
     finish(folder, files)
 
@@ -62,16 +70,21 @@ def read_whole(reader: PortableReader) -> dict[str, Any]:
     states = {
         name: scalars_of(checkpoint, name) | {key: reader.state(key, name) for key in keys}
         for name in reader.names()
-        if (keys := reader.keys(name))
+        if (keys := reader.keys(name)) or name in checkpoint[SCALARS_KEY]["own"]
     }
     return checkpoint | {"state_dict": weights, "optimizer_states": [{BY_NAME: states}]}
 
 
-def summed_up(scalars: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The numbers that an optimizer counts for each parameter, kept once for all parameters that have the same."""
-    common = dict(next(iter(scalars.values()), {}))
-    own = {name: dict(values) for name, values in scalars.items() if values != common}
-    return {"all": common, "own": own}
+def summed_up(scalars: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Collection[Any]]) -> dict[str, Any]:
+    """The numbers that an optimizer counts for each parameter, kept once for all parameters that have the same.
+
+    Args:
+        scalars: The numbers by name of the parameter and key.
+        tensors: The tensors by name of the parameter; numbers of one that has no tensors are kept under its name.
+    """
+    common = dict(next((values for name, values in scalars.items() if tensors.get(name)), {}))
+    own = {name: dict(values) for name, values in scalars.items() if values != common or not tensors.get(name)}
+    return {"all": common, "own": {name: values for name, values in own.items() if values or common}}
 
 
 def scalars_of(trainer: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -79,11 +92,6 @@ def scalars_of(trainer: Mapping[str, Any], name: str) -> dict[str, Any]:
     saved = trainer[SCALARS_KEY]
     values = saved["own"].get(name, saved["all"])
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in values.items()}
-
-
-def is_scalar(value: Any) -> bool:
-    """Whether an entry of an optimizer's state is a number that it counts, rather than a tensor with dimensions."""
-    return not isinstance(value, Tensor) or value.dim() == 0
 
 
 def numbered_names(module: nn.Module, optimizer: Optimizer) -> list[str | None]:
@@ -111,23 +119,39 @@ def saved_parameters(module: nn.Module) -> Iterator[tuple[str, Parameter]]:
 
 def accept_names(module: nn.Module, optimizer: Optimizer) -> None:
     """Makes ``optimizer.load_state_dict`` take states by parameter name too; the optimizer then keeps its settings."""
+    load_numbered = optimizer.load_state_dict
 
-    def numbered(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
-        if BY_NAME not in state:
-            return None
-        own, saved = optimizer.state_dict(), state[BY_NAME]
-        names = numbered_names(module, optimizer)
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        check_states(
-            optimizer,
-            (
-                (parameter.dim(), [key for key, value in saved.get(name, {}).items() if not is_scalar(value)])
-                for name, parameter in zip(names, parameters, strict=True)
-            ),
-        )
-        return own | {"state": {number: saved[name] for number, name in enumerate(names) if name in saved}}
+    def load(state_dict: Any) -> None:
+        if BY_NAME not in state_dict:
+            load_numbered(state_dict)
+        elif not _load_by_name(module, optimizer, state_dict[BY_NAME]):
+            # An optimizer that a trial step says nothing of; it then has PyTorch's own rules for types.
+            names = enumerate(numbered_names(module, optimizer))
+            states = {number: state_dict[BY_NAME][name] for number, name in names if name in state_dict[BY_NAME]}
+            load_numbered({**optimizer.state_dict(), "state": states})
 
-    optimizer.register_load_state_dict_pre_hook(numbered)
+    optimizer.load_state_dict = load  # type: ignore[method-assign]
+
+
+def _load_by_name(module: nn.Module, optimizer: Optimizer, saved: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Sets an optimizer's states; False, with none set, where what it keeps of a parameter cannot be told."""
+    names, states = parameter_names(module), {}
+    known: dict[Any, dict[str, Any] | None] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            entries = saved.get(names.get(id(parameter), ""))
+            if entries is None:
+                continue
+            alike = number, parameter.shape, parameter.dtype, parameter.device
+            if alike not in known:
+                known[alike] = kept_for(optimizer, group, parameter)
+            kept = known[alike]
+            if kept is None:
+                return False
+            _check_keys(optimizer, entries, keys_kept(taken_apart(kept)))
+            states[parameter] = put_together(entries, kept, parameter)
+    optimizer.state.update(states)
+    return True
 
 
 def check_states(optimizer: Optimizer, saved: Iterable[tuple[int, Collection[str]]]) -> None:
@@ -142,26 +166,49 @@ def check_states(optimizer: Optimizer, saved: Iterable[tuple[int, Collection[str
         FireflyError: If the keys are not those of the tensors that this optimizer keeps.
     """
     for dimensions, keys in sorted({(dimensions, tuple(sorted(keys))) for dimensions, keys in saved if keys}):
-        kept = _kept_states(optimizer, dimensions)
-        if kept is not None and kept != set(keys):
-            name, has = type(optimizer).__name__, ", ".join(sorted(kept)) or "nothing"
-            raise FireflyError(
-                f"the checkpoint's optimizer keeps {', '.join(keys)} of a weight, {name} keeps {has}; "
-                "resume with the optimizer that it was saved with"
-            )
+        kept = kept_for(optimizer, optimizer.param_groups[0], torch.zeros([2] * dimensions))
+        if kept is not None:
+            _check_keys(optimizer, keys, keys_kept(kept))
 
 
-def _kept_states(optimizer: Optimizer, dimensions: int) -> set[str] | None:
-    """Keys of the tensors that an optimizer keeps for a parameter, found by a trial step; None if that step fails."""
-    parameter, known = Parameter(torch.zeros([2] * dimensions)), inspect.signature(type(optimizer)).parameters
-    parameter.grad = torch.zeros_like(parameter)
-    settings = {name: value for name, value in optimizer.defaults.items() if name in known}
-    try:
-        example: Any = type(optimizer)([parameter], **settings)
-        example.step()
-    except Exception:  # of any type: a closure, a device or an argument is missing
-        return None
-    return {key for key, value in example.state[parameter].items() if not is_scalar(value)}
+def _check_keys(optimizer: Optimizer, saved: Mapping[str, Any] | Collection[str], kept: Collection[str]) -> None:
+    keys = keys_kept(saved) if isinstance(saved, Mapping) else set(saved)
+    if keys != set(kept):
+        raise FireflyError(
+            f"the checkpoint's optimizer keeps {_in_words(keys)} of a weight, {type(optimizer).__name__} keeps "
+            f"{_in_words(kept)}; resume with the optimizer that it was saved with"
+        )
+
+
+def _in_words(keys: Collection[str]) -> str:
+    return ", ".join(sorted(keys)) or "nothing"
+
+
+def keep_states(checkpoint: dict[str, Any], module: nn.Module, optimizers: Sequence[Any], whole: bool) -> None:
+    """Adds the names of the optimizers' parameters to a checkpoint, and makes their states plain tensors and values.
+
+    Args:
+        checkpoint: Lightning's checkpoint.
+        module: The module that has the parameters.
+        optimizers: The run's optimizers; bitsandbytes', for one, say other keys in their ``state_dict`` than they keep.
+        whole: Whether this process has whole states; otherwise they are left as the strategy gave them.
+    """
+    checkpoint[NAMES_KEY] = [numbered_names(module, optimizer) for optimizer in optimizers]
+    for saved, optimizer in zip(checkpoint.get("optimizer_states", []) if whole else [], optimizers, strict=False):
+        if not _has_names(saved):
+            continue
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        kept = ((number, optimizer.state.get(parameter)) for number, parameter in enumerate(parameters))
+        saved["state"] = {number: taken_apart(state) for number, state in kept if state}
+
+
+def name_states(checkpoint: dict[str, Any]) -> None:
+    """Gives the states of a checkpoint of one file the names of their parameters, in place of numbers, in memory."""
+    for number, names in enumerate(checkpoint.get(NAMES_KEY, []) if checkpoint.get("optimizer_states") else []):
+        saved = checkpoint["optimizer_states"][number]
+        if _has_names(saved) and None not in names:
+            states = {names[place]: state for place, state in saved["state"].items()}
+            checkpoint["optimizer_states"][number] = {BY_NAME: states}
 
 
 def _by_name(checkpoint: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:

@@ -23,12 +23,16 @@ class StrategyHooks:
         whole_weights: Whether a process holds all weights as plain tensors all the time, so that a weight may be used
             without calling the module that it belongs to.
         trains_adapters: Whether some weights may be trained while all others are frozen.
+        whole_states: Whether a process holds the states of the optimizer as the optimizer made them.
+        splits_states: Whether the optimizer updates parts of weights, so that it must update each number by itself.
     """
 
     norm_follows_step = False
     generates_in_step = False
     whole_weights = False
     trains_adapters = False
+    whole_states = False
+    splits_states = False
 
     def check_model(self, config: BloomConfig) -> None:
         """Refuses a model that this strategy cannot train; called before weights are loaded.
@@ -120,6 +124,6 @@ def hooks_of(strategy: Strategy | None) -> StrategyHooks:
     if isinstance(strategy, StrategyHooks):
         return strategy
     hooks = StrategyHooks()
-    whole = strategy is None or isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
-    hooks.whole_weights = hooks.trains_adapters = whole
+    plain = strategy is None or isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+    hooks.whole_weights = hooks.whole_states = hooks.trains_adapters = plain
     return hooks

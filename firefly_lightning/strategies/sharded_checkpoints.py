@@ -28,7 +28,7 @@ from firefly_lightning.checkpoints.layout import (
 )
 from firefly_lightning.checkpoints.own_form import files_of, finish_own, read_own
 from firefly_lightning.checkpoints.portable import PortableReader, PortableWriter, States, finish
-from firefly_lightning.checkpoints.unsharded import saved_parameters, summed_up
+from firefly_lightning.checkpoints.unsharded import saved_parameters
 from firefly_lightning.errors import FireflyError, MissingFileError
 from firefly_lightning.files.atomic import partial_path, whole_folder
 from firefly_lightning.files.manifest import FileEntry, entry_of
@@ -54,8 +54,8 @@ class ShardedCheckpoints(Strategy):
         """
 
     @abstractmethod
-    def optimizer_steps(self) -> int:
-        """Number of steps that the optimizer has done; it is the same for all parameters."""
+    def optimizer_scalars(self) -> dict[str, Any]:
+        """Numbers that the optimizer counts for a parameter, by key, the same for all that it updates; none before."""
 
     @abstractmethod
     def load_portable(self, reader: PortableReader, fitting: bool) -> None:
@@ -186,7 +186,7 @@ class ShardedCheckpoints(Strategy):
             kept[SCALER_KEY] = scaler
         if self.saves_portable:
             files = self._write_tensors(folder)
-            scalars = summed_up({"": self._scalars()})
+            scalars = {"all": self.optimizer_scalars() if self.optimizers else {}, "own": {}}
             return kept | {TIED_KEY: self._tied(), SCALARS_KEY: scalars, FILES_KEY: sorted(files)}, files
         self.save_shards(folder)
         self.barrier()
@@ -239,9 +239,6 @@ class ShardedCheckpoints(Strategy):
         named = module.named_parameters(remove_duplicate=False)
         names = ((name, first.get(id(parameter), name)) for name, parameter in named)
         return {name: stored for name, stored in names if name != stored}
-
-    def _scalars(self) -> dict[str, Tensor]:
-        return {"step": torch.tensor(float(self.optimizer_steps()))} if self.optimizers else {}
 
 
 def _kept_buffers(module: Any) -> Iterator[tuple[str, Tensor]]:

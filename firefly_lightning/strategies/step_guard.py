@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from firefly_lightning.data.protocol import data_of
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.optim.released import ReleasedGradients
 from firefly_lightning.strategies.hooks import hooks_of
 
 NAMED_ROWS = 32
@@ -29,14 +30,32 @@ class StepGuard:
     def __init__(self) -> None:
         self._losses: list[Tensor] = []
         self._step, self._loss = 0, 0.0
+        self._released: ReleasedGradients | None = None
 
-    def add(self, loss: Tensor) -> None:
+    def release(self, optimizer: Optimizer) -> None:
+        """Has each weight updated as its gradient arrives, from now on; no norm can be checked before, only the loss.
+
+        Args:
+            optimizer: The optimizer of the run.
+        """
+        if self._released:
+            self._released.stop()
+        self._released = ReleasedGradients(optimizer)
+
+    def add(self, module: L.LightningModule, loss: Tensor) -> None:
         """Notes the loss of a micro-batch.
 
         Args:
+            module: The module that trains.
             loss: Scaled so that the mean of all micro-batches of all ranks is the loss of the step.
+
+        Raises:
+            FireflyError: If the loss is not finite and its backward pass would touch the weights.
         """
         self._losses.append(loss.detach())
+        if self._released:
+            self._step, self._loss = module.global_step, float(loss)
+            self._check(module, grad_norm=0.0, weights=_BEFORE)
 
     def forget(self) -> None:
         """Forgets the losses of a step that was begun and will not be finished."""
@@ -50,8 +69,8 @@ class StepGuard:
             optimizer: The optimizer that is about to step.
 
         Raises:
-            FireflyError: If loss or gradient is not finite. The weights are untouched then, and the message names the
-                rows of the step.
+            FireflyError: If loss or gradient is not finite. The message names the rows of the step; the weights are
+                untouched then, unless gradients are released, which have updated weights as they came.
         """
         trainer: Any = module.trainer
         strategy = trainer.strategy
@@ -61,11 +80,11 @@ class StepGuard:
         self._losses.clear()
         self._step, self._loss = module.global_step, float(loss)
         module.log("train_loss", loss, prog_bar=True)
-        module.log("lr", torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64))
+        module.log("lr", torch.tensor(float(optimizer.param_groups[0]["lr"]), dtype=torch.float64))
         if hooks_of(strategy).norm_follows_step:
             self._check(module, grad_norm=0.0, weights=_BEFORE)
         else:
-            self._log_norm(module, weights=_BEFORE)
+            self._log_norm(module, weights=_AFTER if self._released else _BEFORE)
 
     def after_micro_batch(self, module: L.LightningModule) -> None:
         """Logs the gradient's norm after the last micro-batch of a step, where the engine computes it in its step.
@@ -77,7 +96,8 @@ class StepGuard:
             self._log_norm(module, weights=_AFTER)
 
     def _log_norm(self, module: L.LightningModule, weights: str) -> None:
-        norm = hooks_of(module.trainer.strategy).gradient_norm(module.parameters())
+        of_strategy = hooks_of(module.trainer.strategy).gradient_norm
+        norm = self._released.norm() if self._released else of_strategy(module.parameters())
         self._check(module, float(norm), weights)
         module.log("grad_norm", norm)
 

@@ -67,7 +67,7 @@ def test_every_command_of_the_readme(box, monkeypatch):
 def test_every_command_and_snippet_of_the_documentation(full_box, monkeypatch):
     """The pages are one running example, in the order of the navigation."""
     blocks = [block for page in pages("en") for block in read_blocks(page)]
-    assert run_blocks(blocks, CHECKS, full_box, monkeypatch) == (37, 4, 7)
+    assert run_blocks(blocks, CHECKS, full_box, monkeypatch) == (38, 4, 7)
 
 
 def run_blocks(blocks: list[Block], checks: dict, box: Path, monkeypatch) -> tuple[int, int, int]:
@@ -319,6 +319,7 @@ CHECKS = {
     "torchrun .*ddp": check_run("torchrun", range(3)),
     "firefly-fit predict": check_predictions,
     "firefly-fit fit .*sgd.yaml": check_run("sgd", range(3)),
+    "firefly-fit fit .*low-memory.yaml": check_run("low-memory", range(3)),
     "firefly-fit fit .*--ckpt_path last": check_run("first", range(3, 5), version=1),
     "firefly-fit fit .*runs/moved$": check_moved("moved", range(5, 7)),
     "firefly-fit fit .*runs/back$": check_moved("back", range(7, 9)),

@@ -31,7 +31,7 @@ class Run:
         self.settings.note(self.trainer)
         if saved is not None:
             saved = torch.load(io.BytesIO(saved), weights_only=True)
-            self.settings.resume(saved["changed"])
+            self.settings.resume(saved["changed"], [saved["schedule"]])
             if "optimizer" in saved:
                 self.optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])

@@ -45,10 +45,10 @@ class BoosterCheckpoints(ShardedCheckpoints):
         """Settings, by name, that must be the same when optimizer states are read; called once the model is boosted."""
 
     @override
-    def optimizer_steps(self) -> int:
-        from firefly_lightning.strategies.colossalai.states import steps_done
+    def optimizer_scalars(self) -> dict[str, Any]:
+        from firefly_lightning.strategies.colossalai.states import STEP, steps_done
 
-        return steps_done(self.boosted_optimizer)
+        return {STEP: torch.tensor(float(steps_done(self.boosted_optimizer)))}
 
     @override
     def scaler_state(self) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from torch.nn import Parameter
 
 from firefly_lightning.checkpoints.layout import WEIGHT
 from firefly_lightning.checkpoints.portable import PortableReader, States
-from firefly_lightning.checkpoints.unsharded import check_states, is_scalar, saved_parameters, scalars_of
+from firefly_lightning.checkpoints.unsharded import check_states, saved_parameters, scalars_of
+from firefly_lightning.optim.states import is_scalar
 
 
 def read_states(zero: Any, module: nn.Module) -> Iterator[tuple[str, States]]:
@@ -43,9 +44,11 @@ def read_states(zero: Any, module: nn.Module) -> Iterator[tuple[str, States]]:
             yield name, {WEIGHT: weight}
 
 
-def steps_done(zero: Any) -> int:
-    """Steps that the optimizer has done; 0 before its first step, and where there is no optimizer."""
-    return int(_any_state(zero).get("step", 0))
+def scalars(zero: Any) -> dict[str, Tensor]:
+    """Numbers that the optimizer counts for a parameter, such as its steps, the same for all; none before the first."""
+    counted = {key: value for key, value in _any_state(zero).items() if is_scalar(value)}
+    # As PyTorch's optimizers have them; DeepSpeed's own Adam counts in integers.
+    return {key: torch.tensor(float(value)) for key, value in counted.items() if value is not None}
 
 
 def write_states(zero: Any, module: nn.Module, reader: PortableReader) -> None:

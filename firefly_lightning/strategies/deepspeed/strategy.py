@@ -51,6 +51,7 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
 
     norm_follows_step = True
     trains_adapters = True
+    splits_states = True
     config: dict[str, Any]
 
     def __init__(self, **kwargs: Any) -> None:
@@ -148,10 +149,10 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
         return read_states(self._zero, module)
 
     @override
-    def optimizer_steps(self) -> int:
-        from firefly_lightning.strategies.deepspeed.states import steps_done
+    def optimizer_scalars(self) -> dict[str, Any]:
+        from firefly_lightning.strategies.deepspeed.states import scalars
 
-        return steps_done(self._zero)
+        return scalars(self._zero)
 
     @override
     def scaler_state(self) -> dict[str, Any]:

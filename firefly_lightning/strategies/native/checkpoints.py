@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
-from firefly_lightning.checkpoints.layout import WEIGHT, WRITER_KEY, native_part_file
+from firefly_lightning.checkpoints.layout import BY_NAME, WEIGHT, WRITER_KEY, native_part_file
 from firefly_lightning.checkpoints.portable import PortableReader, States
 from firefly_lightning.checkpoints.torch_file import load_file
-from firefly_lightning.checkpoints.unsharded import check_states, is_scalar, saved_parameters, scalars_of
+from firefly_lightning.checkpoints.unsharded import check_states, numbered_names, saved_parameters, scalars_of
+from firefly_lightning.optim.states import is_scalar
 from firefly_lightning.strategies.native.dtensors import join, local, part_like, split_of, whole, with_parts
 from firefly_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
 
@@ -80,6 +81,10 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            if BY_NAME in saved:
+                names = enumerate(numbered_names(self.lightning_module, optimizer))  # type: ignore[arg-type]
+                states = {number: saved[BY_NAME][name] for number, name in names if name in saved[BY_NAME]}
+                saved = optimizer.state_dict() | {"state": states}
             _load_optimizer(optimizer, saved, part_like)
 
     @override
@@ -89,9 +94,13 @@ class NativeCheckpoints(ShardedCheckpoints, ModelParallelStrategy):
             yield name, {key: self._copy(value) for key, value in {WEIGHT: parameter, **tensors}.items()}
 
     @override
-    def optimizer_steps(self) -> int:
-        states = (state for optimizer in self.optimizers for state in optimizer.state.values())
-        return int(max((float(state.get("step", 0)) for state in states), default=0))
+    def optimizer_scalars(self) -> dict[str, Any]:
+        state: dict[str, Any] = next(
+            (state for optimizer in self.optimizers for state in optimizer.state.values() if state), {}
+        )
+        return {
+            key: self._copy(value) for key, value in state.items() if isinstance(value, Tensor) and is_scalar(value)
+        }
 
     @override
     def load_portable(self, reader: PortableReader, fitting: bool) -> None:

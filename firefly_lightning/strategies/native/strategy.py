@@ -37,6 +37,8 @@ class NativeStrategy(StrategyHooks, NativeCheckpoints):
         timeout: Time after which a collective operation fails.
     """
 
+    splits_states = True
+
     def __init__(
         self,
         data_parallel_size: Literal["auto"] | int = "auto",
