@@ -11,10 +11,13 @@ import torch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def matrix_products(tokens: int, targets: int, hidden: int, layers: int, vocabulary: int, dtype: str) -> float:
+def matrix_products(
+    tokens: int, targets: int, hidden: int, layers: int, vocabulary: int, dtype: str, frozen: bool = False
+) -> float:
     """Measures the seconds of the linear layers at all tokens and the head at targets, each with both gradients.
 
-    In the last block, only queries, keys and values are needed at all tokens. Products of attention are not counted.
+    In the last block, only queries, keys and values are needed at all tokens. Products of attention are not counted,
+    nor those of an adapter, whose matrices are narrow.
 
     Args:
         tokens: Tokens of the step, without padding.
@@ -23,6 +26,7 @@ def matrix_products(tokens: int, targets: int, hidden: int, layers: int, vocabul
         layers: Number of blocks of the model.
         vocabulary: Rows of the model's embedding, to which the head is tied.
         dtype: A key of ``DTYPES``.
+        frozen: Whether the weights are frozen, so that the gradients of inputs are computed only.
     """
     wide, others = [(hidden, hidden), (hidden, 4 * hidden), (4 * hidden, hidden)], layers - 1
     shapes = [(tokens, hidden, 3 * hidden, layers), (targets, hidden, vocabulary, 1)]
@@ -34,7 +38,9 @@ def matrix_products(tokens: int, targets: int, hidden: int, layers: int, vocabul
         )
         began = time.perf_counter()
         for _ in range(times):
-            _ = inputs @ weight.t(), gradient @ weight, gradient.t() @ inputs
+            _ = inputs @ weight.t(), gradient @ weight
+            if not frozen:
+                _ = gradient.t() @ inputs
         seconds += time.perf_counter() - began
     return seconds
 

@@ -33,7 +33,8 @@ def run(options: argparse.Namespace, data: FireflyDataModule, clock: Clock) -> f
         enable_model_summary=False, enable_progress_bar=False, callbacks=[Timed(clock)],
         precision="bf16-mixed" if options.dtype == "bf16" else "32-true",
     )  # fmt: skip
-    module = FireflyModule(options.folder, warmup_steps=0, attention=options.attention)
+    adapter = "lora" if options.system == "lora" else None
+    module = FireflyModule(options.folder, warmup_steps=0, attention=options.attention, adapter=adapter)
     trainer.fit(module, data)
     return float(trainer.callback_metrics["train_loss"])
 

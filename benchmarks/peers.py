@@ -43,11 +43,21 @@ def prepare(options: argparse.Namespace, steps: Sequence[Rows]) -> Callable[[Clo
 
 def run(options: argparse.Namespace, make: Callable[..., Any], clock: Clock) -> float:
     """Makes a trainer for the model and trains; returns the loss of the last step."""
-    model = BloomForCausalLM.from_pretrained(options.folder)
+    model = BloomForCausalLM.from_pretrained(options.folder, torch_dtype=torch.float32)
+    if options.system == "peft":
+        model = with_lora(model)
     count_rows(model, clock)
     trainer = make(model, callbacks=[timed(clock)])
     trainer.train()
     return last_loss(trainer)
+
+
+def with_lora(model: BloomForCausalLM) -> Any:
+    """The model with LoRA of rank 8 on the four linear layers of each block, by peft."""
+    from peft import LoraConfig, get_peft_model
+
+    layers = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=layers, task_type="CAUSAL_LM"))
 
 
 def hugging_face_arguments(options: argparse.Namespace, steps: int) -> dict[str, Any]:

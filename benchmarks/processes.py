@@ -31,7 +31,7 @@ def alone(function: Callable[..., Result], *arguments: Any) -> Result:
     ):
         try:
             return pool.submit(function, *arguments).result()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             sys.exit(f"{function.__name__}: {type(error).__name__}: {error}\n{log.read()[-3000:]}")
 
 

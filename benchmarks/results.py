@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from benchmarks import full_size, lora
+
 Lines = Sequence[dict[str, Any]]
 
 GOALS = {"trainer": 4, "grouped": 4, "trl": 6}
@@ -154,6 +156,25 @@ PARTS = {
          "share_of_floor", "loss"],
         compared,
     ),
+    "lora": Part(
+        "Training an adapter", "LoRA of rank 8 on the four linear layers of each block: `lora` is this project, `peft` "
+        "transformers.Trainer with the same adapter, `firefly` this project training all weights. Figures as above; "
+        "the floor of frozen weights lacks the products of their gradients.",
+        ["--dtypes", "fp32", "bf16"],
+        ["system", "dtype", "tokens_per_second", "target_tokens_per_second", "peak_rss_gb", "libraries_gb",
+         "share_of_floor", "loss"],
+        lora.compared,
+    ),
+    "full_size": Part(
+        "Published sizes", "1b4 and 2b6 with random weights, real rows of up to 512 tokens, on two cores and 24 GiB. "
+        "Peaks of resident memory, each of its own: loading, the steps, saving, and resuming. Taken is what the steps "
+        "hold beside libraries and rows; planned is what `firefly plan` foretells of that.",
+        [],
+        ["size", "way", "step_seconds", "tokens_per_second", "share_of_floor", "planned_gb", "taken_gb", "difference",
+         "peak_gb", "load_peak_gb", "save_peak_gb", "resume_peak_gb", "load_seconds", "save_seconds", "resume_seconds",
+         "checkpoint_mb"],
+        full_size.held_to_goals,
+    ),
     "ladder": Part(
         "What each lever brings", "Each line adds a lever to those above, as a plain loop. Seconds for 1,000 tokens "
         "without padding, measured, and predicted from counts: operations of products at the rate of a bare product, "
@@ -185,7 +206,7 @@ PARTS = {
     ),
 }  # fmt: skip
 
-ROWS = ("start", "throughput", "ladder", "growth")
+ROWS = ("start", "throughput", "lora", "full_size", "ladder", "growth")
 """Scripts that take ``--rows`` to train on; the others make their own rows or need none."""
 
 

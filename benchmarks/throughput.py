@@ -10,6 +10,8 @@ count. A process imports only what users of its system would import.
     trainer   the original recipe: transformers.Trainer, rows padded to the longest, logits at every position
     grouped   the same with rows of like length in a batch
     trl       TRL's SFTTrainer, completions only, rows of like length in a batch
+    lora      firefly with an adapter: LoRA of rank 8 on all four linear layers
+    peft      trainer with the same adapter, by peft
 """
 
 import argparse
@@ -35,8 +37,10 @@ from benchmarks.processes import alone
 # Lightning, this project, Trainer, TRL and matplotlib are imported where they are used, since every system's process
 # imports this module and should have only its own libraries in memory.
 
-OURS = ("firefly", "frugal")
-SYSTEMS = (*OURS, "trainer", "grouped", "trl")
+OURS = ("firefly", "frugal", "lora")
+SYSTEMS = ("firefly", "frugal", "trainer", "grouped", "trl")
+ADAPTED = ("lora", "peft")
+"""Systems that train an adapter on frozen weights; :mod:`benchmarks.lora` compares them."""
 ENVIRONMENTS = {"frugal": {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}}
 """Environment variables of a system's process, by system."""
 PURPOSES = {
@@ -53,8 +57,31 @@ BLUE, GREY = "#4C78A8", "#BAB0AC"
 
 def main() -> None:
     """Measures each system in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
+    parser = make_parser(__doc__, SYSTEMS)
+    options = parser.parse_args()
+    print(json.dumps(machine() | {"threads": options.threads}), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder), options)
+        options.folder = folder
+        steps = rows_of_steps(options)
+        lines = measure_all(options, steps)
+        options.steps, options.warmup = 2, 1
+        for dtype in options.dtypes if options.profile else ():
+            line = alone(measure, options, "firefly", dtype, steps, options.profile / f"profile-{dtype}.txt")
+            print(json.dumps({"profiled": dtype} | line["shares_of_time"]), flush=True)
+    if options.out:
+        draw(options.out, lines)
+
+
+def make_parser(text: str | None, systems: Sequence[str]) -> argparse.ArgumentParser:
+    """A parser of the options of a comparison.
+
+    Args:
+        text: Description of the script.
+        systems: Systems that are measured by default.
+    """
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", nargs="+", default=list(systems), choices=(*SYSTEMS, *ADAPTED))
     parser.add_argument("--rows", nargs="+", default=["demo_run/rows/*.jsonl"], help="instruction rows")
     parser.add_argument("--tokenizer", default="demo_run/bloom-zh", help="folder; bin/demo makes the default")
     parser.add_argument("--hidden", type=int, default=512)
@@ -70,23 +97,17 @@ def main() -> None:
     parser.add_argument("--attention", default="auto", help="of firefly")
     parser.add_argument("--profile", type=Path, help="folder for where the time of firefly's operations goes")
     parser.add_argument("--out", type=Path, help="PNG of the figures")
-    options = parser.parse_args()
-    print(json.dumps(machine() | {"threads": options.threads}), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder), options)
-        options.folder = folder
-        steps = rows_of_steps(options)
-        lines = []
-        for dtype, system in product(options.dtypes, options.systems):
-            with mock.patch.dict(os.environ, ENVIRONMENTS.get(system, {})):
-                lines.append(alone(measure, options, system, dtype, steps))
-            print(json.dumps(lines[-1]), flush=True)
-        options.steps, options.warmup = 2, 1
-        for dtype in options.dtypes if options.profile else ():
-            line = alone(measure, options, "firefly", dtype, steps, options.profile / f"profile-{dtype}.txt")
-            print(json.dumps({"profiled": dtype} | line["shares_of_time"]), flush=True)
-    if options.out:
-        draw(options.out, lines)
+    return parser
+
+
+def measure_all(options: argparse.Namespace, steps: Sequence[Any]) -> list[dict[str, Any]]:
+    """Measures each system in each type of numbers, and prints a line for each."""
+    lines = []
+    for dtype, system in product(options.dtypes, options.systems):
+        with mock.patch.dict(os.environ, ENVIRONMENTS.get(system, {})):
+            lines.append(alone(measure, options, system, dtype, steps))
+        print(json.dumps(lines[-1]), flush=True)
+    return lines
 
 
 def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
@@ -150,14 +171,14 @@ def measure(
     with torch.device("meta"):
         parameters = BloomForCausalLM(config).num_parameters()
     vocabulary = config.vocab_size
-    sizes = options.hidden, options.layers, vocabulary, options.dtype
-    floor = sum(matrix_products(*counts, *sizes) for counts in counted)
+    sizes = options.hidden, options.layers, vocabulary
+    floor = sum(matrix_products(*counts, *sizes, options.dtype, system in ADAPTED) for counts in counted)
     return {
         "system": options.system, "dtype": options.dtype, "hidden": options.hidden, "layers": options.layers,
         "vocabulary": vocabulary, "batch_size": options.batch_size, "max_length": options.max_length,
         "steps": options.steps, "tokens": tokens, "tokens_per_second": round(tokens / seconds, 1),
         "target_tokens_per_second": round(targets / seconds, 1), "peak_rss_gb": peak,
-        "libraries_gb": before, "state_gb": round(16 * parameters / 1e9, 2),
+        "libraries_gb": before, "state_gb": round((4 if system in ADAPTED else 16) * parameters / 1e9, 2),
         "share_of_floor": round(floor / seconds, 3), "loss": round(loss, 4),
         **({"shares_of_time": profiled(profiler, profile_to)} if profiler and profile_to else {}),
     }  # fmt: skip

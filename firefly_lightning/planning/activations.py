@@ -22,7 +22,7 @@ def block_activations(run: Run, tokens: int, attended: int, spares: bool = True)
     """
     model = run.model
     residual = run.weight_bytes
-    computed = 2 if run.mixed else 4
+    computed = run.computed_bytes
     scored = 4 if run.device == "cpu" else computed
     shared = run.layer_shares
     hidden = model.hidden_size
@@ -34,18 +34,19 @@ def block_activations(run: Run, tokens: int, attended: int, spares: bool = True)
 
 def normed_bytes(run: Run, spares: bool = True) -> int:
     """Bytes kept of each number that a layer norm puts out."""
-    return 0 if spares and run.entry.whole_weights else 2 if run.mixed else 4
+    return 0 if spares and run.entry.whole_weights else run.computed_bytes
 
 
 def activations(run: Run) -> float:
     """Bytes that the model keeps from the forward pass for the backward pass, without logits.
 
     After its attention, the last block computes only the learned tokens. Checkpointing keeps the input of each block.
+    Behind a frozen embedding nothing is kept of it; the few numbers between LoRA's two matrices are not counted.
     """
     model, load = run.model, run.load
     hidden, residual = model.hidden_size, run.weight_bytes
-    bias = model.n_head * load.longest**2 * (4 if run.device == "cpu" or not run.mixed else 2)
-    ends = load.tokens * hidden * residual + 2 * load.targets * hidden * residual + bias
+    bias = model.n_head * load.longest**2 * (4 if run.device == "cpu" else run.computed_bytes)
+    ends = (0 if run.frozen else load.tokens * hidden * residual) + 2 * load.targets * hidden * residual + bias
     if run.checkpointing:
         return ends + model.n_layer * load.tokens * hidden * residual
     whole = (model.n_layer - 1) * block_activations(run, load.tokens, run.attended)
@@ -53,16 +54,16 @@ def activations(run: Run) -> float:
     shared = run.layer_shares
     before = (load.tokens - load.targets) * hidden * (residual + normed_bytes(run))
     attention = block_activations(run, 0, run.attended)
-    picked = load.targets * hidden * (2 if run.mixed else 4) / shared
+    picked = load.targets * hidden * run.computed_bytes / shared
     return ends + whole + before + attention + picked + block_activations(run, load.targets, 0)
 
 
 def autocast_copies(run: Run) -> float:
     """Bytes of the 16-bit copies of the blocks' matrices that autocast keeps until the forward pass ends.
 
-    It keeps them whether activations are recomputed or not.
+    It keeps them whether activations are recomputed or not; frozen ones are kept in 16 bits themselves.
     """
-    if not run.mixed or run.entry.engine.keeps_masters:
+    if not run.mixed or run.entry.engine.keeps_masters or run.frozen:
         return 0.0
     shared = run.layer_shares
     return 2.0 * run.model.matrices * run.model.n_layer / shared
@@ -72,17 +73,21 @@ def fused_logits(run: Run) -> float:
     """Bytes that the loss in chunks takes at its most.
 
     They are logits and their logarithms, or the products that make the head's gradient. This gradient is summed in
-    float32 and converted to the weight's type at the end; autocast keeps a 16-bit copy of the head.
+    float32 and converted to the weight's type at the end; a frozen head has none. Autocast keeps a 16-bit copy of the
+    head.
     """
     model, targets = run.model, run.load.targets
     logits = model.vocab_size * min(chunk_size(model.vocab_size, run.device), targets)
-    hidden = 2.0 * targets * model.hidden_size * (2 if run.mixed else 4)
-    if not run.mixed:
-        return hidden + 8 * logits + 4 * model.embedding
-    copy = 0 if run.entry.engine.keeps_masters else 2 * model.embedding
+    hidden = 2.0 * targets * model.hidden_size * run.computed_bytes
+    copied = 2 * model.embedding if run.computed_bytes < run.weight_bytes else 0
+    if run.frozen:
+        return hidden + copied + 8 * logits
+    gradient = 4 * model.embedding
+    if run.computed_bytes == 4:
+        return hidden + gradient + 8 * logits
     products = 2 * logits + 6 * min(SUMMED_ROWS, model.vocab_size) * model.hidden_size
-    converted = 2 * model.embedding if run.entry.engine.keeps_masters else 0
-    return hidden + copy + 4 * model.embedding + max(8 * logits, products, converted)
+    converted = 2 * model.embedding if run.weight_bytes == 2 else 0
+    return hidden + copied + gradient + max(8 * logits, products, converted)
 
 
 def plain_logits(run: Run) -> float:
@@ -91,7 +96,16 @@ def plain_logits(run: Run) -> float:
 
 
 def working_set(run: Run) -> float:
-    """Bytes that the backward pass of a block takes beyond those kept for it: gradients of its widest tensors."""
+    """Bytes that the backward pass of a block takes beyond those kept for it: gradients of its widest tensors.
+
+    Of a quantised matrix there is a whole copy while a product with it is computed.
+    """
     model, shared = run.model, run.layer_shares
     recomputed = block_activations(run, run.load.tokens, run.attended, spares=False) if run.checkpointing else 0.0
-    return recomputed + run.load.tokens * model.hidden_size * (8 / shared + 2) * (2 if run.mixed else 4)
+    whole = dequantized(run)
+    return recomputed + whole + run.load.tokens * model.hidden_size * (8 / shared + 2) * run.computed_bytes
+
+
+def dequantized(run: Run) -> float:
+    """Bytes of the largest matrix of a block as a product needs it, where it is kept quantised."""
+    return 4.0 * run.model.hidden_size**2 * run.computed_bytes if run.trained.quantize else 0.0

@@ -45,8 +45,10 @@ def plan(
         strategies: Names of the strategies to plan; all by default.
         devices: Numbers of devices to plan for; by default that of the configuration, then 1, 2, 4 and 8.
         micro_batch_sizes: Rows that a device works on at a time; by default all that divide its share of a step.
-        precision: 32-true, bf16-mixed or 16-mixed; by default the precision of the configuration.
-        memory: Memory of a device, such as 24GB (10^9 bytes) or 24GiB; 24GB and 80GB by default.
+        precision: 32-true, bf16-mixed, 16-mixed or bf16-true; by default the precision of the configuration.
+        memory: Memory of a device, such as 24GB (10^9 bytes) or 24GiB, to say how the model can be trained there: ways
+            for one device, best first, with their commands; beside ``strategies``, ``devices`` or
+            ``micro_batch_sizes``, what of these fits there, by default into 24GB and 80GB.
         measure: Also train three steps on this machine with each of ``strategies``, ``devices`` and
             ``micro_batch_sizes``, by default those of the configuration, and compare the memory.
         out: Folder to write ``plan.json`` and ``memory.png`` into, new or empty.
@@ -60,6 +62,7 @@ def plan(
     from firefly_lightning.planning.printed import at_hand, largest, place, print_largest, print_parts, print_totals
     from firefly_lightning.planning.request import describe, plan_all, read_settings, sizes_line
     from firefly_lightning.planning.runs import STRATEGIES
+    from firefly_lightning.planning.ways import print_ways, ways
 
     given = {"vocab_size": vocab_size, "hidden_size": hidden_size, "n_layer": n_layer, "n_head": n_head}
     settings = read_settings(configs or [], model, given, precision, devices)
@@ -68,19 +71,23 @@ def plan(
     if measure and any(given.values()):
         raise FireflyError("--measure trains the model of --config: leave --vocab_size and the other sizes out")
     for name in strategies or ["auto"]:
-        settings.run(name, 1, 1, False, refuse=True)
+        settings.run(name, 1, settings.share(name, 1), False, refuse=True)
     if out is not None:
         check_new_folder(Path(out).expanduser(), inputs)
     about = describe(settings)
     planned = plan_all(settings, strategies or STRATEGIES, micro_batch_sizes)
-    print_parts(settings, planned)
-    print_totals(settings, planned)
     fits = largest(planned, limits)
-    print_largest(fits, limits)
+    found = ways(settings, limits) if memory and not (strategies or devices or micro_batch_sizes) else []
+    if found:
+        print_ways(found, settings.device)
+    else:
+        print_parts(settings, planned)
+        print_totals(settings, planned)
+        print_largest(fits, limits)
     measured = compare(settings, strategies, devices, micro_batch_sizes) if measure else []
     if out is not None:
         with new_folder(Path(out).expanduser(), inputs) as scratch:
-            content = report(planned, fits, about | {"measured": measured})
+            content = report(planned, fits, found, about | {"measured": measured})
             (scratch / "plan.json").write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-8")
             shown = at_hand(settings, planned, both=True)
             draw(scratch / "memory.png", shown, limits, f"{sizes_line(settings)}, {place(shown[0])}")

@@ -59,23 +59,15 @@ def compare(
 
 
 def _compare_one(settings: Settings, strategy: str, devices: int, rows: int, own: bool) -> dict[str, Any]:
-    ranks = row_shares(strategy, devices)
-    check_shares(settings.batch_size, ranks, rows)
-    assert settings.rows is not None
-    load = settings.rows.of_steps(STEPS, ranks, rows)
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     arguments: list[Any] = [*settings.arguments, *(["--trainer.accelerator", "cpu"] if on_cpu else [])]
     settings = replace(settings, fit=read_fit(arguments))
-    run = settings.run(strategy, devices, rows, settings.checkpointing, refuse=True, load=load)
-    assert run is not None
-    takes = estimate(run)
+    predicted = foretold(settings, STEPS, strategy, devices, rows)
     arguments += [
         *([] if own else ["--trainer.strategy", strategy]),
         "--data.micro_batch_size", rows, "--trainer.precision", settings.precision, "--trainer.num_nodes", 1,
     ]  # fmt: skip
     ranks_held = measure_run(arguments, devices)
-    # On a CPU, the memory of device and host is the same.
-    predicted = takes.peak + (sum(takes.host.values()) if on_cpu else 0.0)
     worst = max(ranks_held, key=lambda held: held["peak"] - held["base"])
     growth = worst["peak"] - worst["base"]
     return {
@@ -88,3 +80,27 @@ def _compare_one(settings: Settings, strategy: str, devices: int, rows: int, own
         "base": worst["base"],
         "difference": predicted / growth - 1,
     }
+
+
+def foretold(settings: Settings, steps: int, strategy: str, devices: int, rows: int) -> float:
+    """Bytes that a process is foretold to take in its first steps, beside libraries and data.
+
+    Args:
+        settings: The configuration, the model and the rows of the plan.
+        steps: Number of optimizer steps.
+        strategy: Short name of the strategy.
+        devices: Number of devices.
+        rows: Rows of a micro-batch.
+
+    Raises:
+        FireflyError: If the strategy cannot train the model like this, or the rows are not shared evenly.
+    """
+    assert settings.rows is not None
+    ranks = row_shares(strategy, devices)
+    check_shares(settings.batch_size, ranks, rows)
+    load = settings.rows.of_steps(steps, ranks, rows)
+    run = settings.run(strategy, devices, rows, settings.checkpointing, refuse=True, load=load)
+    assert run is not None
+    takes = estimate(run)
+    # On a CPU, the memory of device and host is the same.
+    return takes.peak + (sum(takes.host.values()) if settings.device == "cpu" else 0.0)

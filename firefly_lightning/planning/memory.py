@@ -3,13 +3,20 @@
 Sources: Rajbhandari et al. 2020 (ZeRO), where a stage splits states, then gradients, then weights; Zhao et al. 2023
 (FSDP); Fang et al. 2021 (PatrickStar, Gemini's chunks). Beyond these it counts what the engines keep in practice:
 DeepSpeed its buffers and a float32 copy of a process's weights, DDP its buckets, autocast its copies of the weights.
-The optimizer is AdamW, and dropout is off, as in Bloom's own configuration.
+Dropout is off, as in Bloom's own configuration. What an optimizer keeps, trial steps tell.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from firefly_lightning.planning.activations import activations, autocast_copies, fused_logits, plain_logits, working_set
+from firefly_lightning.planning.activations import (
+    activations,
+    autocast_copies,
+    dequantized,
+    fused_logits,
+    plain_logits,
+    working_set,
+)
 from firefly_lightning.planning.runs import Run, check
 
 PARTS = ("weights", "master copy", "moments", "gradients", "buffers", "activations", "logits")
@@ -83,30 +90,46 @@ def adam_workspace(run: Run, numbers: float, largest: float) -> float:
 
 def _whole(run: Run) -> tuple[dict[str, Parts], Parts]:
     """One device, and DDP. Lightning frees the gradients of a step only after the next forward pass."""
-    count = run.model.parameters
-    held = {"weights": 4.0 * count, "moments": 8.0 * count, "gradients": 4.0 * count}
+    count, size, optimizer = run.count, run.weight_bytes, run.optimizer
+    own = size if not run.frozen or run.precision == "bf16-true" else 4
+    held = {"weights": own * count + run.frozen_bytes, "moments": optimizer.states(run.shapes)}
+    gradients = float(own * count)
     # DDP copies gradients into buckets of the same size.
-    held["buffers"] = 4.0 * count if "rows" in run.entry.shards else 0.0
-    step = 4.0 * count if run.precision == "16-mixed" else 0.0  # AdamW is fused unless gradients are scaled
-    kept = activations(run) + autocast_copies(run)
+    held["buffers"] = gradients if "rows" in run.entry.shards else 0.0
+    together = optimizer.together and run.device == "cuda" and not run.trained.releases
+    step = optimizer.workspace * (count if together else run.largest)
+    if run.precision == "16-mixed" and run.trained.optimizer is None:
+        step = 4.0 * count  # AdamW is fused unless gradients are scaled
+    kept = activations(run) + autocast_copies(run) + dequantized(run)
+    if run.trained.releases:
+        # The head's gradient is there from the end of the forward pass on, that of a block's matrix for a moment.
+        arriving = float(size * (run.model.embedding + 4 * run.model.hidden_size**2))
+        return {
+            "forward": held | {"activations": kept, "logits": fused_logits(run)},
+            "backward": held
+            | {"gradients": arriving, "activations": kept + working_set(run), "buffers": held["buffers"] + step},
+        }, {}
+    held["gradients"] = gradients
     moments = {
         "forward": held | {"activations": kept, "logits": fused_logits(run)},
         "backward": held | {"activations": working_set(run)},
         "step": held | {"buffers": held["buffers"] + step},
     }
+    if run.frozen:  # activations outweigh gradients, which are small: the backward pass begins with all of both
+        moments["backward"] = held | {"activations": kept + working_set(run)}
     return moments, {}
 
 
 def _zero12(run: Run) -> tuple[dict[str, Parts], Parts]:
     """ZeRO 1 and 2. Gradients go through buffers, are flattened again to be reduced, and a share of them is kept."""
-    count, size, share = run.model.parameters, run.weight_bytes, run.model.parameters / run.devices
-    states = {"master copy": 4.0 * share, "moments": 8.0 * share}
-    largest = float(size * run.model.embedding)
+    count, size, share = run.count, run.weight_bytes, run.count / run.devices
+    states = {"master copy": 4.0 * share, "moments": _moments(run)}
+    largest = float(size * run.largest)
     host: Parts = {}
     if run.entry.offloads:
         summed = size * share if run.micro_batches > 1 else 0.0
         host = states | {"gradients": 4.0 * share + summed, "buffers": size * share + largest}
-    held: Parts = {"weights": float(size * count)} | ({} if host else states)
+    held: Parts = {"weights": size * count + run.frozen_bytes} | ({} if host else states)
     own = 0.0 if host else float(size * share)
     # Stage 1 accumulates whole gradients, stage 2 a share of them.
     gathered = 0.0 if run.micro_batches == 1 else own if "gradients" in run.entry.shards else float(size * count)
@@ -142,26 +165,26 @@ def _zero12(run: Run) -> tuple[dict[str, Parts], Parts]:
 
 def _zero3(run: Run) -> tuple[dict[str, Parts], Parts]:
     """ZeRO 3. Layers are gathered as they are needed, and some stay whole until they are needed again."""
-    count, size, share = run.model.parameters, run.weight_bytes, run.model.parameters / run.devices
+    count, size, share = run.count, run.weight_bytes, run.count / run.devices
     copied = run.mixed or run.device == "cpu"  # float32 weights on a GPU are their own masters
     states: Parts = {
-        "weights": float(size * share),
+        "weights": size * share + run.frozen_bytes / run.devices,
         "master copy": 4.0 * share if copied or run.entry.offloads else 0.0,
-        "moments": 8.0 * share,
+        "moments": _moments(run),
         "gradients": float(size * share),
     }
     host = states | {"buffers": 4.0 * share} if run.entry.offloads else {}
     held = {} if host else states
     bucket = _written(run, BUCKET, count) * size
-    gathered = size * min(count, REUSED_WITHIN // 2 + PREFETCHED)
+    gathered = size * min(run.model.parameters, REUSED_WITHIN // 2 + PREFETCHED)
     copies = 2 if run.device == "cpu" else 1
-    reduced = copies * min(BUCKET, count) * size + run.model.embedding * size
+    reduced = copies * min(BUCKET, count) * size + run.largest * size
     left = _fraction_left(run)
     moments = {
         "forward": held | {"buffers": bucket + gathered, "activations": activations(run), "logits": plain_logits(run)},
         "first gradients": held
         | {
-            "buffers": bucket + gathered + run.model.embedding * size,
+            "buffers": bucket + gathered + run.largest * size,
             "activations": activations(run) + working_set(run),
         },
         "reduction": held
@@ -176,7 +199,7 @@ def _zero3(run: Run) -> tuple[dict[str, Parts], Parts]:
 def _gemini(run: Run) -> tuple[dict[str, Parts], Parts]:
     """Gemini. Gradients are put into the chunks of their weights; a few chunks are whole at a time."""
     count, size, share = run.model.parameters, run.weight_bytes, run.model.parameters / run.devices
-    states: Parts = {"weights": float(size * share), "master copy": 4.0 * share, "moments": 8.0 * share}
+    states: Parts = {"weights": float(size * share), "master copy": 4.0 * share, "moments": _moments(run)}
     chunk = max(min(CHUNK, count / 8), run.model.embedding)
     # Whole chunks: one in use, the next, and one whose gradients are reduced; embedding and head are one chunk.
     buffers = 3.0 * size * chunk
@@ -193,8 +216,8 @@ def _gemini(run: Run) -> tuple[dict[str, Parts], Parts]:
 
 def _fsdp(run: Run) -> tuple[dict[str, Parts], Parts]:
     """FSDP2. A device has a share of all; two blocks are whole at a time, and embedding, head and last norm always."""
-    model, share = run.model, run.model.parameters / run.devices
-    held = {"weights": 4.0 * share, "moments": 8.0 * share, "gradients": 4.0 * share}
+    model, share = run.model, run.count / run.devices
+    held = {"weights": 4.0 * share + run.frozen_bytes / run.devices, "moments": _moments(run), "gradients": 4.0 * share}
     root = 4.0 * model.embedding
     gathered = root + 8.0 * model.block
     # At the end the root's gradient is whole, beside a copy that is reduced and, on a CPU, gloo's copy.
@@ -213,7 +236,12 @@ def _tensor(run: Run) -> tuple[dict[str, Parts], Parts]:
     model, size = run.model, run.weight_bytes
     whole = model.n_layer * 6 * model.hidden_size + 4 * model.hidden_size  # norms, and biases after a sum
     share = (model.parameters - whole) / run.devices + whole
-    held = {"weights": float(size * share), "moments": 8.0 * share, "gradients": float(size * share)}
+    split = share / model.parameters  # of each weight, but for norms
+    held = {
+        "weights": float(size * share),
+        "moments": run.optimizer.states(run.shapes) * split,
+        "gradients": float(size * share),
+    }
     held["master copy"] = 4.0 * share if size == 2 else 0.0
     # ColossalAI puts its model into DDP, which keeps buckets.
     held["buffers"] = float(size * share) if run.entry.engine.keeps_masters else 0.0
@@ -225,6 +253,11 @@ def _tensor(run: Run) -> tuple[dict[str, Parts], Parts]:
         "step": held | {"buffers": held["buffers"] + workspace},
     }
     return moments, {}
+
+
+def _moments(run: Run) -> float:
+    """Bytes of a device's share of the optimizer's states; those of an engine's masters are float32."""
+    return run.optimizer.states(run.shapes) / run.devices
 
 
 def _written(run: Run, reserved: float, written: float) -> float:

@@ -41,12 +41,18 @@ class Planned:
         }
 
 
-def report(planned: Sequence[Planned], fits: Sequence[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
+def report(
+    planned: Sequence[Planned],
+    fits: Sequence[dict[str, Any]],
+    ways: Sequence[dict[str, Any]],
+    about: dict[str, Any],
+) -> dict[str, Any]:
     """The content of ``plan.json``, with memory in bytes.
 
     Args:
         planned: All planned runs.
         fits: The largest micro-batch that fits on each device, as ``largest`` gives it.
+        ways: Ways to train on one device, as :func:`firefly_lightning.planning.ways.ways` gives them.
         about: What is known of model, data and measured runs.
     """
     model = planned[0].run.model
@@ -54,5 +60,6 @@ def report(planned: Sequence[Planned], fits: Sequence[dict[str, Any]], about: di
         "model": asdict(model) | {"parameters": model.parameters},
         **about,
         "largest_micro_batch": list(fits),
+        "ways": list(ways),
         "runs": [one.fields() for one in planned],
     }

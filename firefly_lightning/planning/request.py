@@ -1,7 +1,7 @@
 """What is to be planned: a configuration, the sizes of its model, and its rows if they are on this machine."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,8 +9,8 @@ from firefly_lightning.checkpoints.paths import find_checkpoint
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.planning.memory import estimate
 from firefly_lightning.planning.planned import Planned
-from firefly_lightning.planning.run_config import devices_of, model_size, read_fit
-from firefly_lightning.planning.runs import Load, ModelSize, Run, check, row_shares
+from firefly_lightning.planning.run_config import devices_of, model_size, read_fit, trained_of
+from firefly_lightning.planning.runs import Load, ModelSize, Run, Trained, check, row_shares
 from firefly_lightning.planning.training_rows import TrainingRows, training_rows
 
 DEVICES = (1, 2, 4, 8)
@@ -28,6 +28,7 @@ class Settings:
         rows: Rows of the data; None if they are not on this machine.
         counts: Numbers of devices to plan for, the one of the configuration first.
         precision: Precision of all planned runs.
+        trained: What of the model is trained in all planned runs.
     """
 
     arguments: list[str]
@@ -36,6 +37,7 @@ class Settings:
     rows: TrainingRows | None
     counts: list[int]
     precision: str
+    trained: Trained = field(default_factory=Trained)
 
     @property
     def batch_size(self) -> int:
@@ -92,7 +94,9 @@ class Settings:
         share = self.share(strategy, devices) or rows
         length = int(self.fit.data.init_args.max_length)
         load = load or (self.rows.heaviest(rows) if self.rows else Load.full(rows, length))
-        run = Run(self.model, strategy, devices, load, share // rows, self.precision, checkpointing, self.device)
+        run = Run(
+            self.model, strategy, devices, load, share // rows, self.precision, checkpointing, self.device, self.trained
+        )
         try:
             check(run)
         except FireflyError:
@@ -143,7 +147,9 @@ def read_settings(
     rows = _rows_here(fit) if configs else None
     if fit.model.init_args.attention == "eager":
         print("model.attention eager: takes more than what follows, which is planned for sdpa")
-    return Settings(arguments, fit, size, rows, counts, precision or _precision(fit.trainer.precision))
+    precision = precision or _precision(fit.trainer.precision)
+    trained = trained_of(fit.model, size, precision)
+    return Settings(arguments, fit, size, rows, counts, precision, trained)
 
 
 def _are_given(sizes: dict[str, int | None]) -> bool:

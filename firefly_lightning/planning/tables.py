@@ -1,6 +1,7 @@
 """Tables of a plan for the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from firefly_lightning.console import new_table, render
 from firefly_lightning.planning.memory import PARTS
@@ -37,6 +38,25 @@ def grid_table(cells: dict[str, dict[str, str]], title: str, first: str = "strat
         table.add_column(heading, justify="right")
     for name, row in cells.items():
         table.add_row(name, *row.values())
+    return render(table)
+
+
+def ways_table(found: Sequence[Mapping[str, Any]], title: str) -> str:
+    """A table with a line for each way to train: the rows of a micro-batch, and GB of the device and the host.
+
+    Args:
+        found: Ways on one memory, as :func:`firefly_lightning.planning.ways.ways` gives them.
+        title: Title of the table.
+    """
+    table = new_table(title)
+    table.add_column("way")
+    table.add_column("precision")
+    for heading in ("rows at a time", "GB", "host"):
+        table.add_column(heading, justify="right")
+    for one in found:
+        recomputed = ", recomputed" if one["gradient_checkpointing"] else ""
+        rows = f"{one['micro_batch_size']}{recomputed}" if one["micro_batch_size"] else "needs"
+        table.add_row(one["way"], one["precision"], rows, gigabytes(one["peak"]), gigabytes(one["host"]))
     return render(table)
 
 

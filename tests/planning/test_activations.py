@@ -9,10 +9,12 @@ from transformers import BloomConfig, BloomForCausalLM
 from firefly_lightning.data.batches import collate
 from firefly_lightning.data.tokenized_rows import TokenizedRow
 from firefly_lightning.model import fast_bloom as bloom
+from firefly_lightning.model.adapters import Lora, as_config, compute_in, put
 from firefly_lightning.model.fast_bloom import FastBloom
 from firefly_lightning.model.loss import target_cross_entropy
 from firefly_lightning.planning.activations import activations, autocast_copies, fused_logits, plain_logits
-from firefly_lightning.planning.runs import Load, ModelSize, Run
+from firefly_lightning.planning.runs import Load, ModelSize, Run, Trained
+from firefly_lightning.planning.ways import lora_shapes
 
 SIZES = {"vocab_size": 500, "hidden_size": 64, "n_layer": 3, "n_head": 4}
 LENGTHS, TARGETS = (60, 50, 40), 10
@@ -84,6 +86,33 @@ def test_what_the_backward_pass_needs(strategy, precision, recomputing, monkeypa
     beside = -4 * 60 * 60 * 4 if recomputing else autocast_copies(run)
     moments = 2 * (150 + 30) * run.weight_bytes  # mean and deviation of the norms before and behind the blocks
     assert kept.bytes() == pytest.approx(activations(run) + beside + numbers + moments + head, rel=0.005)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("recomputing", [False, True])
+def test_what_the_backward_pass_needs_of_an_adapter(precision, recomputing, monkeypatch):
+    torch.manual_seed(0)
+    rank, sizes = 1, ModelSize(**SIZES)
+    model = BloomForCausalLM(BloomConfig(**SIZES)).train()
+    put(model, as_config(Lora(rank=rank)))
+    model = model.bfloat16() if precision == "bf16-true" else model
+    if precision == "bf16-mixed":
+        compute_in(model, as_config("lora"), torch.bfloat16)
+    if recomputing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    kept = Kept(model.parameters())
+    monkeypatch.setattr(bloom, "saved_tensors_hooks", kept.hooks)
+    with (
+        saved_tensors_hooks(kept, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"),
+    ):
+        FastBloom(model).target_loss(batch())
+    trained = Trained(adapter=lora_shapes(sizes, rank))
+    run = Run(sizes, "auto", 1, LOAD, 1, precision, recomputing, "cpu", trained)
+    beside = -4 * 60 * 60 * 4 if recomputing else 0
+    # Beyond that, the first block keeps nothing of its first norm, whose input needs no gradient.
+    first = 0 if recomputing else 150 * 64 * run.weight_bytes
+    assert kept.bytes() == pytest.approx(activations(run) + beside - first, rel=0.02)
 
 
 def test_all_logits_at_once_are_three_times_there():
