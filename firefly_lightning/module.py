@@ -15,8 +15,9 @@ from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 from transformers import BloomForCausalLM, GenerationConfig
 
+from firefly_lightning.checkpoints.contents import check_goes_on
 from firefly_lightning.checkpoints.layout import DESCRIPTION_KEY, NAMES_KEY, SETTINGS_KEY
-from firefly_lightning.checkpoints.loop_state import fit_loop_state
+from firefly_lightning.checkpoints.loop_state import set_progress
 from firefly_lightning.checkpoints.unsharded import accept_names, numbered_names
 from firefly_lightning.data.batches import MicroBatch, data_parallel_share
 from firefly_lightning.data.prompt_choice import check_same_format, tokenizer_and_format
@@ -250,16 +251,15 @@ class FireflyModule(L.LightningModule):
         """Checks that the checkpoint is of this model, and resumes at the step of the plan that comes next.
 
         Raises:
-            FireflyError: If the checkpoint is of another model, or a training would go on in another prompt format.
+            FireflyError: If the checkpoint is of another model, or a training would go on in another prompt format, or
+                cannot go on since the checkpoint holds weights alone.
         """
+        check_goes_on(checkpoint, self._trainer)
         self._settings.resume(checkpoint.get(SETTINGS_KEY, []))
         if self.model is not None:
             check_same_model(checkpoint.get(DESCRIPTION_KEY, {}), self.model.config, self.path)
         check_same_format(checkpoint.get(DESCRIPTION_KEY), self._trainer)
-        data = data_of(self._trainer)
-        if data and data.train is not None and checkpoint["global_step"] and "loops" in checkpoint:
-            per_epoch, per_step = data.train.steps_per_epoch, data.train.micro_batches_per_step
-            checkpoint["loops"]["fit_loop"].update(fit_loop_state(checkpoint["global_step"], per_epoch, per_step))
+        set_progress(checkpoint, getattr(data_of(self._trainer), "train", None))
 
     def _evaluation_step(self, batch: MicroBatch) -> None:
         self._totals.add_targets(batch, self._pass.target_scores(batch), self.encoder.eos_token_id)

@@ -1,7 +1,7 @@
 """Turns a checkpoint that Lightning keeps as one dictionary in one process into a portable checkpoint, and back."""
 
 import inspect
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +98,16 @@ def parameter_names(module: nn.Module) -> dict[int, str]:
 
 
 def accept_names(module: nn.Module, optimizer: Optimizer) -> None:
-    """Makes ``optimizer.load_state_dict`` take states by parameter name too; the optimizer then keeps its settings."""
+    """Makes ``optimizer.load_state_dict`` take states by parameter name too; the optimizer then keeps its settings.
+
+    States of another kind of optimizer are refused, by name or by number.
+    """
 
     def numbered(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
-        if BY_NAME not in state:
-            return None
-        own, saved = optimizer.state_dict(), state[BY_NAME]
-        names = numbered_names(module, optimizer)
+        by_name = BY_NAME in state
+        own, saved = optimizer.state_dict(), state[BY_NAME] if by_name else state.get("state", {})
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        names: Sequence[Any] = numbered_names(module, optimizer) if by_name else range(len(parameters))
         check_states(
             optimizer,
             (
@@ -113,6 +115,8 @@ def accept_names(module: nn.Module, optimizer: Optimizer) -> None:
                 for name, parameter in zip(names, parameters, strict=True)
             ),
         )
+        if not by_name:
+            return None
         return own | {"state": {number: saved[name] for number, name in enumerate(names) if name in saved}}
 
     optimizer.register_load_state_dict_pre_hook(numbered)
