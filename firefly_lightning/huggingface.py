@@ -1,7 +1,6 @@
 """Reading Hugging Face folders of Bloom, and the description from which a checkpoint becomes such a folder."""
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,12 +9,11 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from firefly_lightning.errors import FireflyError, reason, some
+from firefly_lightning.files.hub import find_model_file
 from firefly_lightning.files.json_object import read_json_object
 from firefly_lightning.files.model_json import (
     CURE,
@@ -82,6 +80,24 @@ def load_config(path: str) -> BloomConfig:
         raise FireflyError(f"{file}: is no configuration of a Bloom ({reason(error)}); {CURE}") from error
 
 
+def check_model(path: str, from_scratch: bool = False) -> BloomConfig:
+    """The configuration of a Bloom whose files are all there, without reading its weights.
+
+    Args:
+        path: Folder or hub name of the model.
+        from_scratch: Whether weights are not needed.
+
+    Raises:
+        FireflyError: If the model is no Bloom, its weights are not there, or its settings of generation are unusable.
+    """
+    config = load_config(path)
+    if file := find_model_file(path, "generation_config.json"):
+        read_generation_config(file)
+    if Path(path).is_dir() and not from_scratch:
+        check_index(Path(path))
+    return config
+
+
 def load_bloom(path: str, dtype: torch.dtype) -> BloomForCausalLM:
     """A Bloom with all its weights.
 
@@ -93,10 +109,7 @@ def load_bloom(path: str, dtype: torch.dtype) -> BloomForCausalLM:
         FireflyError: If the model is no Bloom, its weights are missing, damaged, incomplete or of other sizes, or its
             settings of generation cannot be used.
     """
-    config = load_config(path)
-    if file := find_model_file(path, "generation_config.json"):
-        read_generation_config(file)
-    check_index(Path(path))
+    config = check_model(path)
     # transformers 4.51 knows only the old name of the argument, 5 means to drop it.
     dtype_name = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
     try:
@@ -233,33 +246,6 @@ def write_description(description: dict[str, Any], out: Path) -> None:
         content = description[name]
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, indent=2) + "\n"
         (out / name).write_text(text, encoding="utf-8")
-
-
-def find_model_file(path: str, name: str) -> Path | None:
-    """One file of a folder or of a hub model, downloaded if need be; None if it has no such file.
-
-    Raises:
-        FireflyError: If ``path`` is neither a folder nor a model that the hub gives out.
-    """
-    if Path(path).is_dir():
-        file = Path(path) / name
-        return file if file.is_file() else None
-    # No Bloom has a hub name without an owner; a mistyped folder should not wait for the network.
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
-        raise FireflyError(f"{path}: no such folder; check the path and the working folder")
-    try:
-        return Path(hf_hub_download(path, name))
-    except Exception as error:  # of many types, by what the network and the hub answer
-        if _lacks_file(path, error):
-            return None
-        raise FireflyError(f"{path}: neither a folder nor a model the hub gives out ({reason(error)})") from error
-
-
-def _lacks_file(path: str, error: Exception) -> bool:
-    """Whether a failed download means that the model has no such file; off line, it does if the model is cached."""
-    if isinstance(error, LocalEntryNotFoundError):
-        return isinstance(try_to_load_from_cache(path, "config.json"), str)
-    return isinstance(error, EntryNotFoundError)
 
 
 def _describe_config(model_config: BloomConfig) -> dict[str, Any]:

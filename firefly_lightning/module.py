@@ -29,6 +29,7 @@ from firefly_lightning.evaluation.predictions import Prediction, predict
 from firefly_lightning.evaluation.totals import ALL, EvaluationTotals, kinds_of
 from firefly_lightning.huggingface import (
     PUBLISHED_DECODING,
+    check_model,
     check_same_model,
     check_sizes,
     describe,
@@ -95,11 +96,12 @@ class FireflyModule(L.LightningModule):
         self._settings = RunSettings()
 
     def configure_callbacks(self) -> list[Callback]:
-        """Refuses callbacks of the trainer that a run cannot keep its promises with; adds none.
+        """Adds none, and refuses a model that lacks files and callbacks that cannot be used, before rows are read.
 
         Raises:
-            FireflyError: If the trainer has such a callback.
+            FireflyError: If the folder holds no whole Bloom, or the trainer has such a callback.
         """
+        check_model(self.path, self.from_scratch)
         check_callbacks(self.trainer)
         return []
 
@@ -107,7 +109,7 @@ class FireflyModule(L.LightningModule):
         """Refuses a model, an optimizer or decoding settings that cannot be used, before weights are loaded.
 
         Raises:
-            FireflyError: If one of them cannot be used, or the folder holds no Bloom.
+            FireflyError: If one of them cannot be used.
         """
         config = load_config(self.path)
         self._hooks.check_model(config)
@@ -142,8 +144,7 @@ class FireflyModule(L.LightningModule):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Last hidden states, (rows, length, hidden_size), of right-padded (rows, length) tokens."""
-        hidden: Tensor = self.model.transformer(input_ids, attention_mask=attention_mask, use_cache=False)[0]
-        return hidden
+        return self.model.transformer(input_ids, attention_mask=attention_mask, use_cache=False)[0]  # type: ignore[no-any-return]
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """A micro-batch's loss, scaled so that the mean over micro-batches and ranks is the loss of the step."""
@@ -251,8 +252,7 @@ class FireflyModule(L.LightningModule):
         """Checks that the checkpoint is of this model, and resumes at the step of the plan that comes next.
 
         Raises:
-            FireflyError: If the checkpoint is of another model, or a training would go on in another prompt format, or
-                cannot go on since the checkpoint holds weights alone.
+            FireflyError: If the checkpoint is of another model or prompt format, or a training cannot go on from it.
         """
         check_goes_on(checkpoint, self._trainer)
         self._settings.resume(checkpoint.get(SETTINGS_KEY, []))
