@@ -174,7 +174,10 @@ def load_prompt_format(path: str) -> PromptFormat | None:
     known = asdict(PromptFormat()).keys()
     if fields.keys() - known or not all(isinstance(value, str) for value in fields.values()):
         raise FireflyError(f"{file}: must map {', '.join(known)} to strings, and nothing else")
-    return PromptFormat(**fields)
+    try:
+        return PromptFormat(**fields)
+    except FireflyError as error:
+        raise FireflyError(f"{file}: {error}") from error
 
 
 def check_sizes(model_config: BloomConfig, tokenizer: PreTrainedTokenizerFast, where: str) -> None:
