@@ -52,8 +52,21 @@ OF_ONE_STACK = {
 """Files, or tests, that `--divided` leaves to one stack: what depends least on releases, and each engine where it is at
 home."""
 
-OF_FULL_RUNS = ("benchmarks/test_strategy_memory", "benchmarks/test_kill_and_resume")
-"""Files that `--divided` leaves out: what measures, and no one's run depends on."""
+OF_FULL_RUNS = (
+    "benchmarks/test_strategy_memory", "benchmarks/test_kill_and_resume",
+    *(
+        f"strategies/native/test_strategy.py::{test}"
+        for test in (
+            "test_a_stopped_run_goes_on_digit_for_digit[native_tp-file",
+            "test_a_stopped_run_goes_on_digit_for_digit[native_tp-portable",
+            "test_a_checkpoint_validates_as_it_did_in_its_run[native_tp-file",
+            "test_a_checkpoint_validates_as_it_did_in_its_run[native_tp-portable",
+            "test_options_of_training[native_tp-recomputed", "test_random_weights_know_nothing_yet[native_tp-bf16-true",
+            "test_random_weights_know_nothing_yet[fsdp2-from-scratch",
+        )
+    ),
+)  # fmt: skip
+"""Files, or tests, that `--divided` leaves out: what measures, and no one's run depends on, and one of two alike."""
 
 STRATEGIES_OF_ONE_STACK = {
     "current": ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"),

@@ -78,17 +78,11 @@ VARIANTS = {
 
 
 LEFT_OUT = {"fsdp2": {"from-scratch"}, "native_tp": {"file", "portable", "recomputed", "bf16-true"}} if DIVIDED else {}
-"""Kinds of runs that one strategy leaves to the other, whose code for them is the same."""
-
-
-def of_each(names: str, *cases: tuple) -> pytest.MarkDecorator:
-    """Runs a test for each strategy and each case, whose first value is a kind of run that the strategy does."""
-    does = [(name, *case) for name in CLASSES for case in cases if name not in REFUSED and kept(name, case[0])]
-    return pytest.mark.parametrize(f"runs, {names}", does, indirect=["runs"])
+"""Kinds of runs that one strategy leaves to the other, whose code is the same; `OF_FULL_RUNS` has the tests of them."""
 
 
 def kept(name: str, *kinds: str) -> list[str]:
-    return [kind for kind in kinds if kind.removesuffix("-resumed") not in LEFT_OUT.get(name, ())]
+    return [kind for kind in kinds if kind not in LEFT_OUT.get(name, ())]
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +133,9 @@ def values(root: Path, metric: str, version: int = 0, first: int = 0) -> dict[in
     return {step: value for step, value in logged(root, metric, version).items() if step >= first}
 
 
-@of_each("kind, version", ("file-resumed", 0), ("folder-resumed", 0), ("portable-resumed", 0), ("file", 2))
+@pytest.mark.parametrize(
+    ("kind", "version"), [("file-resumed", 0), ("folder-resumed", 0), ("portable-resumed", 0), ("file", 2)]
+)
 def test_a_stopped_run_goes_on_digit_for_digit(runs, kind, version):
     _, root = runs
     for metric in METRICS:
@@ -149,7 +145,7 @@ def test_a_stopped_run_goes_on_digit_for_digit(runs, kind, version):
         assert torch.equal(value, expected[name]), name
 
 
-@of_each("kind", *zip(KINDS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_validates_as_it_did_in_its_run(runs, kind):
     _, root = runs
     (expected,) = values(root / kind, "val_loss").values()
@@ -185,7 +181,7 @@ def test_runs_move_to_one_device_and_back(runs, alone, odd_folder, rows_file):
             assert all(relative(float(found[at]), float(expected[at])) < 1e-5 for at in found), f"{moved}: {metric}"
 
 
-@of_each("kind, like", ("by-value", "by-value"), ("recomputed", "whole"))
+@pytest.mark.parametrize(("kind", "like"), [("by-value", "by-value"), ("recomputed", "whole")])
 def test_options_of_training(runs, alone, kind, like):
     _, root = runs
     found, expected = values(root / kind, "train_loss"), values(alone / like, "train_loss")
@@ -193,7 +189,7 @@ def test_options_of_training(runs, alone, kind, like):
     assert all(relative(float(found[step]), float(expected[step])) < 1e-5 for step in found)
 
 
-@of_each("kind", ("from-scratch",), ("bf16-true",))
+@pytest.mark.parametrize("kind", ["from-scratch", "bf16-true"])
 def test_random_weights_know_nothing_yet(runs, kind):
     _, root = runs
     assert float(values(root / kind, "train_loss")[0]) == pytest.approx(math.log(1499), rel=0.02)
