@@ -21,7 +21,7 @@ OF_DIVIDED = {"zero2": ("NAdam",), "fsdp2": ("NAdam",)}
 
 def settings(name: str) -> list[str]:
     path, arguments = ALL[name]
-    own = {"lr": 1e-3 if path.endswith(("Lion", "Adagrad")) else 1e-2, **arguments}
+    own = {"lr": 1e-3 if path.endswith(("Lion", "Adagrad", "RMSprop")) else 1e-2, **arguments}
     return ["--model.optimizer", json.dumps({"class_path": path, "init_args": own})]
 
 
