@@ -1,4 +1,4 @@
-"""What counts as a second signal, which leaves no time to tidy up."""
+"""What a signal does within a command: it is never lost, and a second one leaves no time to tidy up."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.support.helpers import ROOT
+from tests.support.helpers import ROOT, wait_for_ends
 
 TIDYING = """
 import os, signal, subprocess, sys, time
@@ -26,12 +26,43 @@ with ends_on_signals("firefly"):
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_signals_of_other_kinds_take_no_time_from_tidying_up(name, code):
-    run = subprocess.run(
-        [sys.executable, "-c", TIDYING.format(name=name)],
+    run = run_script(TIDYING.format(name=name))
+    assert run.returncode == code, run.stderr
+    assert run.stdout == "tidied\n"
+
+
+LOST = """
+import os, signal, subprocess, time
+from firefly_lightning import interrupts
+
+class Ending:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+
+{before}
+with interrupts.ends_on_signals("firefly"):
+    print(subprocess.Popen(["sleep", "90"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid, flush=True)
+    Ending()
+    {then}
+    time.sleep(90)
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(("before", "then"), [("", "pass"), ("interrupts.GRACE = 90", "Ending()")])
+def test_a_signal_ends_a_command_where_python_drops_what_it_raises(name, code, before, then):
+    """As in a finalizer; a second signal does not wait for the time that a first one leaves."""
+    run = run_script(LOST.format(name=name, before=before, then=then))
+    assert run.returncode == code, run.stderr
+    assert run.stderr.splitlines() == [f"firefly: error: {'interrupted' if name == 'SIGINT' else 'ended by SIGTERM'}"]
+    wait_for_ends([int(run.stdout)], seconds=20)
+
+
+def run_script(script: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         timeout=60,
     )
-    assert run.returncode == code, run.stderr
-    assert run.stdout == "tidied\n"

@@ -30,7 +30,8 @@ def make_in_groups(
         trained_only: Whether parameters that are frozen now are left out.
 
     Raises:
-        FireflyError: If the module has no matrices B of LoRA and their learning rate is to be higher.
+        FireflyError: If the module has no matrices B of LoRA and their learning rate is to be higher, or the optimizer
+            has no weight decay.
     """
     named = [(name, each) for name, each in module.named_parameters() if each.requires_grad or not trained_only]
     if not weight_decay and lora_plus is None:
@@ -45,6 +46,8 @@ def make_in_groups(
         groups = dict(sorted(groups.items(), reverse=True))
     decay = {True: {"weight_decay": weight_decay}, False: {"weight_decay": 0.0}} if weight_decay else {}
     optimizer = make([{"params": own, **decay.get(decays, {})} for (_, decays), own in groups.items()])
+    if weight_decay and "weight_decay" not in optimizer.defaults:
+        raise FireflyError(f"model.weight_decay: {type(optimizer).__name__} has no weight decay; leave it out")
     if lora_plus is not None:
         _raise_rates(optimizer, {id(each) for (fast, _), own in groups.items() if fast for each in own}, lora_plus)
     return optimizer

@@ -71,7 +71,9 @@ class MuonWithAdamW(Optimizer):
         if of_adamw:
             made.append(AdamW(of_adamw, lr if adamw_lr is None else adamw_lr, (betas[0], betas[1]), eps, weight_decay))
         self._made = made
-        super().__init__([group for optimizer in made for group in optimizer.param_groups], {"lr": lr})
+        super().__init__(
+            [group for optimizer in made for group in optimizer.param_groups], {"lr": lr, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

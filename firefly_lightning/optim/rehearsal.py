@@ -15,7 +15,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from firefly_lightning.errors import FireflyError, reason
 from firefly_lightning.optim.released import ReleasedGradients
-from firefly_lightning.optim.states import is_scalar, kept_for, put_together, taken_apart, uncompiled
+from firefly_lightning.optim.states import FORMS, is_scalar, kept_for, put_together, taken_apart, uncompiled
 
 Make = Callable[[nn.Module], Optimizer]
 """Makes an optimizer of a module's parameters."""
@@ -85,42 +85,37 @@ def check_elementwise(make: Callable[[Any], Optimizer]) -> None:
     Raises:
         FireflyError: If parts of a weight are not updated as the whole is, or states are not shaped like the weight.
     """
-    torch_state = torch.Generator().manual_seed(0)
-    wholes = [Parameter(torch.randn(*shape, generator=torch_state)) for shape in ((96, 64), (65,))]
-    cuts = [each.numel() // 2 + 1 for each in wholes]
-    parts = [
-        [Parameter(part) for part in each.detach().flatten().clone().tensor_split([cut])]
-        for each, cut in zip(wholes, cuts, strict=True)
-    ]
+    generator = torch.Generator().manual_seed(0)
+    wholes = [Parameter(torch.randn(*shape, generator=generator)) for shape in ((96, 64), (65,))]
+    parts = [list(map(Parameter, _cut(whole.detach().clone()))) for whole in wholes]
     with torch.random.fork_rng(), uncompiled():
-        whole, alike = make(wholes), True
+        optimizer, alike = make(wholes), True
         try:
-            split = make([part for each in parts for part in each])
+            of_parts = make([part for own in parts for part in own])
             for _ in range(3):
-                for each, own in zip(wholes, parts, strict=True):
-                    each.grad = torch.randn(each.shape, generator=torch_state)
-                    for part, gradient in zip(
-                        own, each.grad.flatten().split_with_sizes([part.numel() for part in own]), strict=True
-                    ):
-                        part.grad = gradient.clone()
-                whole.step()
-                split.step()
+                for whole, own in zip(wholes, parts, strict=True):
+                    whole.grad = torch.randn(whole.shape, generator=generator)
+                    for part, gradient in zip(own, _cut(whole.grad.clone()), strict=True):
+                        part.grad = gradient
+                optimizer.step()
+                of_parts.step()
         except Exception:  # of any type, as an optimizer of matrices raises for what is none
             alike = False
-    joined = [
-        torch.cat([part.detach() for part in own]).view(each.shape) for each, own in zip(wholes, parts, strict=True)
-    ]
-    alike = alike and all(
-        torch.allclose(each.detach(), one, 1e-5, 1e-7) for each, one in zip(wholes, joined, strict=True)
-    )
-    shaped = all(
-        is_scalar(value) or value.shape == each.shape for each in wholes for value in whole.state[each].values()
-    )
-    if not (alike and shaped):
+    for whole, own in zip(wholes, parts, strict=True):
+        joined = torch.cat([part.detach() for part in own]).view(whole.shape)
+        entries = taken_apart(optimizer.state[whole])
+        shaped = all(is_scalar(value) or value.shape == whole.shape for value in entries.values())
+        alike &= FORMS not in entries and shaped and torch.allclose(whole.detach(), joined, 1e-5, 1e-7)
+    if not alike:
         raise FireflyError(
-            f"model.optimizer: this strategy updates parts of weights, which {type(whole).__name__} cannot do as it "
-            "does whole ones; take trainer.strategy auto or ddp, or an optimizer such as torch.optim.AdamW"
+            f"model.optimizer: this strategy updates parts of weights, which {type(optimizer).__name__} cannot do as "
+            "it does whole ones; take trainer.strategy auto or ddp, or an optimizer such as torch.optim.AdamW"
         )
+
+
+def _cut(whole: Tensor) -> tuple[Tensor, ...]:
+    """Two parts of a tensor, neither of which is a whole number of rows or of blocks of states."""
+    return whole.flatten().tensor_split([whole.numel() // 2 + 1])
 
 
 def through_a_file(entries: dict[str, Any]) -> dict[str, Any]:

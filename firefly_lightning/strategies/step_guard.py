@@ -54,7 +54,7 @@ class StepGuard:
         """
         self._losses.append(loss.detach())
         if self._released:
-            self._step, self._loss = module.global_step, float(loss)
+            self._step, self._loss = module.global_step, float(loss.detach())
             self._check(module, grad_norm=0.0, weights=_BEFORE)
 
     def forget(self) -> None:
@@ -78,7 +78,7 @@ class StepGuard:
             return  # Lightning asks such an engine to step after each micro-batch; it knows which is last
         loss = strategy.reduce(torch.stack(self._losses).mean(), reduce_op="mean")
         self._losses.clear()
-        self._step, self._loss = module.global_step, float(loss)
+        self._step, self._loss = module.global_step, float(loss.detach())
         module.log("train_loss", loss, prog_bar=True)
         module.log("lr", torch.tensor(float(optimizer.param_groups[0]["lr"]), dtype=torch.float64))
         if hooks_of(strategy).norm_follows_step:

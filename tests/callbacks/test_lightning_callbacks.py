@@ -133,8 +133,11 @@ def test_averages_go_on_too(tiny_folder, short_rows, short_val_rows, tmp_path):
                 run(*parts, [SUITED["EMAWeightAveraging"](root), *stops], short_val_rows)
         run(*parts, [SUITED["EMAWeightAveraging"](root)], short_val_rows, ckpt_path=last if stops else None)
         averages.append(load_file(last / "model-0-0.safetensors"))
+    run(tiny_folder, short_rows, tmp_path / "plain", [], short_val_rows)
+    plain = load_file(tmp_path / "plain" / "checkpoints" / "last.ckpt" / "model-0-0.safetensors")
     for name, value in averages[0].items():
         assert torch.equal(averages[1][name], value), name
+        assert not torch.equal(plain[name], value), name
 
 
 @pytest.mark.parametrize("name", REFUSED)

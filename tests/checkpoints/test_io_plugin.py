@@ -134,8 +134,9 @@ def test_exported_files_name_no_path_of_the_machine(tiny_folder, tokenizer, tmp_
     export(
         str(save(tmp_path / "a.ckpt", load_bloom(str(tiny_folder), torch.float32), tokenizer)), str(tmp_path / "out")
     )
-    for file in (tmp_path / "out").glob("*.json"):
-        assert str(tiny_folder) not in file.read_text(encoding="utf-8")
+    texts = [file.read_text(encoding="utf-8") for file in (tmp_path / "out").glob("*.json")]
+    assert len(texts) >= 3
+    assert not [text for text in texts if str(tiny_folder) in text]
 
 
 def test_export_takes_the_latest_checkpoint_of_a_folder(bloom, tokenizer, tmp_path):

@@ -53,7 +53,7 @@ SHOWN = ["1", "[1, [2]]", "2026-01-01", "0x" + "f" * 6000, "!!binary aGk=", ".na
 @pytest.mark.parametrize("value", SHOWN)
 def test_any_value_is_shown_in_a_line_of_its_own(value):
     said = differences(f"model:\n  path: m\n  learning_rate: {value}\n", NOW)
-    assert said.isprintable() or all(line.isprintable() for line in said.splitlines())
+    assert all(line.isprintable() for line in said.splitlines())
     assert said.splitlines()[0].startswith(("Resumed with other settings", "What differs"))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from firefly_lightning.checkpoints.paths import find_checkpoint
+from firefly_lightning.errors import FireflyError
 from firefly_lightning.files.atomic import new_file, new_folder, partial_path, remove_whole, whole_file, whole_folder
 
 PARTS = ("trainer.ckpt", "more")
@@ -132,13 +133,13 @@ def test_checkpoints_are_on_the_disk_before_they_have_their_names(tmp_path, monk
 
 def test_commands_do_not_replace_what_has_come_into_being_meanwhile(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(Exception, match="out: Directory not empty"), new_folder(out, []):
+    with pytest.raises(FireflyError, match="out: Directory not empty"), new_folder(out, []):
         make(out, "folder", "of another")
     assert held(out) == "of another"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_error_names_the_file_that_could_not_be_read(tmp_path):
-    with pytest.raises(Exception, match=r"none: No such file"), new_file(tmp_path / "out", []):
+    with pytest.raises(FireflyError, match=r"none: No such file"), new_file(tmp_path / "out", []):
         (tmp_path / "none").read_bytes()
     assert list(tmp_path.iterdir()) == []

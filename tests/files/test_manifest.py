@@ -98,11 +98,13 @@ def test_a_file_elsewhere_is_not_opened(listed, name):
 PLACES = [["files"], ["files", "a"], ["files", "a", "bytes"], ["files", "a", "xxh3_128"]]
 
 
-@pytest.mark.parametrize("path", PLACES)
-@pytest.mark.parametrize("value", VALUES, ids=str)
+RIGHT = [(["files"], {}), (["files", "a", "bytes"], 0)]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [(path, value) for path in PLACES for value in VALUES if (path, value) not in RIGHT], ids=str
+)
 def test_every_kind_of_value_in_every_place(listed, path, value):
-    if (path, value) in ((["files"], {}), (["files", "a", "bytes"], 0)):
-        return  # nothing wrong with these
     *outer, last = path
     manifest = inner = read_manifest(listed, CURE)
     for key in outer:

@@ -49,11 +49,17 @@ def test_configurations_of_real_folders_are_taken(tmp_path):
     read_config(written(tmp_path / "config.json", model_type="bloom"))
 
 
-@pytest.mark.parametrize("field", [*SIZES, *SHARES, "layer_norm_epsilon", "initializer_range"])
-@pytest.mark.parametrize("value", OTHER_KINDS, ids=str)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        (field, value)
+        for field in (*SIZES, *SHARES, "layer_norm_epsilon", "initializer_range")
+        for value in OTHER_KINDS
+        if (field, value) != ("initializer_range", 1.5)  # which is one
+    ],
+    ids=str,
+)
 def test_a_number_of_the_configuration_is_a_number_in_its_range(tmp_path, field, value):
-    if (field, value) == ("initializer_range", 1.5):
-        return  # which is one
     message = refusal(read_config, written(tmp_path / "config.json", model_type="bloom", **{field: value}))
     assert f": {field} is " in message
     assert "mend it or fetch it again" in message
@@ -124,10 +130,11 @@ def test_settings_that_cannot_be_used_are_named(tmp_path, fields, message):
     assert message in refusal(read_generation_config, written(tmp_path / "generation_config.json", **fields))
 
 
-@pytest.mark.parametrize("value", [*OTHER_KINDS, "", "..", "../a", "/etc/passwd", "a/b", "a\0b"], ids=str)
+NO_FILES = [*(value for value in OTHER_KINDS if value != "x"), "", "..", "../a", "/etc/passwd", "a/b", "a\0b"]
+
+
+@pytest.mark.parametrize("value", NO_FILES, ids=str)
 def test_an_index_names_files_beside_it(tmp_path, value):
-    if value == "x":
-        return
     refusal(read_index, written(tmp_path / "i.json", weight_map={"a": value}))
     if not isinstance(value, dict):
         refusal(read_index, written(tmp_path / "i.json", weight_map=value))

@@ -254,6 +254,10 @@ def check_exported(name: str):
     return check
 
 
+def check_adapter(box: Path, out: str) -> None:
+    assert {path.name for path in (box / "lora-adapter").iterdir()} >= {"adapter_config.json", "tokenizer.json"}
+
+
 def check_answer(box: Path, out: str) -> None:
     assert out.endswith("\n")
 
@@ -319,14 +323,19 @@ CHECKS = {
     "torchrun .*ddp": check_run("torchrun", range(3)),
     "firefly-fit predict": check_predictions,
     "firefly-fit fit .*sgd.yaml": check_run("sgd", range(3)),
+    "firefly-fit fit .*configs/lora.yaml": check_run("lora", range(3)),
+    "firefly-fit fit .*configs/qlora.yaml": check_run("qlora", range(3)),
+    "firefly export .*--out lora-model$": check_exported("lora-model"),
+    "firefly export .*--adapter$": check_adapter,
+    "firefly chat --model lora-adapter": check_answer,
     "firefly-fit fit .*low-memory.yaml": check_run("low-memory", range(3)),
     "firefly-fit fit .*--ckpt_path last": check_run("first", range(3, 5), version=1),
     "firefly-fit fit .*runs/moved$": check_moved("moved", range(5, 7)),
     "firefly-fit fit .*runs/back$": check_moved("back", range(7, 9)),
     "firefly-fit validate": check_evaluation("val"),
     "firefly-fit test": check_evaluation("test", *(f"{name}_of/Weather" for name in ("bleu", "chrf", "rouge_l"))),
-    "firefly export": check_exported("chat-model"),
-    "firefly chat .*--prompt": check_answer,
+    "firefly export .*chat-model": check_exported("chat-model"),
+    "firefly chat --model chat-model .*--prompt": check_answer,
     "firefly chat --model chat-model$": check_conversation,
     "firefly chat .*--web$": check_page,
     "PYTHONPATH=. firefly-fit fit .*my_project": check_run("mine", range(3), penalty=3),

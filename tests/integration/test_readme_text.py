@@ -47,6 +47,22 @@ def test_a_readme_is_read_in_minutes_and_links_the_other():
         assert f"({READMES[other].name})" in "\n".join(lines[:3])
 
 
+@pytest.mark.parametrize(
+    ("language", "says"), [("en", "**Bloom only, full parameters.**"), ("zh", "**只支持 Bloom，全量参数训练。**")]
+)
+def test_what_cannot_be_trained_is_said_before_anything_is_shown(language, says):
+    before, _ = READMES[language].read_text("utf-8").split("```", 1)
+    assert says in before
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_who_does_not_reach_the_hub_is_told_of_others(language):
+    assert "ModelScope" in READMES[language].read_text("utf-8")
+    shown = page("troubleshooting", language)
+    for other in ("export HF_ENDPOINT=", "pip install modelscope", "snapshot_download("):
+        assert other in shown
+
+
 def test_both_languages_name_the_same_keys_and_files():
     """What is in backquotes outside of blocks: flags, keys, files and formats do not depend on the language."""
     for pair in zip(documents("en"), documents("zh"), strict=True):

@@ -44,6 +44,11 @@ def test_groups_decay_as_said(bloom):
     assert len(decaying["params"]) + len(others["params"]) == len(names)
 
 
+def test_what_has_no_decay_is_refused(bloom):
+    with pytest.raises(FireflyError, match=r"model\.weight_decay: Rprop has no weight decay; leave it out"):
+        make_in_groups(torch.optim.Rprop, bloom, 0.1)
+
+
 def lora(folder) -> nn.Module:
     from peft import LoraConfig, get_peft_model
     from transformers import BloomForCausalLM

@@ -7,6 +7,7 @@ import torch
 
 from firefly_lightning.optim.muon import MuonWithAdamW, mark_embeddings
 from tests.conftest import tiny_bloom
+from tests.support.helpers import fit, logged
 from tests.support.optimizers import HAS_MUON
 
 if not HAS_MUON:
@@ -54,6 +55,21 @@ def test_state_and_groups_go_through_a_state_dict():
     second.step()
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), after, strict=True))
     assert {group["weight_decay"] for group in second.param_groups} == {0.3}
+
+
+def test_a_line_of_yaml_is_enough(tiny_folder, short_rows, tmp_path):
+    own = [
+        "--data.batch_size",
+        8,
+        "--model.warmup_steps",
+        1,
+        "--model.optimizer",
+        "firefly_lightning.optim.MuonWithAdamW",
+    ]
+    fit(tiny_folder, short_rows, tmp_path, *own, "--model.optimizer.adamw_lr", 1e-3, "--trainer.max_steps", 3)
+    losses, rates = logged(tmp_path), logged(tmp_path, "lr")
+    assert len(set(losses.values())) == 3
+    assert float(rates[1]) == 1e-3, "Muon's own"
 
 
 def test_a_closure_is_called_with_gradients():

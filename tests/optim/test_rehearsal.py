@@ -13,6 +13,7 @@ from firefly_lightning.errors import FireflyError
 from firefly_lightning.optim.rehearsal import check_elementwise
 from firefly_lightning.strategies.colossalai.booster import BoosterStrategy
 from firefly_lightning.strategies.deepspeed.machine import cpu_adam
+from firefly_lightning.strategies.deepspeed.strategy import ZeroStrategy
 from tests.support.helpers import fit, one_line
 from tests.support.optimizers import ALL, ELEMENTWISE, HAS_MUON, WHOLE, maker
 from tests.support.readme import page
@@ -130,7 +131,9 @@ SAYS = {"en": ("yes", "no", ", "), "zh": ("能", "不能", "、")}
 @pytest.mark.parametrize("language", SAYS)
 def test_the_documentation_says_which_optimizer_goes_where(language):
     yes, no, comma = SAYS[language]
-    rows = re.findall(rf"^\| ([^|`]+) \| {yes} \| ({yes}|{no}) \| ({yes}|{no}) \|$", page("resuming", language), re.M)
+    rows = re.findall(
+        rf"^\| ([^|`]+) \| {yes} \| ({yes}|{no})[^|]* \| ({yes}|{no}) \|$", page("resuming", language), re.M
+    )
     found = {name: (parts, adam) for names, parts, adam in rows for name in names.split(comma)}
     forms = {"AdamW, foreach", "AdamW, fused"}
     assert found.keys() - {"Adam", "Muon"} == ALL.keys() - forms - {"Muon"}
@@ -152,3 +155,12 @@ def test_colossalai_and_offloading_take_plain_adam_alone(name):
             else nullcontext()
         ):
             check()
+
+
+def test_deepspeed_refuses_adagrad():
+    """It would make another one, whose learning rate no schedule sets."""
+    strategy = SimpleNamespace(_needs_cpu_adam=False)
+    taken, refused = (maker(name)([torch.nn.Parameter(torch.zeros(2))]) for name in ("RMSprop", "Adagrad"))
+    assert ZeroStrategy.convert_optimizer(strategy, taken) is taken
+    with pytest.raises(FireflyError, match="DeepSpeed's Adagrad follows no schedule and no checkpoint; take RMSprop"):
+        ZeroStrategy.convert_optimizer(strategy, refused)

@@ -45,6 +45,14 @@ def test_losses_rates_and_norms_are_those_of_a_run_that_keeps_gradients(tiny_fol
     assert resumed.rates == {step: rate for step, rate in kept.rates.items() if step >= STOP}
 
 
+def test_with_recomputed_activations(tiny_folder, short_rows, tmp_path):
+    """A layer is computed anew after the weights of those above it have changed."""
+    model = {"gradient_checkpointing": True}
+    kept = run(tiny_folder, short_rows, tmp_path / "kept", False)
+    released = run(tiny_folder, short_rows, tmp_path, True, model=model)
+    assert released.losses == kept.losses
+
+
 class Norms(FireflyModule):
     """Keeps the norms that are logged."""
 

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import Optimizer
+from torch.optim import Adagrad, Optimizer
 from transformers import BloomConfig, BloomForCausalLM
 from typing_extensions import override
 
@@ -129,6 +129,10 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
 
     @override
     def convert_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        if isinstance(optimizer, Adagrad):  # DeepSpeed puts one of its own in its place
+            raise FireflyError(
+                "DeepSpeed's Adagrad follows no schedule and no checkpoint; take RMSprop, or auto, ddp or fsdp2"
+            )
         return cpu_adam(optimizer) if self._needs_cpu_adam else optimizer
 
     @override
