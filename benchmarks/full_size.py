@@ -54,7 +54,7 @@ WAYS = {
     "full, AdamW, 16 bits": Way("bf16-true", {}),
     "LoRA": Way("32-true", {"adapter": "lora"}),
     "LoRA, 16 bits": Way("bf16-true", {"adapter": "lora"}),
-    "QLoRA": Way("bf16-true", {"adapter": "lora", "quantize": "nf4"}),
+    "QLoRA": Way("32-true", {"adapter": "lora", "quantize": "nf4"}),
     "Trainer with peft": Way("32-true", {}, peer=True),
 }
 CASES = {
