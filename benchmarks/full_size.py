@@ -2,9 +2,8 @@
 
 A folder with random weights is made for each size, in bfloat16. Each way is ``firefly-fit`` in a process of its own: it
 loads the folder, takes a few steps, saves, and a second process resumes and takes one step more. Memory is resident
-memory, with glibc told to give freed memory back; the peaks of loading, of the steps, of saving and of resuming are told
-apart, and the one of the steps is held against what ``firefly plan`` foretells. Beside it runs ``transformers.Trainer``
-with ``peft``.
+memory, with glibc told to give freed memory back. Loading, the steps, saving and resuming have a peak each; that of the
+steps is held against what ``firefly plan`` foretells. Beside it runs ``transformers.Trainer`` with ``peft``.
 """
 
 import argparse
@@ -55,7 +54,7 @@ WAYS = {
     "full, AdamW, 16 bits": Way("bf16-true", {}),
     "LoRA": Way("32-true", {"adapter": "lora"}),
     "LoRA, 16 bits": Way("bf16-true", {"adapter": "lora"}),
-    "QLoRA": Way("bf16-true", {"adapter": "lora", "quantize": "nf4"}),
+    "QLoRA": Way("32-true", {"adapter": "lora", "quantize": "nf4"}),
     "Trainer with peft": Way("32-true", {}, peer=True),
 }
 CASES = {

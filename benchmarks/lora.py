@@ -57,7 +57,7 @@ def measure_head(options: argparse.Namespace, dtype: str, targets: int, vocabula
         weight = torch.randn(vocabulary, options.hidden, dtype=DTYPES[dtype], requires_grad=trained)
 
         def step(weight: torch.Tensor = weight) -> None:
-            fused_target_cross_entropy(hidden, weight, ids).backward()
+            torch.autograd.backward(fused_target_cross_entropy(hidden, weight, ids))
 
         step()
         began = time.perf_counter()

@@ -74,7 +74,8 @@ def test_the_documented_host_memory_is_what_is_written(tmp_path, monkeypatch):
 
 
 def test_a_plan_counts_the_rows_of_the_data(config, model_folder, rows_file, tmp_path):
-    result = run("firefly", "plan", "--config", config, "--memory", "1GiB", "500MB", "--out", tmp_path / "plan")
+    asked = ["--memory", "1GiB", "500MB", "--strategies", *STRATEGIES]
+    result = run("firefly", "plan", "--config", config, *asked, "--out", tmp_path / "plan")
     plan = json.loads((tmp_path / "plan" / "plan.json").read_text("utf-8"))
     assert (tmp_path / "plan" / "memory.png").read_bytes().startswith(b"\x89PNG")
     tokenizer = load_tokenizer(str(model_folder))

@@ -54,7 +54,7 @@ def test_releasing_gradients_takes_a_whole_step_at_once(tmp_path):
     assert 2e9 < saved < 4 * 1.304e9
 
 
-@pytest.mark.parametrize("memory", ["3GB", "9GB", "24GB"])
+@pytest.mark.parametrize("memory", ["12GB"])
 def test_commands_train_what_was_planned(tmp_path, memory):
     given = settings(tmp_path, trainer={"precision": "32-true"}, model={"gradient_checkpointing": True})
     found = ways(given, {memory: float(memory[:-2]) * 1e9})
