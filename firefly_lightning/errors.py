@@ -99,6 +99,12 @@ def some(names: list[str], count: int = 3) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
+def shown(name: str) -> str:
+    """A name or text of a user's for a message: one of odd characters is escaped, and a long one cut."""
+    text = name if name.isprintable() else ascii(name)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
 def check_number(
     name: str,
     value: float | None,

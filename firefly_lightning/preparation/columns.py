@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.errors import FireflyError, shown, some
 
 
 class Columns(NamedTuple):
@@ -38,7 +38,9 @@ class Columns(NamedTuple):
         """
         for flag, names in (("--rename", self.rename), ("--only", self.only)):
             if missing := [name for name in names if name not in columns]:
-                raise FireflyError(f"{where}: {flag} names {', '.join(missing)}; the columns are {', '.join(columns)}")
+                raise FireflyError(
+                    f"{where}: {flag} names {', '.join(missing)}; the columns are {some(list(map(shown, columns)), 12)}"
+                )
         kept = [name for name in columns if name not in self.rename]
         new = [*self.rename.values(), *self.constant]
         if taken := [name for at, name in enumerate(new) if name in kept or name in new[:at]]:

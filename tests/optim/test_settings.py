@@ -157,6 +157,7 @@ def test_a_run_refuses_such_a_schedule_before_it_loads_weights(tiny_folder, shor
     (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text())
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text((tiny_folder / name).read_text())
+    (tmp_path / "model.safetensors").write_text("nothing that can be loaded")
     module = FireflyModule(str(tmp_path), lr_scheduler=lr_scheduler.ReduceLROnPlateau)
     with pytest.raises(FireflyError, match="ReduceLROnPlateau follows a metric"):
         train(tmp_path, short_rows, tmp_path, module=module, max_steps=2)

@@ -8,6 +8,7 @@ import re
 import time
 from typing import Any
 
+import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -70,3 +71,14 @@ def test_any_raw_row_is_built_or_counted(tmp_path):
     check()
     while time.monotonic() < end:
         check()
+
+
+def test_odd_and_many_names_of_columns_stay_one_line(tmp_path):
+    """Found by the test above."""
+    for names in (["\ud800"], ["a\nb"], [f"column {number} of a very wide table" * 9 for number in range(500)]):
+        (tmp_path / "raw.jsonl").write_text(json.dumps(EXAMPLES["NER"]) + "\n" + json.dumps(dict.fromkeys(names, "x")))
+        with pytest.raises(FireflyError, match=r"raw\.jsonl:2: NER needs the field text, entities") as raised:
+            build("NER", [str(tmp_path / "raw.jsonl")], str(tmp_path / "out.jsonl"), workers=1)
+        str(raised.value).encode()
+        assert "\n" not in str(raised.value)
+        assert len(str(raised.value)) < 1500

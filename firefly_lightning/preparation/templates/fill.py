@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from firefly_lightning.data.sources.known_forms import TURN_SEPARATOR
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.errors import FireflyError, shown, some
 from firefly_lightning.preparation.templates.views import Listing, Template, ValueMap, plain_text
 
 
@@ -99,7 +99,7 @@ class Templates:
             needed = ", ".join(name for name in self.fields if name not in self.optional)
             raise FireflyError(
                 f"{where}: {self.kind} needs the field {', '.join(missing)}; its templates read {needed}, "
-                f"the row has {', '.join(columns)}; map names with --rename COLUMN=FIELD"
+                f"the row has {some(list(map(shown, columns)), 12)}; map names with --rename COLUMN=FIELD"
             )
 
     def fill(

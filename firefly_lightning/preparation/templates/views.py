@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.errors import FireflyError, shown
 
 
 class Template(NamedTuple):
@@ -71,7 +71,9 @@ class Listing:
             item = item.split(self.split[1])
         members = item if isinstance(item, list) else [item]
         if len(members) != len(self.parts):
-            raise FireflyError(f"{where}: field {self.of!r}: {item!r} must have the parts {', '.join(self.parts)}")
+            raise FireflyError(
+                f"{where}: field {self.of!r}: {shown(repr(item))} must have the parts {', '.join(self.parts)}"
+            )
         return {part: plain_text(member, self.of, where) for part, member in zip(self.parts, members, strict=True)}
 
     def _map_parts(self, item: Mapping[str, str], where: str) -> dict[str, str]:
@@ -83,7 +85,9 @@ class Listing:
 
 def _mapped(text: str, values: Mapping[str, str], name: str, where: str) -> str:
     if text not in values:
-        raise FireflyError(f"{where}: field {name!r} holds {text!r}; its templates know only {', '.join(values)}")
+        raise FireflyError(
+            f"{where}: field {name!r} holds {shown(repr(text))}; its templates know only {', '.join(values)}"
+        )
     return values[text]
 
 

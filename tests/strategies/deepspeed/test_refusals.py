@@ -30,13 +30,13 @@ from tests.support.helpers import one_line, raised_line, run, run_forked, run_ra
 
 @pytest.fixture(scope="module")
 def refusals(odd_folder, large_folder, rows_file, tmp_path_factory) -> str:
-    """What is said by runs that must fail; they have no weights where refusing must come before loading."""
+    """What is said by runs that must fail; their weights cannot be loaded where refusing must come before that."""
     root, empty, lacking = (tmp_path_factory.mktemp(name) for name in ("root", "empty", "lacking"))
     contradicting = root / "contradicting.json"
     contradicting.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 3}))
     for folder in (empty, lacking):
         shutil.copytree(odd_folder, folder, dirs_exist_ok=True)
-    (empty / "model.safetensors").unlink()
+    (empty / "model.safetensors").write_text("nothing that can be loaded")
     leave_out(lacking / "model.safetensors", "transformer.h.1.mlp.dense_h_to_4h.weight")
     commands = []
 
