@@ -12,7 +12,6 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from firefly_lightning.callbacks.run_figures import read_metrics
 from firefly_lightning.errors import FireflyError, one_line_errors
 
 LEAST_IMPROVEMENT = 20
@@ -32,7 +31,7 @@ def report(folder: Path) -> None:
     runs = sorted(
         (folder / "train" / "lightning_logs").glob("version_*"), key=lambda path: int(path.name.split("_")[1])
     )
-    losses = read_metrics(runs[-1])["train_loss"]
+    first, last = _values(runs[0], "train_loss")[0], _values(runs[-1], "train_loss")[-1]
     before, after = (_metric(folder / "train" / name, "val_perplexity") for name in ("before", "after"))
     table = Table(box=SIMPLE, show_header=False)
     for what in ("vocabulary", "parameters"):
@@ -40,7 +39,7 @@ def report(folder: Path) -> None:
         table.add_row(
             f"{what}, before and after pruning", f"{sizes['before']:,} → {sizes['after']:,} ({sizes['ratio']:.2%})"
         )
-    table.add_row("loss, first and last step", f"{losses[min(losses)]:.3f} → {losses[max(losses)]:.3f}")
+    table.add_row("loss, first and last step", f"{first:.3f} → {last:.3f}")
     table.add_row("validation perplexity", f"{before:,.0f} → {after:,.1f} ({before / after:,.0f} times lower)")
     table.add_row("target tokens per second", f"{_median(runs[-1], 'target_tokens_per_second'):,.0f}")
     table.add_row("loss curve", str(runs[-1] / "loss.png"))

@@ -15,7 +15,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _Instan
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.trainer.connectors import checkpoint_connector
 from lightning.pytorch.utilities import LightningEnum, rank_zero_info
+from torch import OutOfMemoryError
 from yaml import SafeDumper
 
 from firefly_lightning.callbacks.catch_up import CatchUp
@@ -34,7 +36,15 @@ from firefly_lightning.callbacks.throughput import Throughput
 from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
 from firefly_lightning.checkpoints.paths import find_checkpoint
 from firefly_lightning.checkpoints.saved_config import differences, read_configuration
-from firefly_lightning.cli_errors import OneLineErrors, Refusals, alike_names, check_numbers, check_values, refusals_of
+from firefly_lightning.cli_errors import (
+    OneLineErrors,
+    Refusals,
+    alike_names,
+    check_numbers,
+    check_values,
+    checkpoint_errors,
+    refusals_of,
+)
 from firefly_lightning.data.datamodule import FireflyDataModule
 from firefly_lightning.errors import FireflyError, one_line_errors
 from firefly_lightning.interrupts import ends_on_signals
@@ -230,6 +240,7 @@ def main() -> None:
         ends_on_signals("firefly-fit"),
         one_line_errors("firefly-fit", MisconfigurationException),
         refusals_of(Path(L.__file__).parent),
+        checkpoint_errors(Path(checkpoint_connector.__file__), MisconfigurationException, OutOfMemoryError),
     ):
         check_values(sys.argv[1:])
         FireflyCLI()

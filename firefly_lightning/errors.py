@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import re
+import select
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from pathlib import Path
 
 _PATIENCE = 5.0
 """Seconds that a rank waits for its parent process to report a mistake that both have met."""
+
+_READER_GONE = 141
+"""Exit code of a process whose output nobody reads any more, as of ``firefly-fit --help | head``: 128 and SIGPIPE."""
 
 _LOST_PEER = re.compile(
     r"Connection (closed|reset) by peer|Connection refused|Broken pipe|Timed out waiting \d+ms for \w+ operation"
@@ -40,11 +44,19 @@ def one_line_errors(program: str, *others: type[Exception]) -> Iterator[None]:
         others: Further exceptions that speak of a user's mistake.
     """
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # here, where it is known what to do if nobody reads it
     except FireflyError as error:
         _exit(program, str(error))
     except others as error:
         _exit(program, str(error))
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+        sys.exit(_READER_GONE)
     except OSError as error:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -117,6 +129,16 @@ def check_number(
         finite = value is not None and math.isfinite(value)
         wanted = [f"{text} {bound:,}" for text, bound in bounds.items() if bound is not None]
         raise FireflyError(f"{name} is {value}; it must be {' and '.join([*([] if finite else ['finite']), *wanted])}")
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of the standard output is gone; a pipe between processes may break, too."""
+    try:
+        watched = select.poll()
+        watched.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(events & select.POLLERR for _, events in watched.poll(0))
+    except (OSError, ValueError):  # no file of the system
+        return False
 
 
 def _exit(program: str, message: str, code: int = 1, wait: float = 0.0) -> None:

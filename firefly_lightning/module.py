@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import BloomForCausalLM, GenerationConfig
 
+from firefly_lightning.checkpoints.contents import check_goes_on
 from firefly_lightning.checkpoints.layout import ADAPTER_KEY, DESCRIPTION_KEY, SETTINGS_KEY
-from firefly_lightning.checkpoints.loop_state import fit_loop_state
+from firefly_lightning.checkpoints.loop_state import set_progress
 from firefly_lightning.checkpoints.unsharded import accept_names, keep_states, name_states, saved_parameters
 from firefly_lightning.data.batches import MicroBatch, data_parallel_share
 from firefly_lightning.data.prompt_choice import check_same_format, tokenizer_and_format
@@ -124,11 +125,12 @@ class FireflyModule(L.LightningModule):
         self._settings = RunSettings()
 
     def configure_callbacks(self) -> list[Callback]:
-        """Refuses callbacks of the trainer that a run cannot keep its promises with; adds none.
+        """Adds none, and refuses what cannot be used of model, adapter and callbacks, before rows are read.
 
         Raises:
-            FireflyError: If the trainer has such a callback.
+            FireflyError: If the folder holds no whole Bloom, the adapter does not fit it, or there is such a callback.
         """
+        self._source.check()
         check_callbacks(self.trainer)
         return []
 
@@ -136,9 +138,9 @@ class FireflyModule(L.LightningModule):
         """Refuses a model, an optimizer or decoding settings that cannot be used, before weights are loaded.
 
         Raises:
-            FireflyError: If one of them cannot be used, or the folder holds no Bloom.
+            FireflyError: If one of them cannot be used.
         """
-        config = self._source.config()
+        config = load_config(self.path)
         if self.saves_trained_only:
             self._hooks.check_adapter(quantized=self._source.quantize is not None)
         self._hooks.check_model(config)
@@ -177,8 +179,7 @@ class FireflyModule(L.LightningModule):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Last hidden states, (rows, length, hidden_size), of right-padded (rows, length) tokens."""
-        hidden: Tensor = self.model.transformer(input_ids, attention_mask=attention_mask, use_cache=False)[0]
-        return hidden
+        return self.model.transformer(input_ids, attention_mask=attention_mask, use_cache=False)[0]  # type: ignore[no-any-return]
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """A micro-batch's loss, scaled so that the mean over micro-batches and ranks is the loss of the step."""
@@ -290,18 +291,16 @@ class FireflyModule(L.LightningModule):
         """Checks that the checkpoint is of this model, and resumes at the step of the plan that comes next.
 
         Raises:
-            FireflyError: If the checkpoint is of another model, or a training would go on in another prompt format.
+            FireflyError: If the checkpoint is of another model or prompt format, or a training cannot go on from it.
         """
+        check_goes_on(checkpoint, self._trainer)
         self._settings.resume(checkpoint.get(SETTINGS_KEY, []), checkpoint.get("lr_schedulers", []))
         name_states(checkpoint)
         if self.model is not None:
             check_same_model(checkpoint.get(DESCRIPTION_KEY, {}), self.model.config, self.path)
             self._source.check_record(checkpoint.get(ADAPTER_KEY))
         check_same_format(checkpoint.get(DESCRIPTION_KEY), self._trainer)
-        data = data_of(self._trainer)
-        if data and data.train is not None and checkpoint["global_step"] and "loops" in checkpoint:
-            per_epoch, per_step = data.train.steps_per_epoch, data.train.micro_batches_per_step
-            checkpoint["loops"]["fit_loop"].update(fit_loop_state(checkpoint["global_step"], per_epoch, per_step))
+        set_progress(checkpoint, getattr(data_of(self._trainer), "train", None))
 
     def _evaluation_step(self, batch: MicroBatch) -> None:
         self._totals.add_targets(batch, self._pass.target_scores(batch), self.encoder.eos_token_id)

@@ -31,12 +31,20 @@ class PromptFormat:
         separator: String between the first input and its target.
         later_separator: String between the input and the target of every later turn.
         end: String after every target.
+
+    Raises:
+        FireflyError: If a string holds half a surrogate pair.
     """
 
     start: str = "<s>"
     separator: str = "</s></s>"
     later_separator: str = "</s>"
     end: str = "</s>"
+
+    def __post_init__(self) -> None:
+        for name, text in vars(self).items():
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise FireflyError(f"prompt format: {name} holds half a surrogate pair, which is no character; mend it")
 
     def __str__(self) -> str:
         """Name of the format, or its control strings where it has none."""

@@ -1,17 +1,20 @@
 """The loss and every gradient are those of stock Bloom, however a step is cut up."""
 
 import math
+import shutil
 
+import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import BloomForCausalLM
 
-from firefly_lightning import FireflyDataModule, FireflyModule
+from firefly_lightning import FireflyDataModule, FireflyError, FireflyModule
 from firefly_lightning.model.loss import target_cross_entropy
 from firefly_lightning.prompt import PRESETS
 from tests.support.helpers import fit, logged, one_line, run
 from tests.support.reference import backward, labelled
+from tests.support.small_runs import settings
 
 STEP = ["--data.batch_size", 8, "--trainer.max_steps", 1, "--model.warmup_steps", 0, "--model.learning_rate", 1e-3]
 RECORD = ["--model", "tests.support.helpers.Recording"]
@@ -164,3 +167,16 @@ def test_a_downstream_module_adds_its_arguments():
     module = Mine(3, "folder", warmup_steps=7)
     assert (module.extra, module.path, module.warmup_steps) == (3, "folder", 7)
     assert PRESETS["firefly"].start == "<s>"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_model_that_lacks_a_file_is_told_before_rows_are_read(name, tiny_folder, rows_file, tmp_path):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    (model / name).unlink()
+    data = FireflyDataModule(str(model), str(rows_file), cache_dir=str(tmp_path / "cache"))
+    trainer = L.Trainer(**settings(max_steps=1))
+    with pytest.raises(FireflyError, match=r"model: has no (weights|config\.json)"):
+        trainer.fit(FireflyModule(str(model)), data)
+    assert not (tmp_path / "cache").exists()
+    if name == "model.safetensors":
+        trainer.fit(FireflyModule(str(model), from_scratch=True, warmup_steps=0), data)

@@ -1,7 +1,6 @@
 """What is most likely a mistake in a run, said before its weights are loaded."""
 
 import difflib
-import math
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -10,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from firefly_lightning.data.limits import last_step
 from firefly_lightning.data.protocol import PlannedData, data_of
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.model.metric_names import of_kind
@@ -45,14 +45,9 @@ class StartChecks(Callback):
             rank_zero_info(f"warning: {warning}")
 
 
-def last_step(trainer: L.Trainer, data: PlannedData) -> float:
-    """Number of the run's last optimizer step; infinite where it has none."""
+def _last(trainer: L.Trainer, data: PlannedData) -> float:
     assert data.train is not None
-    steps, epochs = trainer.max_steps, trainer.max_epochs
-    if epochs is None and steps == -1:
-        epochs = 1000  # Lightning's own default
-    by_epochs = math.inf if epochs in (None, -1) else epochs * data.train.steps_per_epoch
-    return min(by_epochs, math.inf if steps == -1 else steps)
+    return last_step(trainer, data.train.steps_per_epoch)
 
 
 def _of_steps(data: PlannedData) -> Iterator[str]:
@@ -65,7 +60,7 @@ def _of_steps(data: PlannedData) -> Iterator[str]:
 
 
 def _of_warm_up(trainer: L.Trainer, module: L.LightningModule, data: PlannedData) -> Iterator[str]:
-    steps = last_step(trainer, data)
+    steps = _last(trainer, data)
     if isinstance(module, FireflyModule) and module.lr_scheduler is None and module.warmup_steps >= steps:
         reached = module.learning_rate * max(steps - 1, 0) / max(module.warmup_steps, 1)
         yield (
@@ -83,7 +78,7 @@ def _of_validation(trainer: L.Trainer, data: PlannedData) -> Iterator[str]:
     interval, epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch
     if data.train is None or trainer.limit_val_batches == 0 or not isinstance(interval, int | float):
         return
-    steps, per_epoch = last_step(trainer, data), data.train.steps_per_epoch
+    steps, per_epoch = _last(trainer, data), data.train.steps_per_epoch
     # In micro-batches, once the data are planned; a share of an epoch is such a number, too.
     every = interval // data.train.micro_batches_per_step if isinstance(interval, int) else per_epoch
     if epochs is not None and every > per_epoch:

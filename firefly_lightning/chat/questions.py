@@ -1,6 +1,5 @@
 """What the page sends: a conversation, a question and settings of generation, each checked before a model sees it."""
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from transformers import GenerationConfig
 
 from firefly_lightning.errors import reason
 from firefly_lightning.evaluation.generation import Decoding
+from firefly_lightning.files.json_object import STRICT_JSON
 from firefly_lightning.prompt import Turn
 
 MOST_BYTES = 1 << 20
@@ -68,7 +68,7 @@ async def read_question(request: Request, offered: Mapping[str, Slider]) -> Ques
         raise HTTPException(415, "the body must be application/json")
     body = await _body(request)
     try:
-        fields = _object(json.loads(body), ("turns", "question", "decoding"), "the body")
+        fields = _object(STRICT_JSON.decode(body.decode()), ("turns", "question", "decoding"), "the body")
         values: Any = _object(fields["decoding"], tuple(offered), "decoding")
         values = {name: _value(name, values[name], slider) for name, slider in offered.items()}
         question = Question(_turns(fields["turns"]), _text(fields["question"], "question"), values)

@@ -5,13 +5,17 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from firefly_lightning.checkpoints.layout import (
     ADAPTER_KEY,
     DESCRIPTION_KEY,
     FILES_KEY,
+    LAST_STEP_KEY,
     NAMES_KEY,
     SCALARS_KEY,
     SCALER_KEY,
+    SETTINGS_KEY,
     TIED_KEY,
     VERSION_KEY,
     WRITER_KEY,
@@ -44,6 +48,23 @@ def check_contents(checkpoint: Mapping[str, Any], path: Path, required: Collecti
     for key, (usable, words) in _CHECKS.items():
         if key in checkpoint and not usable(checkpoint[key]):
             raise FireflyError(f"{path}: its {key} is {type(checkpoint[key]).__name__}, not {words}; {DAMAGED}")
+
+
+def check_goes_on(checkpoint: Mapping[str, Any], trainer: Any) -> None:
+    """Checks that a training can go on from a checkpoint, which one of weights alone only looks like.
+
+    Args:
+        checkpoint: Contents of a checkpoint.
+        trainer: The trainer that loads it, or None.
+
+    Raises:
+        FireflyError: If the checkpoint has no state of optimizer and schedule, and the trainer is to train.
+    """
+    if trainer is not None and trainer.state.fn == "fit" and "lr_schedulers" not in checkpoint:
+        raise FireflyError(
+            f"{trainer.ckpt_path}: holds weights alone (save_weights_only), so no run can be resumed from it; to train "
+            "its model anew, write a folder with firefly export and name that as model.path"
+        )
 
 
 _VERSION = r"\d+(\.\d+)*(\.?(a|b|rc|dev|post)\d+)*(\+[a-z\d.]+)?"
@@ -79,7 +100,43 @@ def _is_adapter(value: Any) -> bool:
 
 
 def _are_optimizers(value: Any) -> bool:
-    return _of(list, dict)(value) and all(isinstance(one.get("state"), dict) for one in value)
+    return _of(list, dict)(value) and all(map(_is_optimizer, value))
+
+
+def _is_optimizer(state: dict[str, Any]) -> bool:
+    """Whether a state is one as PyTorch's optimizers have; what else an engine keeps beside it may be anything."""
+    of_weights, groups = state.get("state"), state.get("param_groups", [])
+    return (
+        _of(dict, dict)(of_weights)
+        and not any(isinstance(value, str) for kept in of_weights.values() for value in kept.values())  # type: ignore[union-attr]
+        and _of(list, dict)(groups)
+        and all(_of(list)(group.get("params")) for group in groups)
+    )
+
+
+def _are_schedules(value: Any) -> bool:
+    return _of(list, dict)(value) and all(map(_is_schedule, value))
+
+
+def _is_schedule(state: dict[str, Any]) -> bool:
+    """Whether a state says how far a schedule is, in the terms of PyTorch's and DeepSpeed's where it uses them."""
+    counts = [state[name] for name in ("last_epoch", "_step_count", "last_batch_iteration") if name in state]
+    rates = [state[name] for name in ("base_lrs", "_last_lr") if name in state]
+    numbers = all(
+        isinstance(one, list) and all(isinstance(rate, int | float | Tensor) for rate in one) for one in rates
+    )
+    return bool(state) and all(type(count) is int for count in counts) and numbers
+
+
+def _are_numbers(value: Any) -> bool:
+    return value is None or (_of(dict)(value) and all(isinstance(one, int | float) for one in value.values()))
+
+
+def _are_settings(value: Any) -> bool:
+    """Whether each setting has a value by group, of which none is text."""
+    if not (_of(list, dict)(value) and all(_of(dict, list)(settings) for settings in value)):
+        return False
+    return not any(isinstance(one, str | dict) for settings in value for of in settings.values() for one in of)
 
 
 def _are_loops(value: Any) -> bool:
@@ -99,8 +156,8 @@ _CHECKS: dict[str, Check] = {
     "global_step": (_is_count, "a number of steps"),
     "epoch": (_is_count, "a number of epochs"),
     "state_dict": (_of(dict), "weights by name"),
-    "optimizer_states": (_are_optimizers, "a list of states"),
-    "lr_schedulers": (_of(list, dict), "a list of states"),
+    "optimizer_states": (_are_optimizers, "optimizers' states by weight"),
+    "lr_schedulers": (_are_schedules, "schedules' states with counts and rates"),
     "loops": (_are_loops, "states by name with that of fit_loop"),
     "callbacks": (_of(dict, dict), "states by name"),
     DESCRIPTION_KEY: (_is_description, "files by name with fields of config.json"),
@@ -109,6 +166,8 @@ _CHECKS: dict[str, Check] = {
     NAMES_KEY: (_of(list, list), "names of each optimizer's parameters"),
     SCALARS_KEY: (_are_scalars, "numbers of all parameters and of each"),
     TIED_KEY: (_of(dict, str), "names by name"),
+    SETTINGS_KEY: (_are_settings, "each optimizer's settings by group"),
+    LAST_STEP_KEY: (_are_numbers, "numbers by name"),
     FILES_KEY: (_of(list, str), "a list of names"),
     WRITER_KEY: (_of(dict), "settings by name"),
     "FireflyDataModule": (_is_place, "the rows that come next"),

@@ -3,6 +3,18 @@
 from typing import Any
 
 
+def set_progress(checkpoint: dict[str, Any], batches: Any) -> None:
+    """Puts a checkpoint's loops right after its last step, under the plan of the run that goes on from it.
+
+    Args:
+        checkpoint: Lightning's checkpoint; one without loops, or of no step, stays as it is.
+        batches: The micro-batches that the run trains on; None where it has no plan.
+    """
+    if batches is not None and checkpoint["global_step"] and "loops" in checkpoint:
+        state = fit_loop_state(checkpoint["global_step"], batches.steps_per_epoch, batches.micro_batches_per_step)
+        checkpoint["loops"]["fit_loop"].update(state)
+
+
 def fit_loop_state(step: int, steps_per_epoch: int, micro_batches: int) -> dict[str, Any]:
     """The progress of Lightning's fit loop, as it is right after an optimizer step.
 

@@ -6,6 +6,7 @@ Such a file is a zip archive, which may end in a comment that readers of archive
 import pickle
 import re
 import struct
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +16,7 @@ import xxhash
 from firefly_lightning.checkpoints.contents import DAMAGED
 from firefly_lightning.checkpoints.layout import TRAINER_FILE
 from firefly_lightning.errors import FireflyError, reason, unreadable
+from firefly_lightning.files.versions import Version, version_of
 
 _END, _END_SIZE = b"PK\x05\x06", 22
 """How the last record of an archive begins, and its bytes without the comment, whose length is the last two of them."""
@@ -61,7 +63,7 @@ def load_file(path: Path, map_location: Any, weights_only: bool = True) -> dict[
         FireflyError: If the file is no checkpoint, is damaged, or holds objects that could run code.
     """
     try:
-        _check_digest(path)
+        _check_digest(path, version_of(path))
         # The file is mapped into memory, so that the processes of one machine share a single copy.
         checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only, mmap=True)
     except (torch.OutOfMemoryError, FireflyError):
@@ -88,8 +90,13 @@ def how_to_save_anew(path: Path) -> str:
     return f'is of PyTorch before 1.6, which cannot be read in parts; save it anew: python -c "{code}"'
 
 
-def _check_digest(path: Path) -> None:
-    """Checks the digest at the end of an archive; one of an older release, or of another program, has none."""
+@lru_cache
+def _check_digest(path: Path, version: Version) -> None:
+    """Checks the digest at the end of an archive; one of an older release, or of another program, has none.
+
+    A file is read as a whole for it, so the same version of a file only once a process: a start reads the prompt
+    format, the configuration and the weights of a checkpoint.
+    """
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _BLOCK))

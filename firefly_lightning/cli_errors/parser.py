@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 from firefly_lightning.cli_errors.environment import fill_in
 from firefly_lightning.cli_errors.explain import explain, known_keys
 from firefly_lightning.errors import FireflyError, describe_os_error, full_width_hint, reason
+from firefly_lightning.files.json_object import RepeatedKeyError, check_keys
 
 
 class OneLineErrors(ArgumentParser):  # type: ignore[misc]
@@ -49,7 +50,7 @@ def check_yaml(path: Path) -> None:
     """Checks that a file of configuration is YAML, or JSON, that holds keys.
 
     Raises:
-        FireflyError: If it is not, or cannot be read.
+        FireflyError: If it is not, has a key twice, or cannot be read.
     """
     try:
         root = yaml.compose(path.expanduser().read_bytes().decode("utf-8-sig"))
@@ -70,3 +71,7 @@ def check_yaml(path: Path) -> None:
         raise FireflyError(f"{path}: not YAML ({reason(error)}); mend it") from error
     if not isinstance(root, yaml.MappingNode):
         raise FireflyError(f"{path}: holds no keys; a configuration is lines such as KEY: VALUE")
+    try:
+        check_keys(root)
+    except RepeatedKeyError as error:
+        raise FireflyError(f"{path}: {error}; keep one of them, or put what is below both under one") from error

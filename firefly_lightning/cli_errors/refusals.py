@@ -1,11 +1,13 @@
 """What constructors and Lightning refuse, in one line."""
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.errors import FireflyError, reason
 
 
 class Refusals:
@@ -65,12 +67,38 @@ def refusals_of(package: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        trace = error.__traceback__
-        while trace and trace.tb_next:
-            trace = trace.tb_next
-        if trace is None or not Path(trace.tb_frame.f_code.co_filename).is_relative_to(package):
+        *_, last = _frames(error)
+        if not Path(last.f_code.co_filename).is_relative_to(package):
             raise
         raise FireflyError(_line(str(error))) from error
+
+
+@contextmanager
+def checkpoint_errors(connector: Path, *others: type[Exception]) -> Iterator[None]:
+    """Makes one line of what fails while Lightning takes over a checkpoint's states, as those of a forged one can.
+
+    Args:
+        connector: File of the code of Lightning that takes states over.
+        others: Exceptions whose messages say enough, or that are no fault of a checkpoint.
+    """
+    passed: tuple[type[Exception], ...] = (FireflyError, OSError, MemoryError, *others)
+    try:
+        yield
+    except passed:
+        raise
+    except Exception as error:
+        ours = (frame for frame in _frames(error) if frame.f_code.co_filename == str(connector))
+        restoring = [frame for frame in ours if frame.f_code.co_name.startswith("restore_")]
+        if not restoring:
+            raise
+        path, what = restoring[-1].f_locals["self"]._ckpt_path, restoring[-1].f_code.co_name.replace("_", " ")
+        said = f"{type(error).__name__}: {reason(error)}"
+        raise FireflyError(f"{path}: could not {what} from it ({said}); use an earlier checkpoint") from error
+
+
+def _frames(error: BaseException) -> Iterator[FrameType]:
+    """The calls that an error came through, the outermost first."""
+    return (frame for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _line(text: str) -> str:

@@ -124,7 +124,9 @@ class FireflyDataModule(L.LightningDataModule):
         encoder = self._encoder
         train_files = [source["path"] for source in self.train_sources]
         answered = self._files_to_answer() if getattr(self.trainer, "predicting", False) else []
-        for files in [answered] if answered else [train_files, self.val_files, self.test_files]:
+        needed = [answered] if answered else [train_files, self.val_files, self.test_files]
+        find_sources([file for files in needed for file in files])  # a mistyped name is told before rows are read
+        for files in needed:
             if files:
                 rank_zero_info(row_summary(self._tokenized(files, encoder, answering=bool(answered))))
 

@@ -45,12 +45,26 @@ def count_steps(trainer: Any, train: PlannedBatches) -> None:
     train.steps_per_epoch = steps
     if overfits:
         train.plan = plan.repeated(steps)
-    _check_lasts(trainer, train)
+    train.plan.check_lasts(int(last) if (last := last_step(trainer, steps)) < math.inf else 0)
     interval = _given(trainer, "val_check_interval")
     if isinstance(interval, float) and interval < 1:  # a share of an epoch, in whole steps
         interval = max(1, int(interval * steps))
     if isinstance(interval, int):
         _put(trainer, "val_check_interval", interval * per_step)
+
+
+def last_step(trainer: Any, steps_per_epoch: int) -> float:
+    """Number of a run's last optimizer step; infinite where it has none.
+
+    Args:
+        trainer: The trainer, whose ``max_steps`` and ``max_epochs`` are read.
+        steps_per_epoch: Number of optimizer steps that count as an epoch.
+    """
+    steps, epochs = getattr(trainer, "max_steps", -1), getattr(trainer, "max_epochs", None)
+    if epochs is None and steps == -1:
+        epochs = 1000  # Lightning's own default
+    by_epochs = math.inf if epochs in (None, -1) else epochs * steps_per_epoch
+    return min(by_epochs, math.inf if steps == -1 else steps)
 
 
 def limited_rows(trainer: Any, stage: str, rows: int, batch_size: int) -> int:
@@ -87,14 +101,6 @@ def _check_accumulation(trainer: Any, per_step: int) -> None:
                 "trainer.callbacks: GradientAccumulationScheduler would change the rows of a step from epoch to epoch, "
                 "and data.batch_size says how many there are; leave it out and set data.batch_size"
             )
-
-
-def _check_lasts(trainer: Any, train: PlannedBatches) -> None:
-    """Refuses, before a run begins, one whose sources do not last for all of its steps."""
-    steps, epochs = (getattr(trainer, name, None) or -1 for name in ("max_steps", "max_epochs"))
-    if steps < 0 < epochs:
-        steps = epochs * train.steps_per_epoch
-    train.plan.check_lasts(max(steps, 0))
 
 
 def _limited(name: str, limit: Any, count: int, of: str) -> int:

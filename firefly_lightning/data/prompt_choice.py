@@ -89,10 +89,10 @@ def described_format(description: Any) -> PromptFormat | None:
     """The prompt format in the description that a checkpoint carries; None where it has none of a known form."""
     fields = description.get("prompt_format.json") if isinstance(description, Mapping) else None
     try:
-        prompt = PromptFormat(**fields) if isinstance(fields, Mapping) else None
-    except TypeError:  # other fields
+        strings = isinstance(fields, Mapping) and all(isinstance(text, str) for text in fields.values())
+        return PromptFormat(**fields) if strings else None  # type: ignore[arg-type]
+    except (TypeError, FireflyError):  # other fields, or no characters
         return None
-    return prompt if prompt and all(isinstance(text, str) for text in vars(prompt).values()) else None
 
 
 def check_same_format(description: Any, trainer: Any) -> None:

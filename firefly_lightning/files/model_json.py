@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from firefly_lightning.errors import FireflyError, some
+from firefly_lightning.errors import FireflyError, MissingFileError, some
 from firefly_lightning.files.json_object import read_json_object
 
 Check = tuple[Callable[[Any], bool], str]
@@ -99,10 +99,11 @@ def read_index(file: Path) -> list[str]:
 
 
 def check_index(folder: Path) -> None:
-    """Checks the index of the weights in a folder, if they are in several files.
+    """Checks that a folder has the weights of a model, and their index where they are in several files.
 
     Raises:
-        FireflyError: If it is no index of weights, or a file that it lists is missing.
+        MissingFileError: If there are no weights.
+        FireflyError: If the index is none of weights, or a file that it lists is missing.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).exists():
@@ -110,6 +111,7 @@ def check_index(folder: Path) -> None:
         if (index := folder / f"{name}.index.json").is_file():
             read_index(index)
             return
+    raise MissingFileError(f"{folder}: has no weights, model.safetensors or pytorch_model.bin; fetch them")
 
 
 def layers_beyond(count: int, names: Iterable[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Models as Hugging Face keeps them: reading their folders, and the description from which a checkpoint becomes one."""
 
+from firefly_lightning.files.hub import find_model_file
 from firefly_lightning.huggingface.description import (
     DESCRIPTION_FILES,
     PUBLISHED_DECODING,
@@ -10,14 +11,15 @@ from firefly_lightning.huggingface.description import (
     describe,
     write_description,
 )
-from firefly_lightning.huggingface.folder import (
-    base_of,
-    find_model_file,
-    load_config,
-    load_prompt_format,
-    load_tokenizer,
+from firefly_lightning.huggingface.folder import base_of, load_config, load_prompt_format, load_tokenizer
+from firefly_lightning.huggingface.weights import (
+    Quantize,
+    check_model,
+    digest_of_weights,
+    load_bloom,
+    random_bloom,
+    stored_dtype,
 )
-from firefly_lightning.huggingface.weights import Quantize, digest_of_weights, load_bloom, random_bloom, stored_dtype
 
 __all__ = [
     "DESCRIPTION_FILES",
@@ -26,6 +28,7 @@ __all__ = [
     "UNUSED_ROWS",
     "Quantize",
     "base_of",
+    "check_model",
     "check_same_model",
     "check_sizes",
     "describe",

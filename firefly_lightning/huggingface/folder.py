@@ -1,17 +1,15 @@
 """Files of a model's folder, or of a model on the hub: its configuration, tokenizer and prompt format."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import BloomConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from firefly_lightning.errors import FireflyError, reason
+from firefly_lightning.files.hub import find_model_file
 from firefly_lightning.files.json_object import read_json_object
 from firefly_lightning.files.model_json import CURE, adapter_base, read_config
 from firefly_lightning.prompt import SPECIAL_TOKENS, PromptFormat
@@ -82,7 +80,10 @@ def load_prompt_format(path: str) -> PromptFormat | None:
     known = asdict(PromptFormat()).keys()
     if fields.keys() - known or not all(isinstance(value, str) for value in fields.values()):
         raise FireflyError(f"{file}: must map {', '.join(known)} to strings, and nothing else")
-    return PromptFormat(**fields)
+    try:
+        return PromptFormat(**fields)
+    except FireflyError as error:
+        raise FireflyError(f"{file}: {error}") from error
 
 
 def base_of(path: str) -> str | None:
@@ -112,33 +113,6 @@ def _adapter_base(path: str) -> str | None:
         return None
     file = find_model_file(path, "adapter_config.json")
     return adapter_base(file.parent) if file else None
-
-
-def find_model_file(path: str, name: str) -> Path | None:
-    """One file of a folder or of a hub model, downloaded if need be; None if it has no such file.
-
-    Raises:
-        FireflyError: If ``path`` is neither a folder nor a model that the hub gives out.
-    """
-    if Path(path).is_dir():
-        file = Path(path) / name
-        return file if file.is_file() else None
-    # No Bloom has a hub name without an owner; a mistyped folder should not wait for the network.
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
-        raise FireflyError(f"{path}: no such folder; check the path and the working folder")
-    try:
-        return Path(hf_hub_download(path, name))
-    except Exception as error:  # of many types, by what the network and the hub answer
-        if _lacks_file(path, error):
-            return None
-        raise FireflyError(f"{path}: neither a folder nor a model the hub gives out ({reason(error)})") from error
-
-
-def _lacks_file(path: str, error: Exception) -> bool:
-    """Whether a failed download means that the model has no such file; off line, it does if the model is cached."""
-    if isinstance(error, LocalEntryNotFoundError):
-        return isinstance(try_to_load_from_cache(path, "config.json"), str)
-    return isinstance(error, EntryNotFoundError)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import xxhash
 from transformers import BloomConfig, BloomForCausalLM
 
 from firefly_lightning.errors import FireflyError, reason, some
+from firefly_lightning.files.hub import find_model_file
 from firefly_lightning.files.manifest import digest_of
 from firefly_lightning.files.model_json import (
     FLOATS,
@@ -19,10 +20,31 @@ from firefly_lightning.files.model_json import (
     read_generation_config,
     read_index,
 )
-from firefly_lightning.huggingface.folder import base_of, find_model_file, load_config, quiet_transformers
+from firefly_lightning.huggingface.folder import base_of, load_config, quiet_transformers
 
 Quantize = Literal["nf4", "int8"]
 """How quantised weights are kept: in 4 bits (NormalFloat, Dettmers et al., 2023), or in 8 with a scale for each row."""
+
+
+def check_model(path: str, from_scratch: bool = False) -> BloomConfig:
+    """The configuration of a Bloom whose files are all there, without reading its weights.
+
+    Args:
+        path: Folder or hub name of the model, or of an adapter, whose base is then looked at too.
+        from_scratch: Whether weights are not needed.
+
+    Raises:
+        FireflyError: If the model is no Bloom, its weights are not there, or its settings of generation are unusable.
+    """
+    config = load_config(path)
+    if file := find_model_file(path, "generation_config.json"):
+        read_generation_config(file)
+    if base := base_of(path):
+        _adapter_file(path)
+        return check_model(base, from_scratch)
+    if Path(path).is_dir() and not from_scratch:
+        check_index(Path(path))
+    return config
 
 
 def load_bloom(
@@ -46,10 +68,7 @@ def load_bloom(
                 f"{path}: an adapter cannot be quantised; merge it first: firefly export --checkpoint {path}"
             )
         return _with_generation_config(_merged(load_bloom(base, dtype), path), path)
-    config = load_config(path)
-    if file := find_model_file(path, "generation_config.json"):
-        read_generation_config(file)
-    check_index(Path(path))
+    config = check_model(path)
     # transformers 4.51 knows only the old name of the argument, 5 means to drop it.
     options: dict[str, Any] = {"torch_dtype" if transformers.__version__.startswith("4.") else "dtype": dtype}
     if quantize:

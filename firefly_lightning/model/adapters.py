@@ -99,7 +99,7 @@ def require(package: str) -> None:
         raise FireflyError(f'{package} is not installed; run pip install "firefly-lightning[adapters]"')
 
 
-def check(config: Any, bloom_config: BloomConfig) -> None:
+def check_adapter(config: Any, bloom_config: BloomConfig) -> None:
     """Refuses an adapter that a Bloom cannot have, by putting it into one without weights.
 
     Args:

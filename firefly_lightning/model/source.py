@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import BloomForCausalLM
 
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.huggingface import Quantize, base_of, digest_of_weights, load_bloom, load_config, random_bloom
-from firefly_lightning.model.adapters import as_config, check, check_same, compute_in, fields_of, put, require
+from firefly_lightning.huggingface import (
+    Quantize,
+    base_of,
+    check_model,
+    digest_of_weights,
+    load_bloom,
+    load_config,
+    random_bloom,
+)
+from firefly_lightning.model.adapters import as_config, check_adapter, check_same, compute_in, fields_of, put, require
 
 
 def autocast_dtype(precision: Any) -> torch.dtype | None:
@@ -50,21 +58,20 @@ class ModelSource:
             require("bitsandbytes")
         self._digest = ""
 
-    def config(self) -> BloomConfig:
-        """Configuration of the model, once its adapter is known to fit it.
+    def check(self) -> None:
+        """Refuses a model whose files are not all there, and an adapter that does not fit it; reads no weights.
 
         Raises:
-            FireflyError: If the folder holds no Bloom, or the adapter does not fit it.
+            FireflyError: If the folder holds no whole Bloom, or the adapter does not fit it.
         """
-        config = load_config(self.path)
+        config = check_model(self.path, self._from_scratch)
         if self.adapter is not None:
             if base_of(self.path):
                 raise FireflyError(
                     f"model.path {self.path}: is an adapter itself; merge it first: firefly export --checkpoint "
                     f"{self.path} --out FOLDER"
                 )
-            check(self.adapter, config)
-        return config
+            check_adapter(self.adapter, config)
 
     def load(self, dtype: torch.dtype, compute_dtype: torch.dtype) -> BloomForCausalLM:
         """The whole model in host memory, without its adapter.

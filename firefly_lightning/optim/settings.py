@@ -55,6 +55,9 @@ class OptimizerSettings:
             optimizer: The optimizer, also an engine's.
             scheduler: Its schedule, or None.
             changed: What :meth:`changed` gave when the checkpoint was saved.
+
+        Raises:
+            FireflyError: If the checkpoint's schedule is of another number of groups of weights.
         """
         for number, (group, settings) in enumerate(zip(optimizer.param_groups, self.groups, strict=True)):
             group.update({name: _own(value) for name, value in settings.items()})
@@ -62,6 +65,11 @@ class OptimizerSettings:
                 group[name] = _own(values[number if len(values) == len(self.groups) else 0])
         if isinstance(scheduler, LRScheduler):
             rates = self._reached(scheduler)
+            if len(rates) != len(self.groups) or len(getattr(scheduler, "base_lrs", rates)) != len(self.groups):
+                raise FireflyError(
+                    f"the checkpoint's {type(scheduler).__name__} has rates of {len(rates)} groups of weights, the "
+                    f"optimizer has {len(self.groups)}; use an earlier checkpoint, or the optimizer that saved it"
+                )
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = _own(torch.as_tensor(rate).to(group["lr"])) if isinstance(group["lr"], Tensor) else rate
             scheduler._last_lr = [_own(rate) for rate in rates]

@@ -1,5 +1,6 @@
 """What is to be planned: a configuration, the sizes of its model, and its rows if they are on this machine."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,7 +169,7 @@ def _rows_here(fit: Any) -> TrainingRows | None:
     """Rows of a run; if they are not on this machine, prints why and returns None."""
     try:
         named = fit.ckpt_path and Path(fit.ckpt_path).exists()  # not 'last', which a run finds when it starts
-        return training_rows(fit.data, str(find_checkpoint(fit.ckpt_path)) if named else None)
+        return training_rows(fit.data, fit.trainer, str(find_checkpoint(fit.ckpt_path)) if named else None)
     except FireflyError as error:
         print(error)
         return None
@@ -192,12 +193,16 @@ def describe(settings: Settings) -> dict[str, Any]:
         length = settings.fit.data.init_args.max_length
         print(f"rows: each is taken for {length} tokens, all of them learned")
         return about | {"epoch": None, "max_length": length}
-    epoch = settings.rows.counts()
+    epoch, last = settings.rows.counts(), settings.rows.last
     print(
         f"an epoch: {epoch['steps']:,} steps of {settings.batch_size} rows, {epoch['rows']:,} rows, "
         f"{epoch['tokens']:,} tokens, {epoch['target_tokens']:,} of them learned"
     )
-    return about | {"epoch": epoch}
+    if last == math.inf:
+        print("the run: without a last step; set trainer.max_steps or trainer.max_epochs")
+        return about | {"epoch": epoch, "steps": None}
+    print(f"the run: {int(last):,} steps, {last / settings.rows.epoch:,.2f} epochs")
+    return about | {"epoch": epoch, "steps": int(last)}
 
 
 def plan_all(settings: Settings, strategies: Sequence[str], sizes: Sequence[int] | None) -> list[Planned]:

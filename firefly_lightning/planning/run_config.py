@@ -12,7 +12,7 @@ from transformers import BloomConfig, BloomForCausalLM
 from firefly_lightning.cli import make_parser
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import load_config
-from firefly_lightning.model.adapters import as_config, check, put
+from firefly_lightning.model.adapters import as_config, check_adapter, put
 from firefly_lightning.module import FireflyModule
 from firefly_lightning.planning.optimizers import Shapes, cost_of
 from firefly_lightning.planning.runs import STRATEGIES, ModelSize, Trained
@@ -83,7 +83,7 @@ def adapter_shapes(size: ModelSize, adapter: Any) -> Shapes:
     """
     sizes = {name: getattr(size, name) for name in ("vocab_size", "hidden_size", "n_layer", "n_head")}
     config = BloomConfig(**sizes, tie_word_embeddings=size.tied)
-    check(adapter, config)
+    check_adapter(adapter, config)
     with torch.device("meta"):
         bloom = BloomForCausalLM(config)
     put(bloom, adapter)

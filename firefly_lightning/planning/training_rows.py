@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from pydoc import locate
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from firefly_lightning.data.datamodule import FireflyDataModule
+from firefly_lightning.data.limits import count_steps, last_step
 from firefly_lightning.data.plan import StepPlan
 from firefly_lightning.data.sources.records import find_sources, is_file
 from firefly_lightning.errors import FireflyError
@@ -18,21 +20,25 @@ from firefly_lightning.planning.runs import Load
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """The real lengths of the rows of a run's first epoch.
+    """The real lengths of a run's rows.
 
     Attributes:
         plan: Says which rows make each step.
+        epoch: Number of steps that count as an epoch, by the run's limits.
+        last: Number of the run's last step; infinite where it has none.
         lengths: (rows,) Number of tokens of each row of the data.
         targets: (rows,) Number of learned tokens of each row of the data.
     """
 
     plan: StepPlan
+    epoch: int
+    last: float
     lengths: npt.NDArray[np.integer[Any]]
     targets: npt.NDArray[np.integer[Any]]
 
     def counts(self) -> dict[str, int]:
-        """Numbers of steps, rows and tokens of the first epoch."""
-        steps = self.plan.steps_per_epoch
+        """Numbers of steps, rows and tokens of the first epoch, or of the whole run where that ends before."""
+        steps = int(min(self.epoch, self.last))
         taken = np.concatenate([self.plan.rows(step) for step in range(steps)])
         tokens, targets = (int(of[taken].sum(dtype=np.int64)) for of in (self.lengths, self.targets))
         return {"steps": steps, "rows": len(taken), "tokens": tokens, "target_tokens": targets}
@@ -67,15 +73,17 @@ class TrainingRows:
         return np.sort(self.lengths[taken])[::-1], np.sort(self.targets[taken])[::-1]
 
 
-def training_rows(data: Any, checkpoint: str | None = None) -> TrainingRows:
+def training_rows(data: Any, trainer: Any, checkpoint: str | None = None) -> TrainingRows:
     """Finds the lengths of a run's rows, tokenising them if the cache lacks them; fetches no datasets of the hub.
 
     Args:
         data: The part of the configuration that describes the data.
+        trainer: The part of the configuration that describes the trainer, whose limits the run has.
         checkpoint: The checkpoint that the run begins with, if any, whose prompt format its rows have.
 
     Raises:
-        FireflyError: If files or the tokenizer are missing, or the data module is not one of this project.
+        FireflyError: If files or the tokenizer are missing, the data module is not one of this project, or the limits
+            leave no step.
     """
     options = dict(data.init_args)
     files = options.get("train_files") or []
@@ -93,4 +101,15 @@ def training_rows(data: Any, checkpoint: str | None = None) -> TrainingRows:
     made.checkpoint = checkpoint
     made.prepare_data()
     made.setup("fit")
-    return TrainingRows(made.train.plan, made.train.rows.lengths, made.train.rows.target_tokens)
+    limits = _limits(trainer)
+    count_steps(limits, made.train)
+    plan, epoch, rows = made.train.plan, made.train.steps_per_epoch, made.train.rows
+    return TrainingRows(plan, epoch, last_step(limits, epoch), rows.lengths, rows.target_tokens)
+
+
+def _limits(trainer: Any) -> SimpleNamespace:
+    """What counts the steps of a run, as Lightning's trainer has it with these settings."""
+    overfits, debugs = trainer.overfit_batches, int(trainer.fast_dev_run)
+    limit = debugs or overfits or (1.0 if trainer.limit_train_batches is None else trainer.limit_train_batches)
+    steps, epochs = (debugs, None) if debugs else (trainer.max_steps, trainer.max_epochs)
+    return SimpleNamespace(limit_train_batches=limit, overfit_batches=overfits, max_steps=steps, max_epochs=epochs)

@@ -16,8 +16,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 from firefly_lightning.console import render
+from firefly_lightning.data.sources.known_forms import form_of
 from firefly_lightning.data.sources.records import find_sources, read_records
-from firefly_lightning.data.sources.row_texts import beside_all, printable
+from firefly_lightning.data.sources.row_texts import beside_all, names_of, printable
 from firefly_lightning.errors import FireflyError, some
 from firefly_lightning.files.atomic import check_new_file, new_file
 from firefly_lightning.preparation.duplicates import Duplicate, DuplicateIndex, Texts, normalise, sign
@@ -94,6 +95,7 @@ class Findings:
         self.counts: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
         self.examples: defaultdict[str, defaultdict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
         self.neighbours: Counter[str] = Counter()
+        self.raw, self.first_raw = 0, ""
 
     def count(self, kind: str, reason: str) -> None:
         """Counts one row more that was ``read``, ``kept``, or left out for a reason."""
@@ -105,6 +107,13 @@ class Findings:
         if len(self.examples[kind][reason]) < EXAMPLES:
             shown = printable(texts.whole[:SHOWN])
             self.examples[kind][reason].append({"where": where, "text": shown, **({"like": like} if like else {})})
+
+    def keep(self, kind: str, row: dict[str, Any]) -> None:
+        """Counts one row more that was kept, and whether training can read it."""
+        self.count(kind, "kept")
+        if form_of(row) is None:
+            self.first_raw = self.first_raw or printable(names_of(row))
+            self.raw += 1
 
     @property
     def read(self) -> int:
@@ -129,8 +138,12 @@ class Findings:
         return ", ".join(f"{count} ({name})" for name, count in self.totals().items() if name not in ("read", "kept"))
 
     def hints(self) -> list[str]:
-        """A line for each kind many of whose near duplicates follow the row that they repeat."""
-        return [
+        """A line on rows that training cannot read, and one for each kind whose near duplicates follow their rows."""
+        raw = (
+            f"{self.raw:,} of the rows that were kept are in no form that training reads, and were taken for raw rows "
+            f"of firefly build; the first has the fields {self.first_raw}; rename the columns of instruction rows"
+        )
+        return [raw] * bool(self.raw) + [
             f"{count:,} of {read:,} {kind} rows nearly repeat the row before them, "
             "as rows do that firefly build makes of one raw row by --per_row; "
             "to keep them, clean raw rows before they are built, or use --near_duplicates 1"
@@ -238,7 +251,7 @@ def _sort(
         findings.leave_out(kind, _name(duplicate), where, texts, kept.where(duplicate.key))
         findings.neighbours[kind] += not duplicate.exact and kept.is_last(duplicate.key, where)
     else:
-        findings.count(kind, "kept")
+        findings.keep(kind, row)
         kept.add(line, where, signature)
 
 

@@ -48,6 +48,7 @@ def prune(
     _check_arguments(corpus, tokenizer, min_count, pad_multiple, keep)
     inputs = [model, *(corpus or []), *filter(None, (tokenizer, keep, verify))]
     check_new_folder(Path(out), inputs)
+    from firefly_lightning.data.sources.records import find_sources
     from firefly_lightning.files.json_object import write_json
     from firefly_lightning.pruning import steps
     from firefly_lightning.pruning.verify import verify_pruning
@@ -55,6 +56,7 @@ def prune(
     from firefly_lightning.pruning.weights_writer import CheckpointWriter
 
     # This is checked before the minutes that a large model takes.
+    find_sources([*(corpus or []), *([keep] if keep else [])])
     if verify and next(read_texts(verify), None) is None:
         raise FireflyError(f"{verify}: has no text to verify with; give a file with a text a line")
     config, tensors = steps.open_large(Path(model))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import xxhash
 
-from firefly_lightning.checkpoints import own_form
+from firefly_lightning.checkpoints import own_form, torch_file
 from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
 from firefly_lightning.checkpoints.torch_file import load_file
 from firefly_lightning.errors import FireflyError
@@ -130,6 +131,25 @@ def test_a_file_with_its_digest_is_any_other_file_of_pytorch(contents, saved):
     read = torch.load(saved["file"], weights_only=True)
     assert read.keys() == contents.keys()
     assert load_file(saved["file"], "cpu").keys() == contents.keys()
+
+
+def test_a_file_is_digested_once_until_it_changes(saved, tmp_path, monkeypatch):
+    """Also where the change leaves its size and the time that programs can set."""
+    path = Path(shutil.copy(saved["file"], tmp_path / "a.ckpt"))
+    digested = []
+    monkeypatch.setattr(
+        torch_file, "_comment", lambda *file, made=torch_file._comment: digested.append(1) or made(*file)
+    )
+    for _ in range(3):
+        load_file(path, "cpu")
+    assert len(digested) == 1
+    status, whole = path.stat(), path.read_bytes()
+    path.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    for _ in range(2):
+        with pytest.raises(FireflyError, match="damaged, its contents have changed"):
+            load_file(path, "cpu")
+    assert len(digested) == 3
 
 
 def test_a_file_without_a_digest_is_read(contents, tmp_path):

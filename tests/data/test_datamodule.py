@@ -272,3 +272,13 @@ def test_only_last_targets_count_in_a_step(model_folder, tmp_path):
     )
     with pytest.raises(FireflyError, match=r"none\.jsonl: no row has a target that is learned; see data\.learn"):
         make_data(model_folder, untaught, tmp_path)
+
+
+@pytest.mark.parametrize("key", ["val_files", "test_files"])
+def test_a_mistyped_name_is_told_before_rows_are_read(key, tiny_folder, rows_file, tmp_path):
+    data = FireflyDataModule(
+        str(tiny_folder), str(rows_file), cache_dir=str(tmp_path / "cache"), **{key: str(tmp_path / "typo.jsonl")}
+    )
+    with pytest.raises(FireflyError, match=r"typo\.jsonl: no such file"):
+        data.prepare_data()
+    assert not (tmp_path / "cache").exists()

@@ -61,7 +61,7 @@ def with_config(path, **changes):
         (lambda path: (path / "config.json").unlink(), "has no config.json"),
         (lambda path: (path / "config.json").write_text("{"), "not JSON"),
         (lambda path: GPT2Config().save_pretrained(path), "is a gpt2 model"),
-        (lambda path: (path / "model.safetensors").unlink(), "the weights cannot be read"),
+        (lambda path: (path / "model.safetensors").unlink(), "has no weights"),
         (lambda path: (path / "model.safetensors").write_bytes(b"x" * 100), "the weights cannot be read"),
         (without_a_tensor, "the weights lack transformer.h.1.mlp.dense_h_to_4h.weight"),
         (lambda path: with_config(path, vocab_size=336), "the weights cannot be read"),
@@ -92,7 +92,7 @@ def test_a_hub_that_does_not_answer_is_named(load, monkeypatch):
     def download(path, name):
         raise LocalEntryNotFoundError("cannot reach\nthe hub")
 
-    monkeypatch.setattr("firefly_lightning.huggingface.folder.hf_hub_download", download)
+    monkeypatch.setattr("firefly_lightning.files.hub.hf_hub_download", download)
     with pytest.raises(FireflyError) as raised:
         load("nobody/nothing")
     assert (
@@ -104,7 +104,7 @@ def test_a_hub_model_without_a_saved_format_has_none(monkeypatch):
     def download(path, name):
         raise EntryNotFoundError("404")
 
-    monkeypatch.setattr("firefly_lightning.huggingface.folder.hf_hub_download", download)
+    monkeypatch.setattr("firefly_lightning.files.hub.hf_hub_download", download)
     assert load_prompt_format("bigscience/bloom-560m") is None
 
 
@@ -180,7 +180,7 @@ def test_an_adapter_of_the_hub_needs_its_base(load, tmp_path, monkeypatch):
         (tmp_path / name).write_text(json.dumps(ADAPTER))
         return str(tmp_path / name)
 
-    monkeypatch.setattr("firefly_lightning.huggingface.folder.hf_hub_download", download)
+    monkeypatch.setattr("firefly_lightning.files.hub.hf_hub_download", download)
     with pytest.raises(FireflyError, match="somebody/lora: is an adapter of bigscience/bloom-560m, which is not there"):
         load("somebody/lora")
 

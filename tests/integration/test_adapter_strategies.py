@@ -80,6 +80,42 @@ def test_a_run_of_an_adapter_moves_through_all_strategies(fit_args, expected_ada
     assert weights_apart(root, expected_adapter, tmp_path / "exported") < TOLERANCE
 
 
+@pytest.mark.parametrize("strategy", ["zero3"] if DIVIDED else ["auto", "zero2", "zero3", "fsdp2"])
+def test_a_checkpoint_in_an_engines_own_form_holds_the_adapter(strategy, fit_args, expected_adapter, tmp_path):
+    own, middle = ["--checkpoint.portable", "false"], STEPS // 2
+    stopping = ["--model", "tests.support.helpers.Stopping", "--model.stop_step", middle - 1]
+    first, second = tmp_path / "first", tmp_path / "second"
+    resuming = ["--ckpt_path", first / "checkpoints" / "last.ckpt"]
+    commands = [(first, *own, *stopping), (second, *own, *resuming)]
+    if ran(strategy, STRATEGIES[strategy][0], *(command(fit_args, strategy, *each) for each in commands)) is None:
+        return
+    losses = {step: float(loss) for step, loss in logged(second).items()}
+    assert min(losses) in (middle - 1, middle), "the step in which it was stopped is done again, or is not"
+    assert sorted(losses) == list(range(min(losses), STEPS))
+    assert max(relative(losses[step], expected_adapter.losses[step]) for step in losses) < TOLERANCE
+    assert weights_apart(second, expected_adapter, tmp_path / "exported") < TOLERANCE
+
+
+@pytest.mark.parametrize("quantize", ["nf4"] if DIVIDED else ["nf4", "int8"])
+def test_quantised_weights_give_the_same_losses_under_every_strategy_that_holds_them_whole(
+    quantize, fit_args, tmp_path
+):
+    strategies = (
+        ["auto", "zero2"]
+        if DIVIDED
+        else [entry.name for entry in CATALOGUE if entry.trains_adapters and entry.whole_weights]
+    )
+    assert {"ddp", "zero1", "zero2_offload"} < set(strategies) or DIVIDED
+    losses = {}
+    for strategy in strategies:
+        args = command(fit_args, strategy, tmp_path / strategy, "--model.quantize", quantize)
+        ran(strategy, STRATEGIES[strategy][0], args)
+        losses[strategy] = [float(loss) for _, loss in sorted(logged(tmp_path / strategy).items())]
+    assert losses["auto"][-1] < losses["auto"][0]
+    for found in losses.values():
+        assert max(map(relative, found, losses["auto"])) < TOLERANCE
+
+
 def test_all_strategies_that_can_are_in_the_chain():
     assert sorted(CHAIN) == sorted(ABLE)
 

@@ -62,3 +62,16 @@ def test_a_conversation_is_not_answered_with_beams(model, rows_file, tmp_path):
     change(model / "generation_config.json", num_beams=4, max_new_tokens=5)
     said = one_line(COMMANDS["chat"](model, rows_file, tmp_path))
     assert said.startswith(f"{model}: generation_config.json has num_beams 4, with which no answer can be shown as it")
+
+
+@pytest.mark.parametrize("name", ["start", "end"])
+def test_half_a_character_in_a_prompt_format_is_told(name, tiny_folder, rows_file, tmp_path):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    (model / "prompt_format.json").write_text(json.dumps({name: "\ud800</s>"}))
+    for command in (
+        ["firefly", "stats", "--files", rows_file, "--tokenizer", model, "--out", tmp_path / "out"],
+        ["firefly", "prune", "--model", model, "--corpus", rows_file, "--out", tmp_path / "out"],
+    ):
+        line = one_line(run(*command, check=False))
+        assert line.startswith(f"{model / 'prompt_format.json'}: prompt format: {name} holds half a surrogate pair")
+        assert not (tmp_path / "out").exists()

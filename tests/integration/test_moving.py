@@ -47,13 +47,18 @@ def command(fit_args, strategy: str, precision: str, root: Path, *more: object) 
 
 
 @pytest.fixture(scope="module")
-def saved(fit_args, tmp_path_factory):
-    """Checkpoints of runs that were stopped, by strategy and precision; made in both when one is asked for."""
+def saved(fit_args, tmp_path_factory, request):
+    """Checkpoints of runs that were stopped, by strategy and precision; made in all that moves need when one is."""
     root = tmp_path_factory.mktemp("saved")
     stopping = ["--model", "tests.support.helpers.Stopping", "--model.stop_step", SAVED - 1]
 
+    every = request.config.getoption("--full")
+    moved = {"32-true": MATRIX}
+    for source, precision in (move for target in MATRIX for move in sources_of(target, every)):
+        moved[precision] = {*moved.get(precision, ()), source}
+
     def checkpoint(strategy: str, precision: str = "32-true"):
-        folders = {each: root / f"{strategy}-{each}" for each in TOLERANCES}
+        folders = {each: root / f"{strategy}-{each}" for each, sources in moved.items() if strategy in sources}
         if not folders[precision].exists():
             runs = (command(fit_args, strategy, each, folder, *stopping) for each, folder in folders.items())
             run_ranks(STRATEGIES[strategy][0], *runs)

@@ -21,7 +21,9 @@ OF_DIVIDED = {"zero2": ("NAdam",), "fsdp2": ("NAdam",)}
 
 def settings(name: str) -> list[str]:
     path, arguments = ALL[name]
-    own = {"lr": 1e-3 if path.endswith(("Lion", "Adagrad")) else 1e-2, **arguments}
+    # Where a gradient is all rounding, as that of a key's bias, an eps too small makes whole steps of it.
+    eps = {"eps": 1e-4} if path.endswith(("Adam", "AdamW", "RMSprop", "NAdam", "RAdam", "Adamax", "Adadelta")) else {}
+    own = {**eps, "lr": 1e-3 if path.endswith(("Lion", "Adagrad", "RMSprop")) else 1e-2, **arguments}
     return ["--model.optimizer", json.dumps({"class_path": path, "init_args": own})]
 
 

@@ -302,7 +302,7 @@ CHECKS = {
     "firefly prune --help": check_help("--corpus", "--tokenizer", "--min_count", "--keep", "--pad_multiple"),
     "firefly-fit fit --model.help": check_help("--model.path", "--model.learning_rate"),
     "firefly-fit fit --data.help": check_help("--data.train_files", "--data.too_long"),
-    "firefly-fit fit --help": check_help("--model", "--data", "--trainer.max_steps", "--checkpoint.every_n_steps"),
+    "firefly-fit fit --help": check_help("model.path", "trainer.max_steps", "checkpoint.keep"),
     "firefly build .*Sentiment": check_rows("data/reviews.jsonl", "SentimentAnalyze", 61),
     "firefly build .*Weather": check_rows("data/weather.jsonl", "Weather", 4),
     "firefly clean": check_cleaned,

@@ -1,10 +1,12 @@
 """A stopped run goes on as if it had not stopped."""
 
+import itertools
 import json
 import shutil
 
 import pytest
 
+from tests.support.choice import DIVIDED
 from tests.support.helpers import fit, logged, one_line
 
 ARGS = [
@@ -106,8 +108,16 @@ def test_a_stopped_run_goes_on_digit_for_digit(dropout_model, rows_file, tmp_pat
     assert logged(tmp_path, "val_loss", version=1) == {s: loss for s, loss in val_losses.items() if s >= done}
 
 
-@pytest.mark.parametrize("kill_step", [6, 8], ids=["at the end of an epoch", "within an epoch"])
-@pytest.mark.parametrize("workers", [0, 2])
+ENDS = {6: "at the end of an epoch", 8: "within an epoch"}
+
+
+@pytest.mark.parametrize(
+    ("workers", "kill_step"),
+    [
+        pytest.param(workers, step, id=f"{workers}-{ENDS[step]}")
+        for workers, step in (zip((0, 2), ENDS, strict=True) if DIVIDED else itertools.product((0, 2), ENDS))
+    ],
+)
 def test_a_run_counted_in_epochs_resumes(dropout_model, rows_file, tmp_path, in_epochs, kill_step, workers):
     """Its schedule asks for the number of batches before Lightning knows the step to resume at."""
     losses, val_losses = in_epochs

@@ -1,6 +1,8 @@
 """A start imports what it needs, and no more; packages import only those before them."""
 
 import ast
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from firefly_lightning import fit, tools
-from firefly_lightning.cli import FireflyCLI
-from tests.support.helpers import run
+from firefly_lightning.cli import FireflyCLI, make_parser
+from firefly_lightning.cli_errors import known_keys
+from tests.support.helpers import one_line, run
+from tests.support.ranks import BIN
 
 PACKAGE = Path(fit.__file__).parent
 
@@ -50,24 +54,56 @@ def test_help_of_a_command_imports_nothing_heavy(name):
     assert not imported_by(code) & HEAVY
 
 
-def test_help_of_firefly_fit_imports_nothing_heavy():
-    code = "import sys; sys.argv = ['firefly-fit', '--help']\nfrom firefly_lightning.fit import command\ncommand()"
+@pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"], ["test", "-h"]])
+def test_help_of_firefly_fit_imports_nothing_heavy(arguments):
+    code = f"import sys; sys.argv = ['firefly-fit', *{arguments}]\nfrom firefly_lightning.fit import command\ncommand()"
     assert not imported_by(code) & HEAVY
 
 
 def test_help_of_firefly_fit_has_the_keys_that_the_parser_has():
-    parser = FireflyCLI.subcommands()
-    assert set(fit.COMMANDS) == set(parser)
-    shown = {key.name for key in fit.own_keys()}
-    assert len(shown) >= 25
-    for prefix in ("model", "data", "checkpoint", "best_checkpoint", "throughput", "samples"):
-        flag = f"--{prefix}.help" if prefix in ("model", "data") else "--help"
-        listed = run("firefly-fit", "fit", flag).stdout
-        for key in (key for key in shown if key.split(".")[0] == prefix and key != "data.tokenizer"):
-            assert f"--{key} " in listed, key
-    text = fit.overview()
-    assert all(f"  {name}" in text for name in shown)
-    assert all(key.text for key in fit.own_keys()), "every key is explained"
+    assert set(fit.COMMANDS) == set(FireflyCLI.subcommands())
+    own, of_trainer = (list(keys) for keys in (fit.own_keys(), fit.trainer_keys()))
+    assert len(own) >= 25
+    known = known_keys(make_parser())
+    assert {key.name for key in own} <= known
+    assert {key.name for key in of_trainer} >= {name for name in known if re.fullmatch(r"trainer\.\w+", name)}
+    for command in (None, "fit", "predict"):
+        text = fit.overview(command)
+        assert all(f"  {key.name}" in text for key in own)
+        assert all(f"  {key.name}" in text for key in of_trainer) == (command is not None)
+    assert all(key.text for key in (*own, *of_trainer)), "every key is explained"
+
+
+MISPLACED = {
+    "--config run.yaml fit": "--config belongs after the command; type: firefly-fit fit --config run.yaml",
+    "--config=run.yaml test --ckpt_path a": "type: firefly-fit test --config=run.yaml --ckpt_path a",
+    "--data.batch_size 8": "--data.batch_size belongs after the command; type: firefly-fit fit --data.batch_size 8",
+}
+
+
+@pytest.mark.parametrize("typed", MISPLACED)
+def test_flags_before_the_command_are_told_what_to_type(typed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("model:\n  path: here\n")
+    assert one_line(run("firefly-fit", *typed.split(), check=False, cwd=tmp_path)).endswith(MISPLACED[typed])
+
+
+def test_lightnings_own_configurations_stand_before_the_command(tmp_path):
+    (tmp_path / "run.yaml").write_text("fit:\n  model:\n    path: here\n")
+    fit.check_order(["--config", str(tmp_path / "run.yaml"), "fit"])
+    fit.check_order(["--config", str(tmp_path / "none.yaml"), "fit"])
+    fit.check_order(["fit", "--config", "run.yaml"])
+    fit.check_order(["trian", "--config", "run.yaml"])
+
+
+@pytest.mark.parametrize("name", ["firefly-fit", "firefly"])
+def test_a_reader_that_is_gone_ends_a_command_without_a_word(name):
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run([BIN / name, "--help"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert ended.stderr == ""
+    assert ended.returncode in (0, 141)  # argparse passes over it
 
 
 def test_no_trainer_of_transformers_is_imported():

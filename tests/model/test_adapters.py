@@ -10,7 +10,16 @@ from torch import nn
 from transformers import BloomConfig, BloomForCausalLM
 
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.model.adapters import Lora, as_config, check, check_same, compute_in, config_of, fields_of, put
+from firefly_lightning.model.adapters import (
+    Lora,
+    as_config,
+    check_adapter,
+    check_same,
+    compute_in,
+    config_of,
+    fields_of,
+    put,
+)
 from firefly_lightning.model.fast_bloom import FastBloom
 from firefly_lightning.model.loss import fused_target_cross_entropy
 from firefly_lightning.model.neftune import Neftune
@@ -76,7 +85,7 @@ def disturb(bloom: nn.Module) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_the_fast_pass_computes_what_stock_peft_does(name, recomputing):
     bloom, batch = small(), batch_of(5, 9, 3)
-    check(METHODS[name], bloom.config)
+    check_adapter(METHODS[name], bloom.config)
     torch.manual_seed(0)
     stock = peft.get_peft_model(copy.deepcopy(bloom), copy.deepcopy(METHODS[name]))
     put(bloom, METHODS[name])
@@ -177,7 +186,7 @@ def test_no_gradient_of_what_is_frozen_is_computed(hidden_learns, head_learns, m
 )
 def test_what_cannot_be_trained_is_refused(written, message):
     with pytest.raises(FireflyError) as raised:
-        check(as_config(written), small().config)
+        check_adapter(as_config(written), small().config)
     assert raised_line(raised).startswith(message)
 
 
@@ -185,7 +194,7 @@ def test_an_embedding_that_is_not_the_head_may_be_adapted():
     bloom, batch = small(tied=False), batch_of(4, 6)
     whole = {"modules_to_save": ["lm_head"]} if SAVES_MODULES else {}
     config = peft.LoraConfig(r=4, target_modules=["word_embeddings", "dense"], **whole)
-    check(config, bloom.config)
+    check_adapter(config, bloom.config)
     put(bloom, config)
     disturb(bloom)
     loss = FastBloom(bloom.train()).target_loss(batch)

@@ -93,6 +93,8 @@ def test_a_plan_counts_the_rows_of_the_data(config, model_folder, rows_file, tmp
         (memory, name) for memory in ("1GiB", "500MB") for name in STRATEGIES
     }
     assert "micro-batches of 4 rows" in result.stdout
+    assert "the run: 8,000 steps, 1,000.00 epochs" in result.stdout  # Lightning's own default
+    assert plan["steps"] == 8000
     for fit in plan["largest_micro_batch"]:
         limit = {"1GiB": 2**30, "500MB": 500e6}[fit["memory"]]
         for key, recomputing in (("plain", False), ("checkpointed", True)):

@@ -340,3 +340,15 @@ def test_rows_of_one_raw_row_are_hinted_at(tmp_path, reviews, capsys, per_row, h
     hint = f"{near} of {30 * per_row} Summary rows nearly repeat the row before them, as rows do that firefly build"
     assert (hint in said) == hinted
     assert ("--near_duplicates 1" in said) == hinted
+
+
+def test_rows_that_training_cannot_read_are_named(tmp_path, capsys):
+    """Two columns of another name are no raw rows, however they look."""
+    rows = [{"prompt": f"问题{index}", "completion": f"回答{index}"} for index in range(3)]
+    good = {"kind": "NER", "input": "第一问", "target": "第一答"}
+    clean([str(write_rows(tmp_path / "rows.jsonl", [*rows, good]))], str(tmp_path / "out.jsonl"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "3 of the rows that were kept are in no form that training reads" in said
+    assert "['completion', 'prompt']" in said
+    clean([str(write_rows(tmp_path / "rows.jsonl", [good]))], str(tmp_path / "other.jsonl"))
+    assert "in no form" not in capsys.readouterr().out

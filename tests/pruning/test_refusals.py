@@ -145,3 +145,13 @@ def test_a_file_that_holds_no_weights_is_refused(copied, corpus, tmp_path, held)
     torch.save(held, copied / "pytorch_model.bin")
     with pytest.raises(FireflyError, match="holds more than the tensors of a model"):
         prune(str(copied), str(tmp_path / "out"), corpus)
+
+
+@pytest.mark.parametrize("flag", ["corpus", "keep"])
+def test_a_mistyped_name_is_told_before_weights_move(flag, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("firefly_lightning.pruning.steps.open_large", None)  # nothing of the model is read
+    (tmp_path / "texts.txt").write_text("春风又绿江南岸\n", "utf-8")
+    typo = str(tmp_path / "typo.jsonl")
+    corpus = [str(tmp_path / "texts.txt"), *([typo] if flag == "corpus" else [])]
+    with pytest.raises(FireflyError, match=r"typo\.jsonl: no such file"):
+        prune(str(tiny_folder), str(tmp_path / "out"), corpus, keep=typo if flag == "keep" else None)

@@ -38,10 +38,11 @@ PATIENCE = 1800
 """Seconds after which a process counts as hanging; enough for a slow machine that compiles what DeepSpeed needs."""
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(  # also modules that a run imports late; engines import the last three
+FORKS.set_forkserver_preload(  # also modules that a run imports late, and the engines
     [
         "tests.support.ranks", "pandas", "torch.utils.tensorboard", "matplotlib.figure",
         "matplotlib.backends.backend_agg", "functorch.compile", "torch._inductor.lowering", "torch.utils.cpp_extension",
+        "tests.support.engines",
     ]
 )  # fmt: skip
 

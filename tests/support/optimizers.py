@@ -16,7 +16,7 @@ ELEMENTWISE: dict[str, tuple[str, dict[str, Any]]] = {
     "SGD": ("torch.optim.SGD", {}),
     "SGD with momentum": ("torch.optim.SGD", {"momentum": 0.9}),
     "Adagrad": ("torch.optim.Adagrad", {}),
-    "RMSprop": ("torch.optim.RMSprop", {"momentum": 0.9, "centered": True}),
+    "RMSprop": ("torch.optim.RMSprop", {"momentum": 0.9}),
     "NAdam": ("torch.optim.NAdam", {}),
     "RAdam": ("torch.optim.RAdam", {}),
     "Adamax": ("torch.optim.Adamax", {}),

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 LONGEST = (
-    "tests/strategies/native/test_strategy.py", "tests/integration/test_interrupts.py",
-    "tests/strategies/deepspeed/test_strategy.py", "tests/integration/test_moving.py",
-    "tests/integration/test_launching.py", "tests/integration/test_resume.py", "tests/integration/test_readme.py",
+    "tests/integration/test_launching.py", "tests/integration/test_readme.py",
+    "tests/strategies/native/test_strategy.py", "tests/integration/test_moving.py",
+    "tests/integration/test_interrupts.py", "tests/strategies/deepspeed/test_strategy.py",
+    "tests/integration/test_resume.py",
     "tests/strategies/deepspeed/test_refusals.py", "tests/integration/test_engine_parity.py",
     "tests/integration/test_predict.py", "tests/integration/test_parity.py", "tests/benchmarks/test_plan.py",
     "tests/strategies/colossalai/test_strategy.py", "tests/strategies/deepspeed/test_checkpoints.py",

@@ -13,8 +13,8 @@ from tests.support.reference import Trained
 
 BATCH_SIZE, LEARNING_RATE, WARMUP, CLIP = 8, 1e-3, 3, 0.1
 
-STEPS = 12 if DIVIDED else 20
-"""Of a run of a strategy: twelve show warm-up, clipping and a falling rate."""
+STEPS = 8 if DIVIDED else 20
+"""Of a run of a strategy: eight show warm-up, clipping and a falling rate."""
 
 
 @pytest.fixture(scope="session")

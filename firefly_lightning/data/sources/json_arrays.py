@@ -7,6 +7,7 @@ from typing import Any
 
 from firefly_lightning.data.sources.text_files import TextFile, not_encoded, open_text
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.files.json_object import STRICT_JSON
 
 BLOCK = 1 << 20
 """Number of bytes that are read at a time."""
@@ -71,7 +72,7 @@ class _Window:
     def __init__(self, file: TextFile, source: str) -> None:
         self.file, self.source = file.bytes, source
         self.bytes_to_text = codecs.getincrementaldecoder(file.encoding)()
-        self.json = json.JSONDecoder()
+        self.json = STRICT_JSON
         self.text, self.at, self.line, self.column = "", 0, 1, 1
         self.ended = False
 
@@ -99,7 +100,10 @@ class _Window:
                 if self.ended or not (error.pos >= len(self.text) - _CUT or error.msg.startswith("Unterminated")):
                     self.at = error.pos
                     raise self.error(error.msg) from error
-            except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+            except (
+                RecursionError,
+                ValueError,
+            ) as error:  # nested too deeply, a number of thousands of digits, or a key twice
                 raise FireflyError(f"{self.source}:{self._place()[0]}: not a row, {error}; mend the line") from error
             else:
                 if self.ended or end < len(self.text):

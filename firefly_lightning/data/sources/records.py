@@ -12,6 +12,7 @@ from typing import Any
 from firefly_lightning.data.sources.json_arrays import checked_depth, not_json, read_json_array
 from firefly_lightning.data.sources.text_files import format_of, is_compressed, open_text, read_lines
 from firefly_lightning.errors import FireflyError, describe_os_error, reason, some
+from firefly_lightning.files.json_object import STRICT_JSON
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 """What a file of rows is called; it may be compressed, as in ``rows.jsonl.gz``."""
@@ -107,10 +108,10 @@ def _read_json_lines(source: str) -> Iterator[tuple[int, Any]]:
 
 def _load_json(text: str, source: str, number: int) -> Any:
     try:
-        value = json.loads(text)
+        value = STRICT_JSON.decode(text)
     except json.JSONDecodeError as error:
         raise not_json(source, number, error.colno, error.msg) from error
-    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+    except (RecursionError, ValueError) as error:  # nested too deeply, a number of thousands of digits, or a key twice
         raise FireflyError(f"{source}:{number}: not a row, {error}; mend the line") from error
     return checked_depth(value, text.count("[") + text.count("{"), source, number)
 

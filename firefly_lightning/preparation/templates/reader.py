@@ -42,6 +42,7 @@ from typing import Any
 import yaml
 
 from firefly_lightning.errors import FireflyError, MissingFileError, describe_os_error, full_width_hint, reason
+from firefly_lightning.files.json_object import RepeatedKeyError, check_keys
 from firefly_lightning.preparation.templates.fill import TemplateGroup, Templates, Words
 from firefly_lightning.preparation.templates.views import Listing, Template, ValueMap, plain_text
 
@@ -73,11 +74,15 @@ def load_templates(kind: str, folder: Path | None = None) -> Templates:
         known = f"{', '.join(kinds) or 'none'}; --templates names a folder of your own"
         raise FireflyError(f"{folder}: no templates for the kind {kind!r}{hint}; there are templates for {known}")
     try:
-        return _read_file(yaml.safe_load(path.read_text("utf-8")), path)
+        text = path.read_text("utf-8")
+        check_keys(yaml.compose(text, yaml.SafeLoader))
+        return _read_file(yaml.safe_load(text), path)
     except OSError as error:
         raise FireflyError(describe_os_error(error, path)) from error
     except UnicodeDecodeError as error:
         raise FireflyError(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the file") from error
+    except RepeatedKeyError as error:
+        raise FireflyError(f"{path}: {error}; keep one of them") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError: a date such as 2024-99-99
         raise FireflyError(f"{path}: not YAML: {reason(error)}{full_width_hint(path)}") from error
 

@@ -1,0 +1,44 @@
+"""A plan counts an epoch and the steps as the run does, under every limit that a run can have."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from firefly_lightning.planning.training_rows import training_rows
+from tests.data.test_limits import LIMITS, OVERFITTED
+from tests.support.small_runs import BATCH_SIZE, plan_rows
+
+UNLIMITED = {
+    "limit_train_batches": None, "overfit_batches": 0.0, "fast_dev_run": False, "max_steps": -1, "max_epochs": None,
+}  # fmt: skip
+
+
+def counted(model, rows, **trainer):
+    options = {"tokenizer": str(model), "train_files": str(rows), "batch_size": BATCH_SIZE}
+    data = SimpleNamespace(class_path="firefly_lightning.FireflyDataModule", init_args=options)
+    return training_rows(data, SimpleNamespace(**UNLIMITED | trainer))
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_a_plan_has_the_steps_of_the_run(limit, tiny_folder, short_rows):
+    """The steps and epochs are those that the runs of another test make with these settings."""
+    arguments, steps, _, epochs = LIMITS[limit]
+    found = counted(tiny_folder, short_rows, **arguments)
+    assert found.last == steps
+    first = found.counts()
+    assert first["steps"] == -(-steps // epochs)
+    taken = [row for rows in plan_rows(tiny_folder, short_rows, first["steps"]).values() for row in rows]
+    assert (first["rows"], first["tokens"]) == (len(taken), found.lengths[taken].sum())
+
+
+@pytest.mark.parametrize("share", OVERFITTED)
+def test_a_plan_has_the_rows_that_are_overfitted(share, tiny_folder, short_rows):
+    batches, steps = OVERFITTED[share]
+    found = counted(tiny_folder, short_rows, overfit_batches=batches, max_epochs=3)
+    assert (found.epoch, found.last) == (steps, 3 * steps)
+    assert sorted(found.plan.rows(steps)) == sorted(found.plan.rows(0))
+
+
+def test_a_run_without_limits_has_lightnings_or_no_end(tiny_folder, short_rows):
+    assert counted(tiny_folder, short_rows).last == 5 * 1000
+    assert counted(tiny_folder, short_rows, max_epochs=-1).last == float("inf")
