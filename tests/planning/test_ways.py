@@ -106,7 +106,7 @@ def test_the_documented_table_is_what_is_computed(language, monkeypatch):
             for one in (one for one in found if one["way"] == way.name):
                 again = " ↻" if one["gradient_checkpointing"] else ""
                 computed[place].append(f"{one['micro_batch_size']}{again}" if one["micro_batch_size"] else "–")
-    assert [[precision, *cells.split(" | ")] for precision, cells in shown] == computed
+    assert [[precision, *cells.split(" | ")] for precision, cells in shown if cells.count("|") == 7] == computed
 
 
 def test_a_cpu_is_its_own_host(tmp_path):
