@@ -245,10 +245,12 @@ def test_fsdp2_goes_around_tensor_parallelism(fit_args, expected, tmp_path):
         ("fsdp2", ["--trainer.precision", "64-true"], "fsdp2: cannot do precision 64-true"),
     ],
 )
-def test_what_cannot_be_is_refused_first(strategy, more, message, tmp_path, rows_file):
-    """The folder of the model is not even looked at."""
+def test_what_cannot_be_is_refused_first(strategy, more, message, tmp_path, rows_file, odd_folder):
+    """The weights, which cannot be loaded, are not even looked at."""
     own = ["--trainer.devices", 1, "--trainer.strategy", strategy, *more]
-    result = run(*command("fit", "auto", tmp_path / "missing", rows_file, tmp_path, *own), check=False)
+    broken = shutil.copytree(odd_folder, tmp_path / "broken")
+    (broken / "model.safetensors").write_text("nothing that can be loaded")
+    result = run(*command("fit", "auto", broken, rows_file, tmp_path, *own), check=False)
     assert message in one_line(result)
 
 
