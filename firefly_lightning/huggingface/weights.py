@@ -83,6 +83,11 @@ def load_bloom(
         raise FireflyError(f"{path}: the weights lack {some(missing)}; fetch them again")
     if layers := layers_beyond(config.n_layer, info["unexpected_keys"]):
         raise FireflyError(f"{path}: the weights have {some(layers)}, which config.json lacks; fetch both again")
+    for module in model.modules():
+        if hasattr(
+            module, "support_avx512bf16_for_cpu"
+        ):  # of bitsandbytes; packs weights anew, and not those of any size
+            module.support_avx512bf16_for_cpu = False
     for name in FLOATS:  # transformers refuses a temperature of 2, and takes 2.0
         if isinstance(value := getattr(model.generation_config, name, None), int):
             setattr(model.generation_config, name, float(value))

@@ -140,8 +140,8 @@ class RunSettings:
     def _leave_out_groups(self) -> None:
         """Leaves functions out of schedules' states for groups that this run does not have."""
         for state, settings in zip(self._schedules, self._configured, strict=False):
-            if "lr_lambdas" in state:
-                state["lr_lambdas"] = state["lr_lambdas"][: len(settings.groups)]
+            if isinstance(functions := state.get("lr_lambdas"), list):
+                state["lr_lambdas"] = functions[: len(settings.groups)]
 
 
 def _own(value: Any) -> Any:

@@ -92,12 +92,6 @@ def test_any_value_in_an_inner_state_is_taken_or_refused_in_a_line(saved, place,
     [
         (("lr_schedulers",), [{}], r"forged\.ckpt: its lr_schedulers is list, not schedules' states"),
         (("lr_schedulers", 0, "lr_lambdas"), 3, r"forged\.ckpt: could not restore lr schedulers from it \(TypeError"),
-        (("lr_schedulers", 0, "base_lrs"), [], "LambdaLR has rates of 1 groups of weights"),
-        (
-            ("optimizer_states", 0, "param_groups"),
-            [],
-            r"could not restore optimizers from it \(ValueError: loaded state",
-        ),
         (("optimizer_states", 0, "state", 0), {"x": torch.ones(328, 16)}, "the checkpoint's optimizer keeps x of a w"),
         (("loops", "fit_loop", "state_dict"), [3], r"forged\.ckpt: could not restore loops from it"),
         (

@@ -70,6 +70,17 @@ def test_an_interrupted_run_goes_on_to_the_digit(name, precision, tiny_folder, s
     assert resumed.losses == {step: loss for step, loss in complete.losses.items() if step > STOP}
 
 
+def test_validations_do_not_change_a_training_on_quantised_weights(tiny_folder, short_rows, short_val_rows, tmp_path):
+    losses = []
+    for name, more in (("without", {}), ("with", {"val_check_interval": 2, "check_val_every_n_epoch": None})):
+        data = {"val_files": str(short_val_rows)} if more else {}
+        own = module(tiny_folder, **VARIANTS["nf4"])
+        noted = train(tiny_folder, short_rows, tmp_path / name, module=own, max_steps=5, data=data, **more)
+        losses.append(noted.losses)
+        assert bool(noted.validated) == bool(more)
+    assert losses[0] == losses[1]
+
+
 def test_a_checkpoint_holds_what_is_trained_alone(adapted, tiny_folder):
     names = []
     for file in adapted.glob("*.safetensors"):

@@ -170,11 +170,12 @@ def test_what_is_refused_before_processes_start(flags, message, odd_folder, rows
 
 
 def test_an_unknown_option_ends_in_one_line_before_weights_are_loaded(odd_folder, rows_file, tmp_path):
-    (weightless := tmp_path / "model").mkdir()
+    (broken := tmp_path / "model").mkdir()
     for file in odd_folder.glob("*.json"):
-        (weightless / file.name).write_bytes(file.read_bytes())
+        (broken / file.name).write_bytes(file.read_bytes())
+    (broken / "model.safetensors").write_text("nothing that can be loaded")
     flags = [*GEMINI, "--trainer.strategy.plugin_options", '{"pin_memry": true}']
-    result = fit(weightless, rows_file, tmp_path, *flags, process=True, check=False)
+    result = fit(broken, rows_file, tmp_path, *flags, process=True, check=False)
     assert one_line(result).endswith(
         "plugin_options.pin_memry is no option of ColossalAI's plugin; did you mean pin_memory?"
     )
