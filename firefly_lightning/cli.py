@@ -251,7 +251,6 @@ def _quiet_lightning() -> None:
     advertisement = "litlogger"
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: advertisement not in record.getMessage())
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that a hub has for some processors
     spare_bars("lightning.pytorch", "lightning.fabric")
     for message in (
         ".*LeafSpec.* is deprecated",  # Lightning's own use of torch

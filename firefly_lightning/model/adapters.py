@@ -5,6 +5,7 @@ is imported only where a run asks for an adapter.
 """
 
 import json
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -65,6 +66,7 @@ def as_config(adapter: Any) -> Any:
     if adapter is None:
         return None
     require("peft")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that a hub has for some processors
     import peft
 
     if adapter == "lora":
