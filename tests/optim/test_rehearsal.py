@@ -74,37 +74,38 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def without_weights(tiny_folder, tmp_path_factory):
-    """The tiny model's folder without its weights, so that a run that comes to load them says so."""
-    folder = tmp_path_factory.mktemp("no weights")
+def with_broken_weights(tiny_folder, tmp_path_factory):
+    """The tiny model's folder with weights that cannot be loaded, so that a run that comes to load them says so."""
+    folder = tmp_path_factory.mktemp("broken")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((tiny_folder / name).read_bytes())
+    (folder / "model.safetensors").write_text("nothing that can be loaded")
     return folder
 
 
 @pytest.mark.parametrize("path", REFUSED)
-def test_what_cannot_train_is_refused(without_weights, short_rows, tmp_path, path):
+def test_what_cannot_train_is_refused(with_broken_weights, short_rows, tmp_path, path):
     own = ["--trainer.max_steps", 2, "--data.batch_size", 8, "--model.optimizer", path]
-    line = one_line(fit(without_weights, short_rows, tmp_path, *own, check=False))
+    line = one_line(fit(with_broken_weights, short_rows, tmp_path, *own, check=False))
     assert line.startswith(f"model.optimizer: {REFUSED[path]}"), line
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_arguments_that_cannot_be_are_refused(without_weights, short_rows, tmp_path):
+def test_arguments_that_cannot_be_are_refused(with_broken_weights, short_rows, tmp_path):
     for path, arguments, part in (
         ("torch.optim.SGD", {"lr": -1.0}, "SGD: Invalid learning rate: -1.0"),
         (HERE + "NeedsAModel", {"model": 1}, "cannot train this model ("),
     ):
         given = json.dumps({"class_path": path, "init_args": arguments})
         own = ["--trainer.max_steps", 2, "--data.batch_size", 8, "--model.optimizer", given]
-        assert part in one_line(fit(without_weights, short_rows, tmp_path, *own, check=False))
+        assert part in one_line(fit(with_broken_weights, short_rows, tmp_path, *own, check=False))
 
 
-def test_a_pytorch_without_muon_says_so(without_weights, short_rows, tmp_path, monkeypatch):
+def test_a_pytorch_without_muon_says_so(with_broken_weights, short_rows, tmp_path, monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
     own = ["--trainer.max_steps", 2, "--data.batch_size", 8, "--model.optimizer"]
     line = one_line(
-        fit(without_weights, short_rows, tmp_path, *own, "firefly_lightning.optim.MuonWithAdamW", check=False)
+        fit(with_broken_weights, short_rows, tmp_path, *own, "firefly_lightning.optim.MuonWithAdamW", check=False)
     )
     assert line == f"torch {torch.__version__} has no Muon; install torch 2.9 or later, or take AdamW"
 
