@@ -8,6 +8,7 @@ how they belong together. A class is never named by a checkpoint: it is that of 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -96,10 +97,16 @@ def on_other_parameters(
         groups: Groups of the new one, with all their settings.
         state: States of the new one; by default none.
     """
-    other: Optimizer = object.__new__(type(optimizer))
-    patched = ("step", "load_state_dict")  # those of this very object: a schedule counts its steps
-    vars(other).update({name: value for name, value in vars(optimizer).items() if name not in patched})
-    other.param_groups, other.state = groups, defaultdict(dict) if state is None else state  # type: ignore[assignment]
+    other: Optimizer
+    if hasattr(type(optimizer), "__del__"):  # frees what both would share, as DeepSpeed's Adam does in C++
+        known = signature(type(optimizer)).parameters
+        other = type(optimizer)(groups, **{name: value for name, value in optimizer.defaults.items() if name in known})
+    else:
+        other = object.__new__(type(optimizer))
+        patched = ("step", "load_state_dict")  # those of this very object: a schedule counts its steps
+        vars(other).update({name: value for name, value in vars(optimizer).items() if name not in patched})
+        other.param_groups = groups
+    other.state = defaultdict(dict) if state is None else state  # type: ignore[assignment]
     return other
 
 
