@@ -134,6 +134,7 @@ def test_a_wrong_decoding_is_refused_before_weights_are_loaded(taught, rows, tmp
     (tmp_path / "config.json").write_bytes((taught / "config.json").read_bytes())
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((taught / name).read_bytes())
+    (tmp_path / "model.safetensors").write_text("nothing that can be loaded")
     result = predict(tmp_path, tmp_path, "--data.predict_files", rows, "--model.decoding", decoding, check=False)
     assert says in one_line(result)
 

@@ -15,7 +15,7 @@ STEPS, STOP = 5, 2
 TRIED = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "native_tp")
 """All but the first update parts of weights; ColossalAI's and offloading take Adam and AdamW, which others test."""
 
-OF_DIVIDED = {"zero2": ("NAdam",), "fsdp2": ("NAdam",)}
+OF_DIVIDED = {"zero2": ("SGD with momentum",), "fsdp2": ("NAdam",)}
 """What `.ci/run` tries: NAdam counts two numbers, and no others do."""
 
 
