@@ -77,6 +77,11 @@ def load_bloom(
         with quiet_transformers():
             model, info = BloomForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **options)
     except Exception as error:  # whatever the readers of the several weight formats raise
+        if quantize and "bnb_supported_devices" in str(error):
+            release = f"transformers {transformers.__version__}"
+            raise FireflyError(
+                f"model.quantize {quantize}: {release} cannot do it on this device; take 5 or later"
+            ) from error
         raise FireflyError(f"{path}: the weights cannot be read ({reason(error)}); fetch them again") from error
     # transformers would go on with random numbers in the place of missing weights, and without layers too many.
     if missing := sorted(info["missing_keys"]):
