@@ -2,7 +2,7 @@
 
 Its digests are checked once a process: a byte that has changed on the disk would be learned like any other. For 1.65
 million rows, 1.4 GB, that takes 0.2 s where they are in the system's cache, and else what the disk needs: 1.3 s where
-``dd`` needs 1.1 s for the same file. Reading ahead, by advice to the system or by more threads, was no faster there.
+``dd`` needs 1.1 s for the same file. Reading ahead, by advice to the system, was no faster there.
 """
 
 import errno

@@ -100,10 +100,7 @@ class _Window:
                 if self.ended or not (error.pos >= len(self.text) - _CUT or error.msg.startswith("Unterminated")):
                     self.at = error.pos
                     raise self.error(error.msg) from error
-            except (
-                RecursionError,
-                ValueError,
-            ) as error:  # nested too deeply, a number of thousands of digits, or a key twice
+            except (RecursionError, ValueError) as error:  # nested too deeply, thousands of digits, or a key twice
                 raise FireflyError(f"{self.source}:{self._place()[0]}: not a row, {error}; mend the line") from error
             else:
                 if self.ended or end < len(self.text):
