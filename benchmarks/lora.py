@@ -7,28 +7,21 @@ head spares: the seconds of the loss of a step's targets, with the head's gradie
 
 import argparse
 import json
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.floor import DTYPES
-from benchmarks.machine import machine
 from benchmarks.processes import alone
-from benchmarks.throughput import draw, make_model, make_parser, measure_all, rows_of_steps
+from benchmarks.throughput import draw, make_parser, measure_all, prepared
 
 
 def main() -> None:
     """Measures each system in a process of its own, and the head."""
     options = make_parser(__doc__, ("lora", "firefly", "peft")).parse_args()
-    print(json.dumps(machine() | {"threads": options.threads}), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder), options)
-        options.folder = folder
-        steps = rows_of_steps(options)
+    with prepared(options) as steps:
         lines = measure_all(options, steps)
     targets = sum(sum(mask) for _, mask in steps[-1])
     vocabulary = lines[0]["vocabulary"]

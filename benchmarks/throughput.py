@@ -19,8 +19,8 @@ import importlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,8 @@ BLUE, GREY = "#4C78A8", "#BAB0AC"
 
 def main() -> None:
     """Measures each system in a process of its own."""
-    parser = make_parser(__doc__, SYSTEMS)
-    options = parser.parse_args()
-    print(json.dumps(machine() | {"threads": options.threads}), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder), options)
-        options.folder = folder
-        steps = rows_of_steps(options)
+    options = make_parser(__doc__, SYSTEMS).parse_args()
+    with prepared(options) as steps:
         lines = measure_all(options, steps)
         options.steps, options.warmup = 2, 1
         for dtype in options.dtypes if options.profile else ():
@@ -98,6 +93,16 @@ def make_parser(text: str | None, systems: Sequence[str]) -> argparse.ArgumentPa
     parser.add_argument("--profile", type=Path, help="folder for where the time of firefly's operations goes")
     parser.add_argument("--out", type=Path, help="PNG of the figures")
     return parser
+
+
+@contextmanager
+def prepared(options: argparse.Namespace) -> Iterator[list[list[tuple[list[int], list[bool]]]]]:
+    """Prints what machine this is and makes the model in ``options.folder``; gives the rows of the steps."""
+    print(json.dumps(machine() | {"threads": options.threads}), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder), options)
+        options.folder = folder
+        yield rows_of_steps(options)
 
 
 def measure_all(options: argparse.Namespace, steps: Sequence[Any]) -> list[dict[str, Any]]:

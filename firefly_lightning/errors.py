@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 _PATIENCE = 5.0
@@ -103,6 +104,21 @@ def shown(name: str) -> str:
     """A name or text of a user's for a message: one of odd characters is escaped, and a long one cut."""
     text = name if name.isprintable() else ascii(name)
     return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def require(extra: str, *packages: str) -> None:
+    """Checks that packages of an extra are installed, without importing them.
+
+    Args:
+        extra: Name of the extra that has them.
+        packages: Names of the packages.
+
+    Raises:
+        FireflyError: If one of them is not installed.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise FireflyError(f'{package} is not installed; run pip install "firefly-lightning[{extra}]"')
 
 
 def check_number(

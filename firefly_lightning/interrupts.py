@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 GRACE = 2.0
@@ -159,13 +160,17 @@ class _Watch:
                 tidy()
         os._exit(128 + self.number)
 
-    def _raise(self, number: int, frame: Any) -> None:
+    def _raise(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None:
             self.end(number)
         self.number = number
+        importing = _imports(frame)
         with suppress(OSError):
-            self._tells.send(bytes([number | _HANDLED]))
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+            # A module may be brought up by C++ that ends the process where Python raises, as PyTorch's does; so an
+            # import goes on until the watch ends the process, which it does at once, as after a second signal.
+            self._tells.send(bytes([number | _HANDLED, *([number] if importing else [])]))
+        if not importing:
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
     def _watch(self) -> None:
         """Waits for a signal that our handler takes, then for a second one or ``GRACE`` seconds; ends the process."""
@@ -188,6 +193,15 @@ class _Watch:
         number = told & ~_HANDLED
         ours = told & _HANDLED or (number in self._before and signal.getsignal(number) == self._raise)
         return number if ours else 0
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported where the main thread is."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _begin_child() -> None:

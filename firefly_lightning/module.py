@@ -107,7 +107,8 @@ class FireflyModule(L.LightningModule):
         check_number("model.loraplus_lr_ratio", loraplus_lr_ratio, above=0)
         self.path = path
         self._source = ModelSource(path, from_scratch, adapter, quantize)
-        self.saves_trained_only = self._source.adapter is not None
+        self.adapter = self._source.adapter
+        self.saves_trained_only = self.adapter is not None
         self.strict_loading = not self.saves_trained_only
         self._noise = Neftune(neftune_noise_alpha)
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps

@@ -33,7 +33,7 @@ pytest_plugins = ["tests.support.strategies", "tests.support.queue", "tests.supp
 
 OF_ONE_STACK = {
     "current": (
-        "benchmarks", "callbacks", "chat", "checkpoints/test_damage",
+        "callbacks", "chat", "checkpoints/test_damage",
         "checkpoints/test_io_plugin.py::test_a_full_disk", "checkpoints/test_portable", "checkpoints/test_saved_config",
         "data", "demo", "evaluation/test_answer", "evaluation/test_metric_names", "evaluation/test_predictions",
         "files", "integration/test_adapter", "integration/test_docs", "integration/test_interrupts",
@@ -54,7 +54,8 @@ OF_ONE_STACK = {
 home."""
 
 OF_FULL_RUNS = (
-    "benchmarks/test_strategy_memory", "benchmarks/test_kill_and_resume",
+    "benchmarks", "pruning/test_weights_writer.py::test_memory_stays_small[bin",
+    "strategies/test_registration.py::test_either_package_is_imported_first[lightning",
     *(
         f"strategies/native/test_strategy.py::{test}"
         for test in (

@@ -4,15 +4,19 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 from transformers import BloomConfig
 
 from firefly_lightning.data.batches import data_parallel_share
 from firefly_lightning.errors import check_number
+
+_WEIGHTS = {"query_key_value": 3, "dense": 1, "dense_h_to_4h": 4, "dense_4h_to_h": 4}
+"""Weights of the matrices of a block, in units of hidden_size², by the names of their layers."""
 
 PRODUCT_SECONDS = 0.01
 """A matrix product that takes this many seconds is large enough to show what a device can do."""
@@ -44,11 +48,13 @@ class Throughput(Callback):
         self._since: float | None = None
         self._waited = 0.0
         self._flops = 0.0
+        self._frozen = ALL_TRAINED
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Finds the peak of the device, and starts the clock."""
+        """Finds the peak of the device and what of the model is frozen, and starts the clock."""
         dtype = _compute_dtype(trainer.precision)
         self._peak = 1e12 * self.peak_tflops if self.peak_tflops else measure_peak(trainer.strategy.root_device, dtype)
+        self._frozen = frozen_of(pl_module)
         self._start(trainer)
 
     def on_train_batch_end(
@@ -58,7 +64,7 @@ class Throughput(Callback):
         told = batch if isinstance(batch, dict) else {}
         config = getattr(getattr(pl_module, "model", None), "config", None)
         if isinstance(config, BloomConfig) and "lengths" in told:
-            self._flops += training_flops(config, told["lengths"], len(told["target_ids"]))
+            self._flops += training_flops(config, told["lengths"], len(told["target_ids"]), self._frozen)
         if (batch_idx + 1) % trainer.accumulate_grad_batches or self._since is None:
             return
         seconds = time.perf_counter() - self._since
@@ -80,22 +86,51 @@ class Throughput(Callback):
         self._since, self._waited, self._flops = time.perf_counter(), _seconds_waited(trainer) or 0.0, 0.0
 
 
-def training_flops(config: BloomConfig, lengths: Sequence[int], targets: int) -> float:
+class Frozen(NamedTuple):
+    """What of a Bloom is not trained, so that its gradient is not computed.
+
+    Attributes:
+        matrices: Weights of the frozen matrices of all blocks, in units of hidden_size².
+        head: Whether the head is frozen.
+    """
+
+    matrices: int = 0
+    head: bool = False
+
+
+ALL_TRAINED = Frozen()
+
+
+def frozen_of(model: nn.Module) -> Frozen:
+    """What of a Bloom, or of a module around one, is frozen; an adapter's own weights are no part of it."""
+    matrices, head = 0, False
+    for name, weight in model.named_parameters():
+        layer = name.removesuffix(".weight").removesuffix(".base_layer").rpartition(".")[2]
+        if not weight.requires_grad:
+            matrices += _WEIGHTS.get(layer, 0)
+            head = head or layer == "word_embeddings"
+    return Frozen(matrices, head)
+
+
+def training_flops(config: BloomConfig, lengths: Sequence[int], targets: int, frozen: Frozen = ALL_TRAINED) -> float:
     """Floating-point operations that training on rows needs, forward and backward.
 
     The formula is that of Chowdhery and others, "PaLM" (2022), appendix B: 6 operations for each token and weight of a
-    matrix, and 12 · layers · hidden_size · length for the attention of a token. The head counts only where there is a
-    target, since it is needed nowhere else. Padding and what checkpointing computes again do not count.
+    matrix, and 12 · layers · hidden_size · length for the attention of a token. A frozen weight has 2 operations less,
+    those of its gradient; the narrow matrices of an adapter do not count. The head counts only where there is a target,
+    since it is needed nowhere else. Padding and what checkpointing computes again do not count.
 
     Args:
         config: Configuration of the model.
         lengths: Number of tokens of each row.
         targets: Number of learned tokens of all rows together.
+        frozen: What is not trained.
     """
     hidden, layers = config.hidden_size, config.n_layer
-    blocks = 6 * 12 * layers * hidden**2 * sum(lengths)  # 12 · hidden² weights: 4 in attention, 8 in the wide layers
+    # A block's matrices have 12 · hidden² weights: 4 in attention, 8 in the wide layers.
+    blocks = (6 * 12 * layers - 2 * frozen.matrices) * hidden**2 * sum(lengths)
     attention = 12 * layers * hidden * sum(length**2 for length in lengths)
-    return float(blocks + attention + 6 * config.vocab_size * hidden * targets)
+    return float(blocks + attention + (4 if frozen.head else 6) * config.vocab_size * hidden * targets)
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:

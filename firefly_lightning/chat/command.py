@@ -6,11 +6,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from firefly_lightning.errors import FireflyError, check_number
+from firefly_lightning.errors import FireflyError, check_number, require
 from firefly_lightning.interrupts import interruptible
 from firefly_lightning.prompt import Turn
 
@@ -106,9 +105,7 @@ def _require_web(prompt: str | None) -> None:
     """Checks, before a model is loaded, that the page can be served."""
     if prompt is not None:
         raise FireflyError("--web and --prompt are both given; leave one of them out")
-    for package in ("starlette", "uvicorn"):
-        if find_spec(package) is None:
-            raise FireflyError(f'{package} is not installed; run pip install "firefly-lightning[web]"')
+    require("web", "starlette", "uvicorn")
 
 
 def _converse(answer: Callable[[Sequence[Turn], str], Iterator[str]]) -> None:

@@ -9,7 +9,7 @@ import transformers
 import xxhash
 from transformers import BloomConfig, BloomForCausalLM
 
-from firefly_lightning.errors import FireflyError, reason, some
+from firefly_lightning.errors import FireflyError, reason, require, some
 from firefly_lightning.files.hub import find_model_file
 from firefly_lightning.files.manifest import digest_of
 from firefly_lightning.files.model_json import (
@@ -89,9 +89,7 @@ def load_bloom(
     if layers := layers_beyond(config.n_layer, info["unexpected_keys"]):
         raise FireflyError(f"{path}: the weights have {some(layers)}, which config.json lacks; fetch both again")
     for module in model.modules():
-        if hasattr(
-            module, "support_avx512bf16_for_cpu"
-        ):  # of bitsandbytes; packs weights anew, and not those of any size
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would pack weights anew, not those of any size
             module.support_avx512bf16_for_cpu = False
     for name in FLOATS:  # transformers refuses a temperature of 2, and takes 2.0
         if isinstance(value := getattr(model.generation_config, name, None), int):
@@ -173,16 +171,13 @@ def _merged(model: BloomForCausalLM, path: str) -> BloomForCausalLM:
     Raises:
         FireflyError: If peft is missing, the adapter's files are damaged, or it is of a model of other sizes.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise FireflyError('peft is not installed; run pip install "firefly-lightning[adapters]"') from error
+    require("adapters", "peft")
+    import peft
+
     _adapter_file(path)
     try:
         with warnings.catch_warnings(), quiet_transformers():
-            warnings.simplefilter(
-                "ignore"
-            )  # of layers that peft has not seen before, and of configurations of later releases
+            warnings.simplefilter("ignore")  # of layers new to peft, and of configurations of later releases
             merged: BloomForCausalLM = peft.PeftModel.from_pretrained(model, path).merge_and_unload()
     except Exception as error:  # of many types, by what does not fit
         raise FireflyError(f"{path}: cannot be merged into {base_of(path)} ({reason(error)})") from error

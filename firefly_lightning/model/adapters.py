@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM
 
-from firefly_lightning.errors import FireflyError, check_number, reason, some
+from firefly_lightning.errors import FireflyError, check_number, reason, require, some
 
 LINEAR_LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 """The four linear layers of a Bloom's block, by their last names."""
@@ -65,7 +64,7 @@ def as_config(adapter: Any) -> Any:
     """
     if adapter is None:
         return None
-    require("peft")
+    require("adapters", "peft")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that a hub has for some processors
     import peft
 
@@ -89,16 +88,6 @@ def as_config(adapter: Any) -> Any:
         f"model.adapter{what}: no adapter; write lora, keys of it ({keys}), or class_path: peft.LoraConfig with its "
         "init_args"
     )
-
-
-def require(package: str) -> None:
-    """Checks that a package of the extra ``adapters`` is there.
-
-    Raises:
-        FireflyError: If it is not installed.
-    """
-    if find_spec(package) is None:
-        raise FireflyError(f'{package} is not installed; run pip install "firefly-lightning[adapters]"')
 
 
 def check_adapter(config: Any, bloom_config: BloomConfig) -> None:
@@ -185,7 +174,7 @@ def config_of(fields: Mapping[str, Any]) -> Any:
     Raises:
         FireflyError: If peft does not know such an adapter; a later release may have written it.
     """
-    require("peft")
+    require("adapters", "peft")
     from peft import PeftConfig
 
     try:

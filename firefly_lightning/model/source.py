@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import BloomForCausalLM
 
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.errors import FireflyError, require
 from firefly_lightning.huggingface import (
     Quantize,
     base_of,
@@ -19,7 +19,7 @@ from firefly_lightning.huggingface import (
     load_config,
     random_bloom,
 )
-from firefly_lightning.model.adapters import as_config, check_adapter, check_same, compute_in, fields_of, put, require
+from firefly_lightning.model.adapters import as_config, check_adapter, check_same, compute_in, fields_of, put
 
 
 def autocast_dtype(precision: Any) -> torch.dtype | None:
@@ -55,7 +55,7 @@ class ModelSource:
         if self.adapter is not None and from_scratch:
             raise FireflyError("model.adapter: an adapter of random weights is of no use; leave model.from_scratch out")
         if quantize:
-            require("bitsandbytes")
+            require("adapters", "bitsandbytes")
         self._digest = ""
 
     def check(self) -> None:

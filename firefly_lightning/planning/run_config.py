@@ -12,7 +12,7 @@ from transformers import BloomConfig, BloomForCausalLM
 from firefly_lightning.cli import make_parser
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import load_config
-from firefly_lightning.model.adapters import as_config, check_adapter, put
+from firefly_lightning.model.adapters import check_adapter, put
 from firefly_lightning.module import FireflyModule
 from firefly_lightning.planning.optimizers import Shapes, cost_of
 from firefly_lightning.planning.runs import STRATEGIES, ModelSize, Trained
@@ -67,7 +67,7 @@ def trained_of(model: Any, size: ModelSize, precision: str) -> Trained:
     made: Any = parser.instantiate_classes(parser.parse_object({"model": known})).model
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     optimizer = cost_of(made.optimizer, dtype) if made.optimizer else None
-    adapter = adapter_shapes(size, as_config(made._source.adapter)) if asked["adapter"] else None
+    adapter = adapter_shapes(size, made.adapter) if asked["adapter"] else None
     return Trained(optimizer, adapter, asked["quantize"], bool(asked["release_gradients"]))
 
 

@@ -2,13 +2,15 @@
 
 import resource
 import time
+from copy import deepcopy
 
+import peft
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from firefly_lightning import FireflyDataModule, FireflyModule
-from firefly_lightning.callbacks.throughput import measure_peak, training_flops
+from firefly_lightning.callbacks.throughput import frozen_of, measure_peak, training_flops
 from firefly_lightning.data.batches import PlannedBatches
 from firefly_lightning.huggingface import load_config
 from tests.support.helpers import fit, logged
@@ -81,6 +83,25 @@ def test_operations_are_those_that_stock_bloom_does(bloom):
     more = training_flops(bloom.config, [40, 25], targets=50)
     alone = [training_flops(bloom.config, [length], targets=25) for length in (40, 25)]
     assert more == pytest.approx(sum(alone))
+
+
+@pytest.mark.parametrize("layers", ["", "dense", "word_embeddings", "dense_h_to_4h query_key_value word_embeddings"])
+def test_operations_of_a_frozen_weight_lack_those_of_its_gradient(bloom, layers):
+    frozen = deepcopy(bloom)
+    for name, weight in frozen.named_parameters():
+        weight.requires_grad_(name.split(".")[-2] not in (layers.split() or [name.split(".")[-2]]))
+    inputs = torch.randn(1, 40, bloom.config.hidden_size, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.backward(frozen(inputs_embeds=inputs).logits.sum())
+    assert training_flops(bloom.config, [40], 40, frozen_of(frozen)) == counter.get_total_flops()
+
+
+def test_weights_of_an_adapter_are_no_part_of_what_is_frozen(bloom):
+    frozen = deepcopy(bloom).requires_grad_(False)
+    whole = peft.LoraConfig(target_modules=["dense", "dense_h_to_4h"], modules_to_save=["dense_4h_to_h"])
+    layers, saved = bloom.config.n_layer, frozen_of(peft.get_peft_model(deepcopy(bloom), whole))
+    assert frozen_of(frozen) == (12 * layers, True)
+    assert saved == (8 * layers, True)
 
 
 def test_utilisation_is_the_operations_of_a_step_against_the_peak(model_folder, rows_file, tmp_path):

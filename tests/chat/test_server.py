@@ -476,6 +476,6 @@ def test_where_the_page_cannot_be_served_one_line_says_why(monkeypatch):
         serve(echo, OWN, "无", port=70000)
     told = one_line(run("firefly", "chat", "--model", "x", "--web", "--prompt", "你好", check=False))
     assert told == "--web and --prompt are both given; leave one of them out"
-    monkeypatch.setattr("firefly_lightning.chat.command.find_spec", lambda name: None)
+    monkeypatch.setattr("firefly_lightning.errors.find_spec", lambda name: None)
     with pytest.raises(FireflyError, match=r'starlette is not installed; run pip install "firefly-lightning\[web\]"'):
         chat("x", web=True)

@@ -99,7 +99,7 @@ def test_what_cannot_be_built_says_the_same_by_name(monkeypatch):
     with pytest.raises(ValueError, match="You selected an invalid accelerator name: `accelerator='abacus'`"):
         Trainer(strategy="zero2", accelerator="abacus")
     monkeypatch.setattr("firefly_lightning.strategies.colossalai.booster.find_spec", lambda name: None)
-    monkeypatch.setattr("firefly_lightning.strategies.deepspeed.machine.find_spec", lambda name: None)
+    monkeypatch.setattr("firefly_lightning.errors.find_spec", lambda name: None)
     for name, says in (
         ("gemini", r'gemini needs ColossalAI: pip install "firefly-lightning\[colossalai\]"'),
         ("zero2", r'deepspeed is not installed; run pip install "firefly-lightning\[deepspeed\]"'),

@@ -8,13 +8,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Adam, AdamW, Optimizer
 
-from firefly_lightning.errors import FireflyError, reason
+from firefly_lightning.errors import FireflyError, reason, require
 
 
 def require_deepspeed() -> None:
@@ -23,9 +22,7 @@ def require_deepspeed() -> None:
     Raises:
         FireflyError: If one of them is not installed.
     """
-    for package in ("deepspeed", "accelerate"):  # transformers loads sharded weights with accelerate
-        if find_spec(package) is None:
-            raise FireflyError(f'{package} is not installed; run pip install "firefly-lightning[deepspeed]"')
+    require("deepspeed", "deepspeed", "accelerate")  # transformers loads sharded weights with accelerate
 
 
 def keep_quiet() -> None:
@@ -77,9 +74,18 @@ def cpu_adam(optimizer: Optimizer) -> Optimizer:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     _announce()
+    remember_processor()
     with _build_tools():
         converted: Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=decoupled)
     return converted
+
+
+@cache
+def remember_processor() -> None:
+    """Has py-cpuinfo look at the processor once: it takes over a second, and DeepSpeed asks it four times a start."""
+    import cpuinfo
+
+    cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)
 
 
 @cache

@@ -12,9 +12,9 @@ from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW
 from transformers import BloomConfig, BloomForCausalLM
 
+from firefly_lightning import errors
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.strategies import ZeroStrategy
-from firefly_lightning.strategies.deepspeed import machine as deepspeed_machine
 from firefly_lightning.strategies.deepspeed.config import (
     check_zero,
     read_config,
@@ -107,7 +107,7 @@ def test_fp16_is_refused_where_the_processor_has_none(refusals):
 
 @pytest.mark.parametrize("package", ["deepspeed", "accelerate"])
 def test_a_missing_engine_names_the_extra(monkeypatch, model_folder, rows_file, tmp_path, package):
-    monkeypatch.setattr(deepspeed_machine, "find_spec", lambda name: None if name == package else name)
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == package else name)
     result = run(*command("fit", "zero2", model_folder, rows_file, tmp_path), check=False)
     assert one_line(result) == f'{package} is not installed; run pip install "firefly-lightning[deepspeed]"'
 
