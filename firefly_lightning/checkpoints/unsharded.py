@@ -21,7 +21,7 @@ from firefly_lightning.checkpoints.layout import (
 )
 from firefly_lightning.checkpoints.portable import PortableReader, PortableWriter, finish
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.optim.states import is_scalar, kept_for, keys_kept, put_together, taken_apart
+from firefly_lightning.optim.states import check_shapes, is_scalar, kept_for, keys_kept, put_together, taken_apart
 
 
 def can_be_portable(checkpoint: Mapping[str, Any]) -> bool:
@@ -150,6 +150,7 @@ def _load_by_name(module: nn.Module, optimizer: Optimizer, saved: Mapping[str, M
                 return False
             _check_keys(optimizer, entries, keys_kept(taken_apart(kept)))
             states[parameter] = put_together(entries, kept, parameter)
+            check_shapes(names[id(parameter)], states[parameter], kept, parameter)
     optimizer.state.update(states)
     return True
 

@@ -61,6 +61,34 @@ def put_together(entries: Mapping[str, Any], kept: Mapping[str, Any], parameter:
     return {key: _put_together(key, entries, forms, kept.get(key), parameter) for key in keys}
 
 
+def check_shapes(name: str, state: Mapping[str, Any], kept: Mapping[str, Any], parameter: Tensor) -> None:
+    """Checks that the tensors of a state have the shapes that an optimizer keeps of a parameter.
+
+    Args:
+        name: Name of the parameter.
+        state: The state, as :func:`put_together` gives it.
+        kept: What the optimizer keeps for such a parameter, as :func:`kept_for` gives it.
+        parameter: The parameter.
+
+    Raises:
+        FireflyError: If a tensor has another shape.
+    """
+    for key, value in state.items():
+        model = kept.get(key)
+        if not (isinstance(value, Tensor) and isinstance(model, Tensor) and _is_plain(model)):
+            continue
+        same = value.shape == model.shape
+        if _is_tried_smaller(parameter) and value.dim() == model.dim():
+            # Blocks lie in one dimension, however many there are; rows of the parameter may lie in any.
+            sizes = zip(value.shape, model.shape, strict=True)
+            same = model.dim() == 1 or all(size in (tried, len(parameter)) for size, tried in sizes)
+        if not same:
+            raise FireflyError(
+                f"the checkpoint's optimizer keeps {key} of {name} with the sizes {tuple(value.shape)}, which do not fit "
+                f"{tuple(parameter.shape)}; use an earlier checkpoint"
+            )
+
+
 def kept_for(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Any] | None:
     """What an optimizer keeps for a parameter, found by a trial step on a smaller one; None where that step fails.
 
@@ -71,11 +99,9 @@ def kept_for(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) 
     """
     if state := optimizer.state.get(parameter):
         return dict(state)
-    rows = len(parameter) if parameter.dim() else 0
     # With the same remainder, since blocks of states may have to divide a parameter.
-    fewer = (
-        [SMALL_ROWS + rows % SMALL_ROWS] if parameter.dim() > 1 and rows > 2 * SMALL_ROWS else list(parameter.shape[:1])
-    )
+    smaller = _is_tried_smaller(parameter)
+    fewer = [SMALL_ROWS + len(parameter) % SMALL_ROWS] if smaller else list(parameter.shape[:1])
     example = Parameter(torch.zeros(*fewer, *parameter.shape[1:], dtype=parameter.dtype, device=parameter.device))
     example.grad = torch.zeros_like(example)
     trial = on_other_parameters(optimizer, [{**group, "params": [example]}])
@@ -138,6 +164,10 @@ def _take_apart(key: str, value: Any, entries: dict[str, Any], forms: dict[str, 
         raise FireflyError(f"keeps a {type(value).__name__} as {key} of a weight")
     for name, part in parts.items():
         _take_apart(f"{key}.{name}", part, entries, forms)
+
+
+def _is_tried_smaller(parameter: Tensor) -> bool:
+    return parameter.dim() > 1 and len(parameter) > 2 * SMALL_ROWS
 
 
 def _is_plain(value: Any) -> bool:
