@@ -47,7 +47,8 @@ def measure_head(options: argparse.Namespace, dtype: str, targets: int, vocabula
     ids = torch.randint(vocabulary, (targets,))
     found: dict[str, Any] = {"head": dtype, "targets": targets, "vocabulary": vocabulary}
     for name, trained in (("trained", True), ("frozen", False)):
-        weight = torch.randn(vocabulary, options.hidden, dtype=DTYPES[dtype], requires_grad=trained)
+        # As small as those of a model: of wider scores softmax makes numbers too small for the processor's fast path.
+        weight = (0.02 * torch.randn(vocabulary, options.hidden, dtype=DTYPES[dtype])).requires_grad_(trained)
 
         def step(weight: torch.Tensor = weight) -> None:
             torch.autograd.backward(fused_target_cross_entropy(hidden, weight, ids))

@@ -58,6 +58,35 @@ def test_a_signal_ends_a_command_where_python_drops_what_it_raises(name, code, b
     wait_for_ends([int(run.stdout)], seconds=20)
 
 
+IMPORTING = """
+import os, sys
+from pathlib import Path
+from firefly_lightning import interrupts
+
+interrupts.GRACE = 90
+sys.path.insert(0, {folder!r})
+with interrupts.ends_on_signals("firefly"):
+    import unwilling
+"""
+
+UNWILLING = """
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.{name})
+    time.sleep(90)
+except BaseException:  # an import may hold code that passes nothing on
+    time.sleep(90)
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_ends_an_import_at_once(name, code, tmp_path):
+    (tmp_path / "unwilling.py").write_text(UNWILLING.format(name=name))
+    run = run_script(IMPORTING.format(folder=str(tmp_path)))
+    assert run.returncode == code, run.stderr
+    assert run.stderr.splitlines() == [f"firefly: error: {'interrupted' if name == 'SIGINT' else 'ended by SIGTERM'}"]
+
+
 def run_script(script: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", script],

@@ -33,6 +33,7 @@ from firefly_lightning.model.loss import (
     target_cross_entropy,
     target_scores,
 )
+from firefly_lightning.model.low_rank import apply
 
 
 class PackedRows(NamedTuple):
@@ -254,7 +255,7 @@ def _packed_forward(block: Any, hidden: Tensor, attend: Any, only: Tensor | None
     if only is None:
         context = _fed(attention.dense, join(contexts), partial(join, contexts) if keeping.spares else None)
     else:
-        context, residual = attention.dense(join(contexts).index_select(0, only)), residual.index_select(0, only)
+        context, residual = apply(attention.dense, join(contexts).index_select(0, only)), residual.index_select(0, only)
     hidden = residual + dropout(context)
     wide, residual = normed_into(mlp.dense_h_to_4h, block.post_attention_layernorm, hidden)
     output: Tensor = residual + dropout(
@@ -266,14 +267,13 @@ def _packed_forward(block: Any, hidden: Tensor, attend: Any, only: Tensor | None
 def _fed(layer: nn.Module, given: Tensor, again: Callable[[], Tensor] | None) -> Tensor:
     """The output of a layer; where ``again`` can make its input again, the input is not kept for the backward pass."""
     if again is None:
-        output: Tensor = layer(given)
-        return output
+        return apply(layer, given)
     number = id(given)  # a hook that knew the tensor itself would keep it
     with saved_tensors_hooks(
         lambda saved: None if id(saved) == number else saved,
         lambda saved: again() if saved is None else saved,
     ):
-        output = layer(given)
+        output = apply(layer, given)
     return output
 
 

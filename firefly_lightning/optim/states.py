@@ -84,8 +84,8 @@ def check_shapes(name: str, state: Mapping[str, Any], kept: Mapping[str, Any], p
             same = model.dim() == 1 or all(size in (tried, len(parameter)) for size, tried in sizes)
         if not same:
             raise FireflyError(
-                f"the checkpoint's optimizer keeps {key} of {name} with the sizes {tuple(value.shape)}, which do not fit "
-                f"{tuple(parameter.shape)}; use an earlier checkpoint"
+                f"the checkpoint's optimizer keeps {key} of {name} with the sizes {tuple(value.shape)}, which do not "
+                f"fit {tuple(parameter.shape)}; use an earlier checkpoint"
             )
 
 

@@ -12,7 +12,7 @@ from tests.support.choice import DIVIDED
 from tests.support.helpers import logged, run, run_ranks
 from tests.support.predicting import DECODING, answers, predicted, teach
 
-ALIKE = ("zero1", "zero2_offload", "zero3_offload", "gemini_offload") if DIVIDED else ()
+ALIKE = ("zero1", "zero2", "zero2_offload", "zero3_offload", "gemini_offload") if DIVIDED else ()
 """Strategies that compute as others do, and only keep something else in another place."""
 
 SAMPLED = ["--model.decoding.temperature", 5.0, "--model.decoding.max_new_tokens", 12]

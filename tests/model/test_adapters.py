@@ -113,6 +113,27 @@ def test_the_fast_pass_computes_what_stock_peft_does(name, recomputing):
             assert parameter.grad is None
 
 
+@pytest.mark.parametrize(
+    ("name", "watched", "left"),
+    [("lora", False, False), ("rslora", False, False), ("dora", False, True), ("lora", True, True)],
+)
+def test_only_a_plain_lora_nobody_looks_at_is_not_left_to_peft(name, watched, left, monkeypatch):
+    bloom, seen, called = small(), [], []
+    put(bloom, METHODS[name])
+    layers = [part for part in bloom.modules() if isinstance(part, peft.tuners.lora.layer.Linear)]
+    assert len(layers) == len(LINEAR) * bloom.config.n_layer
+    own = peft.tuners.lora.layer.Linear.forward
+    monkeypatch.setattr(
+        peft.tuners.lora.layer.Linear, "forward", lambda layer, given: called.append(layer) or own(layer, given)
+    )
+    if watched:
+        for layer in layers:
+            layer.register_forward_hook(lambda layer, given, output: seen.append(layer))
+    FastBloom(bloom.train()).target_loss(batch_of(5, 9))
+    assert called == (layers if left else [])
+    assert seen == (layers if watched else [])
+
+
 def test_an_adapter_in_16_bits_has_the_same_results_in_half_the_memory():
     bloom, batch = small(), batch_of(5, 9, 3)
     put(bloom, METHODS["lora"])
