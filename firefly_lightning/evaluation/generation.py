@@ -8,6 +8,7 @@ from threading import Event, Thread
 from typing import Any, TypedDict
 
 import torch
+import transformers
 from tokenizers.decoders import DecodeStream
 from transformers import BloomForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -15,6 +16,10 @@ from transformers.generation.streamers import BaseStreamer
 from firefly_lightning.errors import FireflyError, check_number, reason
 from firefly_lightning.huggingface import PUBLISHED_DECODING
 from firefly_lightning.prompt import PromptEncoder, Turn
+
+_AS_GIVEN: dict[str, Any] = {"use_model_defaults": False} if transformers.__version__.startswith("4.") else {}
+"""Has transformers 4 take settings as they are given; else it would take the model's own for each that equals a default
+of its own, such as ``do_sample: false``."""
 
 
 def generate_stream(
@@ -45,6 +50,7 @@ def generate_stream(
                     prompt_ids,
                     attention_mask=torch.ones_like(prompt_ids),
                     generation_config=_decoding(generation_config, model, encoder),
+                    **_AS_GIVEN,
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([_StopWhen(stopped)]),
                 )
@@ -94,6 +100,7 @@ def answer_prompts(
             input_ids.to(device),
             attention_mask=attention_mask.to(device),
             generation_config=_decoding(generation_config, model, encoder),
+            **_AS_GIVEN,
             stopping_criteria=StoppingCriteriaList([_StopWhen(stopped)]),
             synced_gpus=in_step,
         )

@@ -1,4 +1,5 @@
 import builtins
+import copy
 import io
 import json
 import re
@@ -11,7 +12,7 @@ from transformers import BloomForCausalLM, GenerationConfig
 
 from firefly_lightning.chat.command import chat
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.evaluation.generation import answer_prompts, default_decoding, generate_stream
+from firefly_lightning.evaluation.generation import answer_prompts, change_decoding, default_decoding, generate_stream
 from firefly_lightning.prompt import PRESETS, PromptEncoder
 from tests.conftest import ANSWERS
 from tests.support.helpers import raised_line
@@ -116,6 +117,23 @@ def test_a_greedy_batch_is_its_questions_one_by_one(bloom, encoder, tokenizer):
     assert expected[: len(ANSWERS)] == list(ANSWERS.values())
     assert [answer_prompts(bloom, encoder, [prompt], GREEDY)[0] for prompt in prompts] == expected
     assert answer_prompts(bloom, encoder, [], GREEDY) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"do_sample": False}, {"temperature": 1.0, "top_p": 1.0}, {"do_sample": False, "repetition_penalty": 1.0}],
+)
+def test_a_setting_may_be_a_default_of_transformers(bloom, encoder, changes):
+    """Also where the model's own is another: some releases of transformers take the model's for it."""
+    own, plain = copy.deepcopy(bloom), copy.deepcopy(bloom)
+    plain.generation_config = GenerationConfig()
+    own.generation_config = GenerationConfig(do_sample=True, temperature=9.0, top_p=0.3, repetition_penalty=3.0)
+    given = change_decoding(own.generation_config, {**changes, "max_new_tokens": 12, "min_new_tokens": 12})
+    prompts = [encoder.encode_question([], question) for question in ("你好", "春风又绿江南岸")]
+    answers = [answer_prompts(model, encoder, prompts, given, seed=1) for model in (own, plain)]
+    streams = ["".join(generate_stream(model, encoder, [], "你好", given, seed=1)) for model in (own, plain)]
+    assert answers[0] == answers[1]
+    assert streams[0] == streams[1]
 
 
 def test_a_model_that_names_no_length_answers_as_published(bloom, folder):
