@@ -165,7 +165,7 @@ def fields_of(config: Any) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         fields: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text("utf-8"))
-    return fields
+    return {name: _in_order(value) for name, value in fields.items()}
 
 
 def config_of(fields: Mapping[str, Any]) -> Any:
@@ -193,7 +193,8 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     Raises:
         FireflyError: If a field differs that decides what is computed.
     """
-    names = [name for name in sorted(saved.keys() & now.keys()) if name not in _MAY_CHANGE and saved[name] != now[name]]
+    both = sorted(saved.keys() & now.keys() - {*_MAY_CHANGE})
+    names = [name for name in both if _in_order(saved[name]) != _in_order(now[name])]
     if names:
         changed = [f"{name} {_shown(saved[name])} → {_shown(now[name])}" for name in names]
         raise FireflyError(f"model.adapter: differs from the checkpoint's ({some(changed)}); resume with that one")
@@ -230,6 +231,11 @@ def _listed(config: Any) -> list[str]:
 
 def _is_named(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
+
+
+def _in_order(value: Any) -> Any:
+    """The names in a list sorted: peft keeps them in a set, whose order is another in each process."""
+    return sorted(value) if isinstance(value, list) and all(isinstance(name, str) for name in value) else value
 
 
 def _shown(value: Any) -> str:

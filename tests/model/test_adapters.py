@@ -1,6 +1,10 @@
 """What can be written as an adapter, what is refused, and that the fast pass computes each as stock peft does."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
 
 import peft
 import pytest
@@ -23,7 +27,7 @@ from firefly_lightning.model.adapters import (
 from firefly_lightning.model.fast_bloom import FastBloom
 from firefly_lightning.model.loss import fused_target_cross_entropy
 from firefly_lightning.model.neftune import Neftune
-from tests.support.helpers import raised_line
+from tests.support.helpers import ROOT, raised_line
 
 SAVES_MODULES = tuple(map(int, peft.__version__.split(".")[:2])) >= (0, 14)
 """Older releases of peft put no copy of a whole module into a model that is not theirs."""
@@ -237,6 +241,23 @@ def test_fields_tell_the_adapter_and_its_changes():
         check_same(fields_of(config), fields_of(as_config(Lora(alpha=32))))
     with pytest.raises(FireflyError, match="the adapter's configuration cannot be used"):
         config_of({"peft_type": "LATER", "r": 8})
+
+
+def test_fields_are_the_same_in_every_process():
+    """peft keeps names in sets, whose order hangs on the seed of Python's hashes, which each process draws."""
+    script = "from firefly_lightning.model.adapters import *; print(json.dumps(fields_of(as_config('lora'))))"
+    told = {
+        subprocess.check_output(
+            [sys.executable, "-c", script], env=os.environ | {"PYTHONHASHSEED": str(seed)}, text=True, cwd=ROOT
+        )
+        for seed in range(3)
+    }
+    assert len(told) == 1
+    fields = json.loads(told.pop())
+    other_order = fields | {"target_modules": fields["target_modules"][::-1]}  # as in checkpoints so far
+    check_same(other_order, fields)
+    with pytest.raises(FireflyError, match="target_modules"):
+        check_same(fields | {"target_modules": fields["target_modules"][1:]}, fields)
 
 
 def test_noise_is_bounded_by_the_length_of_each_row_and_ends_with_the_step():
