@@ -248,15 +248,15 @@ def main() -> None:
 
 def _quiet_lightning() -> None:
     """Silences the messages that Lightning prints at every start and that no user can act on."""
-    advertisement = "litlogger"
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(lambda record: advertisement not in record.getMessage())
+    logger.addFilter(lambda record: "litlogger" not in record.getMessage())  # an advertisement
     spare_bars("lightning.pytorch", "lightning.fabric")
     for message in (
         ".*LeafSpec.* is deprecated",  # Lightning's own use of torch
         "Precision .* is not supported by the model summary",  # whose sizes are those of float32, as masters are
         "Total length of `list` across ranks is zero",  # a run without validation rows
         "`loftq_config` specified but will be ignored",  # a default, which jsonargparse writes out
+        "\\s*Dump of a value that does not round-trip",  # what is wrong with it is said in a line
         "Checkpoint directory .* exists and is not empty",  # a resumed run; nothing there is overwritten
     ):
         warnings.filterwarnings("ignore", message)

@@ -1,5 +1,6 @@
 """Files of a model's folder, or of a model on the hub: its configuration, tokenizer and prompt format."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -113,6 +114,12 @@ def _adapter_base(path: str) -> str | None:
         return None
     file = find_model_file(path, "adapter_config.json")
     return adapter_base(file.parent) if file else None
+
+
+def quiet_peft() -> None:
+    """Silences what packages that peft imports say of kernels for other devices; called before it is imported."""
+    for name in ("bitsandbytes", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from firefly_lightning.files.model_json import (
     read_generation_config,
     read_index,
 )
-from firefly_lightning.huggingface.folder import base_of, load_config, quiet_transformers
+from firefly_lightning.huggingface.folder import base_of, load_config, quiet_peft, quiet_transformers
 
 Quantize = Literal["nf4", "int8"]
 """How quantised weights are kept: in 4 bits (NormalFloat, Dettmers et al., 2023), or in 8 with a scale for each row."""
@@ -172,6 +172,7 @@ def _merged(model: BloomForCausalLM, path: str) -> BloomForCausalLM:
         FireflyError: If peft is missing, the adapter's files are damaged, or it is of a model of other sizes.
     """
     require("adapters", "peft")
+    quiet_peft()
     import peft
 
     _adapter_file(path)

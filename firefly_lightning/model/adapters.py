@@ -5,9 +5,8 @@ is imported only where a run asks for an adapter.
 """
 
 import json
-import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +14,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM
 
 from firefly_lightning.errors import FireflyError, check_number, reason, require, some
+from firefly_lightning.huggingface.folder import quiet_peft
 
 LINEAR_LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 """The four linear layers of a Bloom's block, by their last names."""
@@ -65,7 +66,7 @@ def as_config(adapter: Any) -> Any:
     if adapter is None:
         return None
     require("adapters", "peft")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that a hub has for some processors
+    quiet_peft()
     import peft
 
     if adapter == "lora":
@@ -80,14 +81,7 @@ def as_config(adapter: Any) -> Any:
         )
     if isinstance(adapter, peft.PeftConfig):
         return deepcopy(adapter)
-    keys = ", ".join(Lora.__dataclass_fields__)
-    what = (
-        f".{adapter.key}" if hasattr(adapter, "key") else f" {_shown(adapter)}"
-    )  # jsonargparse's flag of no known key
-    raise FireflyError(
-        f"model.adapter{what}: no adapter; write lora, keys of it ({keys}), or class_path: peft.LoraConfig with its "
-        "init_args"
-    )
+    raise FireflyError(_what_is_wrong(adapter))
 
 
 def check_adapter(config: Any, bloom_config: BloomConfig) -> None:
@@ -231,6 +225,40 @@ def _listed(config: Any) -> list[str]:
 
 def _is_named(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
+
+
+def _what_is_wrong(adapter: Any) -> str:
+    """What to say of an adapter that is none: of a key that LoRA has not, or of a value that a key cannot have."""
+    # A flag of a key comes from jsonargparse with key and text, keys of a file as a mapping.
+    keys = {adapter.key: yaml.safe_load(str(adapter.val))} if hasattr(adapter, "key") else adapter
+    known = ", ".join(_VALUES)
+    for key, value in keys.items() if isinstance(keys, Mapping) and "class_path" not in keys else ():
+        if key not in _VALUES:
+            return f"model.adapter.{key}: no key of lora ({known}); peft's own keys need class_path: peft.LoraConfig"
+        fits, what = _VALUES[key]
+        if not fits(value):
+            return f"model.adapter.{key}: {_shown(value)} is not {what}"
+    ways = f"lora, keys of it ({known}), or class_path: peft.LoraConfig with its init_args"
+    return f"model.adapter {_shown(adapter)}: no adapter; write {ways}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rank": (
+        lambda value: isinstance(value, int) and not isinstance(value, bool),
+        "a whole number; write one such as 8",
+    ),
+    "alpha": (_is_number, "a number; write one such as 16"),
+    "dropout": (_is_number, "a number; write one such as 0.05"),
+    "target_modules": (
+        lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+        "a list of names; write one such as [query_key_value, dense]",
+    ),
+}
+"""For each key of :class:`Lora`, whether a value has its type, and what it must be, in words."""
 
 
 def _in_order(value: Any) -> Any:

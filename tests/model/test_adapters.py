@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from jsonargparse._util import NestedArg
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM
 
@@ -177,7 +178,12 @@ def test_no_gradient_of_what_is_frozen_is_computed(hidden_learns, head_learns, m
     ("written", "message"),
     [
         ("lorra", "model.adapter lorra: no adapter; write lora, keys of it (rank, alpha, dropout, target_modules)"),
-        ({"rnk": 3}, "model.adapter {'rnk': 3}: no adapter"),
+        ({"rnk": 3}, "model.adapter.rnk: no key of lora (rank, alpha, dropout, target_modules); peft's own keys need"),
+        ({"rank": 8, "alpha": "x"}, "model.adapter.alpha: x is not a number; write one such as 16"),
+        ({"rank": True}, "model.adapter.rank: True is not a whole number; write one such as 8"),
+        ({"target_modules": "dense"}, "model.adapter.target_modules: dense is not a list of names; write one"),
+        (NestedArg("rank", "1.5"), "model.adapter.rank: 1.5 is not a whole number"),
+        (NestedArg("lora_alpha", "3"), "model.adapter.lora_alpha: no key of lora"),
         (Lora(rank=0), "model.adapter.rank is 0; it must be at least 1"),
         (Lora(dropout=1.5), "model.adapter.dropout is 1.5; it must be at least 0 and at most 0.999"),
         (Lora(alpha=0), "model.adapter.alpha is 0; it must be above 0"),
