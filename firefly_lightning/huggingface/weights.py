@@ -1,12 +1,14 @@
 """A Bloom with its weights: whole, quantised, or of an adapter and its base."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
 import xxhash
+from safetensors import safe_open
 from transformers import BloomConfig, BloomForCausalLM
 
 from firefly_lightning.errors import FireflyError, reason, require, some
@@ -179,11 +181,33 @@ def _merged(model: BloomForCausalLM, path: str) -> BloomForCausalLM:
     try:
         with warnings.catch_warnings(), quiet_transformers():
             warnings.simplefilter("ignore")  # of layers new to peft, and of configurations of later releases
-            merged: BloomForCausalLM = peft.PeftModel.from_pretrained(model, path).merge_and_unload()
+            adapted = peft.PeftModel.from_pretrained(model, path)
+            _check_adapter_weights(path, peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+            merged: BloomForCausalLM = adapted.merge_and_unload()
+    except FireflyError:
+        raise
     except Exception as error:  # of many types, by what does not fit
         raise FireflyError(f"{path}: cannot be merged into {base_of(path)} ({reason(error)})") from error
     vars(merged).pop("peft_config", None)  # some releases leave it
+    merged.requires_grad_(True)  # it is a model like any other now, which peft has frozen
     return merged
+
+
+def _check_adapter_weights(path: str, expected: Mapping[str, Any]) -> None:
+    """Checks that an adapter's file has what its configuration says: peft would go on with random weights.
+
+    Raises:
+        FireflyError: If weights are missing, none of the adapter's, or not finite.
+    """
+    file = _adapter_file(path)
+    with safe_open(file, framework="pt") as tensors:
+        names = {name.removeprefix("base_model.model."): name for name in tensors.keys()}  # noqa: SIM118  (no mapping)
+        wanted = {name.removeprefix("base_model.model.") for name in expected}
+        if missing := sorted(wanted - names.keys()):
+            raise FireflyError(f"{file}: lacks {some(missing)}, unlike adapter_config.json; fetch both again")
+        for name in names.values():
+            if not bool(tensors.get_tensor(name).isfinite().all()):
+                raise FireflyError(f"{file}: {name} has numbers that are not finite; take another checkpoint's adapter")
 
 
 def _with_generation_config(model: BloomForCausalLM, path: str) -> BloomForCausalLM:

@@ -27,8 +27,11 @@ LINEAR_LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 NAME = "default"
 """Name under which peft keeps the one adapter of a model."""
 
-_NEED_CALLS = ("ADALORA",)
-"""Methods of peft that a training loop must call at every step."""
+_NEED_CALLS = {
+    "ADALORA": "must be told of every step, which no Trainer does",
+    "POLY": "must be told the task of each row, which no row says",
+}
+"""Methods of peft that need more than a batch, and what."""
 
 _INITIAL = (True, False, "gaussian", "orthogonal")
 """Initial weights of LoRA that leave the weights of the model as they are."""
@@ -96,9 +99,7 @@ def check_adapter(config: Any, bloom_config: BloomConfig) -> None:
     """
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind in _NEED_CALLS:
-        raise FireflyError(
-            f"model.adapter: {kind} must be told of every step, which no Trainer does; take peft.LoraConfig"
-        )
+        raise FireflyError(f"model.adapter: {kind} {_NEED_CALLS[kind]}; take peft.LoraConfig")
     if getattr(config, "init_lora_weights", True) not in _INITIAL:
         raise FireflyError(
             f"model.adapter: init_lora_weights {config.init_lora_weights} changes the model's own weights, which no "
@@ -234,10 +235,10 @@ def _what_is_wrong(adapter: Any) -> str:
     known = ", ".join(_VALUES)
     for key, value in keys.items() if isinstance(keys, Mapping) and "class_path" not in keys else ():
         if key not in _VALUES:
-            return f"model.adapter.{key}: no key of lora ({known}); peft's own keys need class_path: peft.LoraConfig"
+            return f"model.adapter.{key}: no key of lora ({known}); {_WHOLE}"
         fits, what = _VALUES[key]
         if not fits(value):
-            return f"model.adapter.{key}: {_shown(value)} is not {what}"
+            return f"model.adapter.{key}: {_shown(value)} is not {what}; {_WHOLE}"
     ways = f"lora, keys of it ({known}), or class_path: peft.LoraConfig with its init_args"
     return f"model.adapter {_shown(adapter)}: no adapter; write {ways}"
 
@@ -245,6 +246,8 @@ def _what_is_wrong(adapter: Any) -> str:
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
+
+_WHOLE = "an adapter of peft's own is one value, {class_path: peft.LoraConfig, init_args: {r: 8}}"
 
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank": (

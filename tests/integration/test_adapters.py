@@ -10,6 +10,7 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from firefly_lightning import FireflyModule
@@ -128,6 +129,27 @@ def test_stock_peft_and_transformers_read_what_is_exported(adapted, tiny_folder,
     assert json.loads((again / "prompt_format.json").read_text()) == json.loads(
         (merged / "prompt_format.json").read_text()
     )
+
+
+def test_an_adapters_folder_can_be_trained_in_full_and_damage_in_it_is_told(adapted, short_rows, tmp_path):
+    alone = tmp_path / "alone"
+    run("firefly", "export", "--checkpoint", adapted, "--out", alone, "--adapter")
+    noted = train(alone, short_rows, tmp_path / "run", module=module(alone), max_steps=3)
+    assert noted.losses[2] < noted.losses[0]
+    file = alone / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = sorted(tensors)[3]
+    for damaged, told in (
+        (
+            {key: value for key, value in tensors.items() if key != name},
+            f"lacks {name.removeprefix('base_model.model.')}",
+        ),
+        (tensors | {name: torch.full_like(tensors[name], torch.nan)}, f"{name} has numbers that are not finite"),
+    ):
+        save_file(damaged, file, metadata={"format": "pt"})
+        line = one_line(run("firefly", "export", "--checkpoint", alone, "--out", tmp_path / "merged", check=False))
+        assert line.startswith(f"{file}: {told}")
+        assert not (tmp_path / "merged").exists()
 
 
 def trained_logits(checkpoint, folder, rows) -> torch.Tensor:

@@ -178,7 +178,10 @@ def test_no_gradient_of_what_is_frozen_is_computed(hidden_learns, head_learns, m
     ("written", "message"),
     [
         ("lorra", "model.adapter lorra: no adapter; write lora, keys of it (rank, alpha, dropout, target_modules)"),
-        ({"rnk": 3}, "model.adapter.rnk: no key of lora (rank, alpha, dropout, target_modules); peft's own keys need"),
+        (
+            {"rnk": 3},
+            "model.adapter.rnk: no key of lora (rank, alpha, dropout, target_modules); an adapter of peft's own",
+        ),
         ({"rank": 8, "alpha": "x"}, "model.adapter.alpha: x is not a number; write one such as 16"),
         ({"rank": True}, "model.adapter.rank: True is not a whole number; write one such as 8"),
         ({"target_modules": "dense"}, "model.adapter.target_modules: dense is not a list of names; write one"),
@@ -211,6 +214,10 @@ def test_no_gradient_of_what_is_frozen_is_computed(hidden_learns, head_learns, m
         (
             peft.AdaLoraConfig(target_modules=["dense"], total_step=9),
             "model.adapter: ADALORA must be told of every step",
+        ),
+        (
+            peft.PolyConfig(target_modules=["dense"], r=2, n_tasks=2),
+            "model.adapter: POLY must be told the task of each row",
         ),
     ],
     ids=str,
