@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 import transformers
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import BloomConfig, BloomForCausalLM
 
 from firefly_lightning.errors import FireflyError, reason, require, some
@@ -26,6 +26,10 @@ from firefly_lightning.huggingface.folder import base_of, load_config, quiet_pef
 
 Quantize = Literal["nf4", "int8"]
 """How quantised weights are kept: in 4 bits (NormalFloat, Dettmers et al., 2023), or in 8 with a scale for each row."""
+
+
+_BASE_NAMES = {"transformer.word_embeddings.weight", "lm_head.weight"}
+"""Weights of a base that peft saves with an adapter where it takes the vocabulary for a changed one."""
 
 
 def check_model(path: str, from_scratch: bool = False) -> BloomConfig:
@@ -177,7 +181,11 @@ def _merged(model: BloomForCausalLM, path: str) -> BloomForCausalLM:
     quiet_peft()
     import peft
 
-    _adapter_file(path)
+    file = _adapter_file(path)
+    try:
+        safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise FireflyError(f"{file}: is no complete safetensors file ({reason(error)}); fetch it again") from error
     try:
         with warnings.catch_warnings(), quiet_transformers():
             warnings.simplefilter("ignore")  # of layers new to peft, and of configurations of later releases
@@ -203,10 +211,16 @@ def _check_adapter_weights(path: str, expected: Mapping[str, Any]) -> None:
     with safe_open(file, framework="pt") as tensors:
         names = {name.removeprefix("base_model.model."): name for name in tensors.keys()}  # noqa: SIM118  (no mapping)
         wanted = {name.removeprefix("base_model.model.") for name in expected}
-        if missing := sorted(wanted - names.keys()):
-            raise FireflyError(f"{file}: lacks {some(missing)}, unlike adapter_config.json; fetch both again")
+        for problem, others in (("lacks", wanted - names.keys()), ("has", names.keys() - wanted - _BASE_NAMES)):
+            if others:
+                raise FireflyError(
+                    f"{file}: {problem} {some(sorted(others))}, unlike adapter_config.json; fetch both again"
+                )
         for name in names.values():
-            if not bool(tensors.get_tensor(name).isfinite().all()):
+            tensor = tensors.get_tensor(name)
+            if not tensor.is_floating_point():
+                raise FireflyError(f"{file}: {name} has whole numbers, no weights; fetch it again")
+            if not bool(tensor.isfinite().all()):
                 raise FireflyError(f"{file}: {name} has numbers that are not finite; take another checkpoint's adapter")
 
 

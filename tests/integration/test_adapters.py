@@ -144,12 +144,17 @@ def test_an_adapters_folder_can_be_trained_in_full_and_damage_in_it_is_told(adap
             {key: value for key, value in tensors.items() if key != name},
             f"lacks {name.removeprefix('base_model.model.')}",
         ),
+        (tensors | {"base_model.model.foo.weight": torch.ones(2)}, "has foo.weight, unlike adapter_config.json"),
+        (tensors | {name: tensors[name].int()}, f"{name} has whole numbers, no weights"),
         (tensors | {name: torch.full_like(tensors[name], torch.nan)}, f"{name} has numbers that are not finite"),
     ):
         save_file(damaged, file, metadata={"format": "pt"})
         line = one_line(run("firefly", "export", "--checkpoint", alone, "--out", tmp_path / "merged", check=False))
         assert line.startswith(f"{file}: {told}")
         assert not (tmp_path / "merged").exists()
+    file.write_bytes(file.read_bytes()[:500])
+    line = one_line(run("firefly", "export", "--checkpoint", alone, "--out", tmp_path / "merged", check=False))
+    assert line.startswith(f"{file}: is no complete safetensors file")
 
 
 def trained_logits(checkpoint, folder, rows) -> torch.Tensor:
