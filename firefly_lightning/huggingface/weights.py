@@ -27,7 +27,6 @@ from firefly_lightning.huggingface.folder import base_of, load_config, quiet_pef
 Quantize = Literal["nf4", "int8"]
 """How quantised weights are kept: in 4 bits (NormalFloat, Dettmers et al., 2023), or in 8 with a scale for each row."""
 
-
 _BASE_NAMES = {"transformer.word_embeddings.weight", "lm_head.weight"}
 """Weights of a base that peft saves with an adapter where it takes the vocabulary for a changed one."""
 
@@ -183,14 +182,15 @@ def _merged(model: BloomForCausalLM, path: str) -> BloomForCausalLM:
 
     file = _adapter_file(path)
     try:
-        safe_open(file, framework="pt")
+        with safe_open(file, framework="pt"):  # checks the sizes that the header gives
+            pass
     except SafetensorError as error:
         raise FireflyError(f"{file}: is no complete safetensors file ({reason(error)}); fetch it again") from error
     try:
         with warnings.catch_warnings(), quiet_transformers():
             warnings.simplefilter("ignore")  # of layers new to peft, and of configurations of later releases
             adapted = peft.PeftModel.from_pretrained(model, path)
-            _check_adapter_weights(path, peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+            _check_adapter_weights(file, peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
             merged: BloomForCausalLM = adapted.merge_and_unload()
     except FireflyError:
         raise
@@ -201,13 +201,12 @@ def _merged(model: BloomForCausalLM, path: str) -> BloomForCausalLM:
     return merged
 
 
-def _check_adapter_weights(path: str, expected: Mapping[str, Any]) -> None:
+def _check_adapter_weights(file: Path, expected: Mapping[str, Any]) -> None:
     """Checks that an adapter's file has what its configuration says: peft would go on with random weights.
 
     Raises:
         FireflyError: If weights are missing, none of the adapter's, or not finite.
     """
-    file = _adapter_file(path)
     with safe_open(file, framework="pt") as tensors:
         names = {name.removeprefix("base_model.model."): name for name in tensors.keys()}  # noqa: SIM118  (no mapping)
         wanted = {name.removeprefix("base_model.model.") for name in expected}
