@@ -1,7 +1,6 @@
 """firefly-fit: LightningCLI with this project's module, data, checkpoints and loggers as defaults."""
 
 import logging
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -26,7 +25,7 @@ from firefly_lightning.callbacks.model_size import ModelSize
 from firefly_lightning.callbacks.prediction_writer import PredictionWriter
 from firefly_lightning.callbacks.progress_bar import RunProgressBar, spare_bars
 from firefly_lightning.callbacks.run_figures import keep_metrics
-from firefly_lightning.callbacks.run_folder import csv_folders
+from firefly_lightning.callbacks.run_folder import csv_folders, missing_folders, remove_unmeasured
 from firefly_lightning.callbacks.run_report import Report
 from firefly_lightning.callbacks.sample_answers import Samples
 from firefly_lightning.callbacks.saved_configuration import SavedConfiguration
@@ -51,9 +50,6 @@ from firefly_lightning.interrupts import ends_on_signals
 from firefly_lightning.module import FireflyModule
 from firefly_lightning.strategies.catalogue import BY_NAME
 from firefly_lightning.strategies.registration import load_classes
-
-_OF_A_START = ("config.yaml", "hparams.yaml", "events.out.tfevents.")
-"""Beginnings of the names of files that a run writes before it has measured anything."""
 
 
 class _Parser(OneLineErrors, LightningArgumentParser):
@@ -183,9 +179,7 @@ class FireflyCLI(LightningCLI):
             # Checkpoints lie beside, not inside, the logs of one run, so that the next run finds `last`.
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(_checkpoints(self.config[self.subcommand]))
-        self._new_folders = [
-            folder for folder, _ in csv_folders(trainer) if trainer.is_global_zero and not folder.exists()
-        ]
+        self._new_folders = missing_folders(trainer)
         return trainer
 
     def after_instantiate_classes(self) -> None:
@@ -198,9 +192,7 @@ class FireflyCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except BaseException:
-            for folder in self._new_folders:
-                if folder.is_dir() and all(path.name.startswith(_OF_A_START) for path in folder.iterdir()):
-                    shutil.rmtree(folder, ignore_errors=True)
+            remove_unmeasured(self._new_folders)
             raise
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:

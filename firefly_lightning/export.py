@@ -1,7 +1,9 @@
 """``firefly export``: from a checkpoint of any strategy to a plain Hugging Face folder, or to one of an adapter."""
 
+import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -9,7 +11,8 @@ from typing import Any, Literal
 from firefly_lightning.checkpoints.paths import find_checkpoint
 from firefly_lightning.errors import FireflyError, reason
 from firefly_lightning.files.atomic import check_new_folder, new_folder
-from firefly_lightning.files.model_json import adapter_base
+from firefly_lightning.files.json_object import read_json_object
+from firefly_lightning.files.model_json import CURE, adapter_base
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -41,9 +44,10 @@ def export(
     source = given if of_folder else find_checkpoint(checkpoint)
     check_new_folder(target, [source])
     if of_folder:
-        if adapter or base:
-            raise FireflyError(f"{checkpoint}: is an adapter already; leave --adapter and --base out to merge it")
-        _write_model(target, [source], *_merged(str(source), dtype), max_shard_size)
+        if adapter:
+            raise FireflyError(f"{checkpoint}: is an adapter already; leave --adapter out to merge it")
+        with _on_base(source, base) as based:
+            _write_model(target, [source, *([base] if base else [])], *_merged(str(based), dtype), max_shard_size)
         return
     from firefly_lightning.huggingface import write_description
     from firefly_lightning.strategies.model_of_checkpoint import read_model
@@ -95,6 +99,26 @@ def _base(recorded: Mapping[str, str], told: str | None) -> str:
     if digest != recorded["xxh3_128"]:
         raise FireflyError(f"{where}: has other weights than the adapter was trained on; name that model with --base")
     return where
+
+
+@contextmanager
+def _on_base(folder: Path, base: str | None) -> Iterator[Path]:
+    """The folder of an adapter, or where another base is named, one that names that, while it is merged."""
+    if base is None:
+        yield folder
+        return
+    from firefly_lightning.huggingface import check_model
+
+    check_model(base)
+    where = str(Path(base).expanduser().resolve()) if Path(base).expanduser().is_dir() else base
+    with TemporaryDirectory() as temporary:
+        for file in folder.iterdir():
+            (Path(temporary) / file.name).symlink_to(file.resolve())
+        config = Path(temporary) / "adapter_config.json"
+        fields = read_json_object(config, CURE) | {"base_model_name_or_path": where}
+        config.unlink()
+        config.write_text(json.dumps(fields, ensure_ascii=False), "utf-8")
+        yield Path(temporary)
 
 
 def _merged(path: str, dtype: Dtype | None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -144,6 +144,9 @@ class FireflyModule(L.LightningModule):
         config = load_config(self.path)
         if self.saves_trained_only:
             self._hooks.check_adapter(quantized=self._source.quantize is not None)
+            self._source.note_base(self.trainer.strategy.broadcast, self.trainer.is_global_zero)
+        if begins_with := getattr(data_of(self.trainer), "checkpoint", None):
+            self._source.check_checkpoint(begins_with)
         self._hooks.check_model(config)
         takes_fast_pass(self.attention, config)
         change_decoding(GenerationConfig(**PUBLISHED_DECODING), self.decoding)
@@ -167,8 +170,6 @@ class FireflyModule(L.LightningModule):
         self.model = self._hooks.build_model(
             load_config(self.path), build, partial(self._source.put_adapter, kept_in=kept_in)
         )
-        if self._trainer:
-            self._source.note_base(self.trainer.strategy.broadcast, self.trainer.is_global_zero)
         self.model.train()  # from_pretrained leaves it in evaluation mode, and Lightning keeps that
         self._noise.attach(self.model)
         check_sizes(self.model.config, self._tokenizer_and_prompt()[0], self.path)

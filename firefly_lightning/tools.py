@@ -92,6 +92,7 @@ def gather_lists(args: Sequence[str], function: Function) -> Iterator[str]:
     """
     lists, switches = _flags(function, list), _flags(function, bool)
     values: list[str] | None = None
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.partition("=")[0] in lists else [arg])]
     for arg, following in zip(args, [*args[1:], "--"], strict=True):
         if values is not None and not arg.startswith("--"):
             values.append(arg)

@@ -125,7 +125,9 @@ def _no_class(path: str, absent: re.Match[str], given: str, message: str) -> str
     name = absent[1] or absent[3]
     if name is None:
         return f"{path}: {absent[2]}; {_meant(path)}"
-    near = alike_names(name, sorted(set(_classes(message))))
+    module = re.match(r"module '([\w.]+)'", absent[2] or "")
+    there = dir(sys.modules.get(module[1])) if module else _classes(message)
+    near = alike_names(name, sorted(set(there)))
     hint = f"did you mean {' or '.join(near)}?" if near else _meant(path)
     return f"{path}: no class is called {name}; {hint}" if absent[1] else f"{path}: {absent[2]}; {hint}"
 

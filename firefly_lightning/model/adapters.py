@@ -6,7 +6,7 @@ is imported only where a run asks for an adapter.
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +14,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM
 
 from firefly_lightning.errors import FireflyError, check_number, reason, require, some
 from firefly_lightning.huggingface.folder import quiet_peft
+from firefly_lightning.model.adapter_errors import shown, what_is_wrong
 
 LINEAR_LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 """The four linear layers of a Bloom's block, by their last names."""
@@ -84,7 +84,7 @@ def as_config(adapter: Any) -> Any:
         )
     if isinstance(adapter, peft.PeftConfig):
         return deepcopy(adapter)
-    raise FireflyError(_what_is_wrong(adapter))
+    raise FireflyError(what_is_wrong(adapter))
 
 
 def check_adapter(config: Any, bloom_config: BloomConfig) -> None:
@@ -191,7 +191,7 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     both = sorted(saved.keys() & now.keys() - {*_MAY_CHANGE})
     names = [name for name in both if _in_order(saved[name]) != _in_order(now[name])]
     if names:
-        changed = [f"{name} {_shown(saved[name])} → {_shown(now[name])}" for name in names]
+        changed = [f"{name} {shown(saved[name])} → {shown(now[name])}" for name in names]
         raise FireflyError(f"model.adapter: differs from the checkpoint's ({some(changed)}); resume with that one")
 
 
@@ -228,47 +228,6 @@ def _is_named(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
-def _what_is_wrong(adapter: Any) -> str:
-    """What to say of an adapter that is none: of a key that LoRA has not, or of a value that a key cannot have."""
-    # A flag of a key comes from jsonargparse with key and text, keys of a file as a mapping.
-    keys = {adapter.key: yaml.safe_load(str(adapter.val))} if hasattr(adapter, "key") else adapter
-    known = ", ".join(_VALUES)
-    for key, value in keys.items() if isinstance(keys, Mapping) and "class_path" not in keys else ():
-        if key not in _VALUES:
-            return f"model.adapter.{key}: no key of lora ({known}); {_WHOLE}"
-        fits, what = _VALUES[key]
-        if not fits(value):
-            return f"model.adapter.{key}: {_shown(value)} is not {what}; {_WHOLE}"
-    ways = f"lora, keys of it ({known}), or class_path: peft.LoraConfig with its init_args"
-    return f"model.adapter {_shown(adapter)}: no adapter; write {ways}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-_WHOLE = "an adapter of peft's own is one value, {class_path: peft.LoraConfig, init_args: {r: 8}}"
-
-_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "rank": (
-        lambda value: isinstance(value, int) and not isinstance(value, bool),
-        "a whole number; write one such as 8",
-    ),
-    "alpha": (_is_number, "a number; write one such as 16"),
-    "dropout": (_is_number, "a number; write one such as 0.05"),
-    "target_modules": (
-        lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
-        "a list of names; write one such as [query_key_value, dense]",
-    ),
-}
-"""For each key of :class:`Lora`, whether a value has its type, and what it must be, in words."""
-
-
 def _in_order(value: Any) -> Any:
     """The names in a list sorted: peft keeps them in a set, whose order is another in each process."""
     return sorted(value) if isinstance(value, list) and all(isinstance(name, str) for name in value) else value
-
-
-def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:59] + "…"

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from transformers import BloomForCausalLM
 
+from firefly_lightning.checkpoints.contents import check_contents
+from firefly_lightning.checkpoints.layout import ADAPTER_KEY
+from firefly_lightning.checkpoints.torch_file import load_file, trainer_file
 from firefly_lightning.errors import FireflyError, require
 from firefly_lightning.huggingface import (
     Quantize,
@@ -116,6 +119,20 @@ class ModelSource:
             return None
         base = str(Path(self.path).expanduser().resolve()) if Path(self.path).is_dir() else self.path
         return {"config": self._fields, "base": {"path": base, "xxh3_128": self._digest}}
+
+    def check_checkpoint(self, checkpoint: str) -> None:
+        """Checks before weights are loaded what :meth:`check_record` does when the checkpoint is.
+
+        Args:
+            checkpoint: The checkpoint that the run begins with.
+
+        Raises:
+            FireflyError: If it is damaged, or of another adapter or base.
+        """
+        if (file := trainer_file(Path(checkpoint))).is_file():
+            contents = load_file(file, "cpu")
+            check_contents(contents, file)
+            self.check_record(contents.get(ADAPTER_KEY))
 
     def check_record(self, saved: Mapping[str, Any] | None) -> None:
         """Checks that a checkpoint is of this adapter on this base, or of a training of all weights as this is.

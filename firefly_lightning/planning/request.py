@@ -194,8 +194,9 @@ def describe(settings: Settings) -> dict[str, Any]:
         print(f"rows: each is taken for {length} tokens, all of them learned")
         return about | {"epoch": None, "max_length": length}
     epoch, last = settings.rows.counts(), settings.rows.last
+    what = "an epoch" if settings.rows.epoch <= last else "of an epoch, the part that the run takes"
     print(
-        f"an epoch: {epoch['steps']:,} steps of {settings.batch_size} rows, {epoch['rows']:,} rows, "
+        f"{what}: {epoch['steps']:,} steps of {settings.batch_size} rows, {epoch['rows']:,} rows, "
         f"{epoch['tokens']:,} tokens, {epoch['target_tokens']:,} of them learned"
     )
     if last == math.inf:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from firefly_lightning import FireflyModule
+from firefly_lightning.callbacks.model_size import ModelSize
 from firefly_lightning.checkpoints.layout import TRAINER_FILE
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.huggingface import load_bloom
@@ -214,6 +215,58 @@ def test_a_resumed_run_has_the_same_base_and_adapter(adapted, whole, tiny_folder
     )
     assert told == f"{other}: has other weights than the adapter was trained on; name that model with --base"
     assert not (tmp_path / "x").exists()
+
+
+def test_a_refused_resume_is_told_before_weights_are_loaded_and_leaves_nothing(
+    adapted, tiny_folder, short_rows, tmp_path
+):
+    for file in tiny_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    files = ["--model.path", tmp_path, "--data.train_files", short_rows, "--trainer.accelerator", "cpu"]
+    more = ["--ckpt_path", adapted, "--trainer.default_root_dir", tmp_path / "a" / "run", "--trainer.max_steps", 5]
+    for adapter, message in {
+        (): "the checkpoint is of an adapter, the run trains all weights",
+        ("--model.adapter", "lora"): f"model.path {tmp_path}: has other weights than the checkpoint's base",
+        (
+            "--model.adapter",
+            "lora",
+            "--model.adapter.rank",
+            4,
+        ): "model.adapter: differs from the checkpoint's (r 8 → 4)",
+    }.items():
+        assert one_line(run("firefly-fit", "fit", *files, *more, *adapter, check=False)).startswith(message)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_moved_base_is_named_where_an_adapters_folder_is_merged(adapted, tiny_folder, tmp_path):
+    moved, folder = tmp_path / "基座", tmp_path / "adapter"
+    run("firefly", "export", "--checkpoint", adapted, "--out", folder, "--adapter")
+    run("firefly", "export", "--checkpoint", folder, "--out", tmp_path / "before")
+    moved.mkdir()
+    for file in tiny_folder.iterdir():
+        (moved / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    text = json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")})
+    (folder / "adapter_config.json").write_text(text, "utf-8")
+    run("firefly", "export", "--checkpoint", folder, "--out", tmp_path / "after", "--base", moved)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (folder / "adapter_config.json").read_text("utf-8") == text
+
+
+def test_weights_of_four_bits_are_counted_as_many_as_they_are(tiny_folder, short_rows, tmp_path, caplog):
+    with caplog.at_level("INFO"), refused_to_quantise("nf4"):
+        logged = settings(enable_model_summary=True, callbacks=[ModelSize()])
+        trainer = L.Trainer(**logged, max_steps=1, default_root_dir=tmp_path)
+        trainer.fit(module(tiny_folder, **VARIANTS["nf4"]), datamodule=make_data(tiny_folder, short_rows))
+    if QUANTISES:
+        bloom = load_bloom(str(tiny_folder), torch.float32)
+        whole = sum(parameter.numel() for parameter in bloom.parameters())
+        rank, width = 8, bloom.config.hidden_size
+        lora = bloom.config.n_layer * rank * width * ((1 + 3) + (1 + 1) + (1 + 4) + (4 + 1))
+        assert f"model: {whole + lora:,} parameters, {lora:,} of them trained" in caplog.text
 
 
 def test_exports_that_cannot_be_made(adapted, whole, tmp_path):

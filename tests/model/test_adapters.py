@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from jsonargparse import Namespace
 from jsonargparse._util import NestedArg
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM
@@ -52,6 +53,20 @@ METHODS = {
 }
 if SAVES_MODULES:
     METHODS["norms too"] = peft.LoraConfig(r=4, target_modules=["dense"], modules_to_save=["ln_f"])
+LATER = {
+    "BOFTConfig": {"boft_block_size": 4},
+    "HRAConfig": {"r": 4},
+    "FourierFTConfig": {"n_frequency": 16},
+    "C3AConfig": {"block_size": 8},
+    "RandLoraConfig": {"r": 4},
+    "MissConfig": {"r": 4},
+    "RoadConfig": {"group_size": 4},
+    "HiraConfig": {"r": 4},
+}
+"""Methods that not every supported release of peft has."""
+for method, options in LATER.items():
+    if hasattr(peft, method):
+        METHODS[method] = getattr(peft, method)(target_modules=LINEAR, **options)
 
 
 def small(tied: bool = True) -> BloomForCausalLM:
@@ -187,6 +202,30 @@ def test_no_gradient_of_what_is_frozen_is_computed(hidden_learns, head_learns, m
         ({"target_modules": "dense"}, "model.adapter.target_modules: dense is not a list of names; write one"),
         (NestedArg("rank", "1.5"), "model.adapter.rank: 1.5 is not a whole number"),
         (NestedArg("lora_alpha", "3"), "model.adapter.lora_alpha: no key of lora"),
+        (
+            {"class_path": "peft.LoroConfig", "init_args": {"r": 3}},
+            "model.adapter.class_path peft.LoroConfig: peft has no such configuration; did you mean Lo",
+        ),
+        (
+            {"class_path": "peft.LoraConfig", "init_args": {"rang": 3}},
+            "model.adapter.init_args.rang: no key of LoraConfig",
+        ),
+        (
+            {"class_path": "peft.LoraConfig", "init_args": {"use_dra": True}},
+            "model.adapter.init_args.use_dra: no key of LoraConfig; did you mean use_dora?",
+        ),
+        (
+            {"class_path": "peft.LoraConfig", "init_args": {"r": "八"}},
+            "model.adapter.init_args.r: 八 is not what LoraConfig takes there, int",
+        ),
+        (
+            Namespace(class_path="peft.LoraConfig", init_args=Namespace(init_lora_weights="loftq")),
+            "model.adapter.init_args: LoraConfig cannot be made of this (",
+        ),
+        (
+            {"class_path": "peft.LoraConfig", "init_args": [3]},
+            "model.adapter.init_args: LoraConfig is made of keys and",
+        ),
         (Lora(rank=0), "model.adapter.rank is 0; it must be at least 1"),
         (Lora(dropout=1.5), "model.adapter.dropout is 1.5; it must be at least 0 and at most 0.999"),
         (Lora(alpha=0), "model.adapter.alpha is 0; it must be above 0"),

@@ -169,4 +169,5 @@ def test_flags_of_a_plan():
     assert join_configs(["stats", "--config", "a"]) == ["stats", "--config", "a"]
     given = ["--measure", "--devices", "1", "2"]
     assert list(gather_lists(given, plan)) == ["--measure", "true", "--devices", '["1", "2"]']
+    assert list(gather_lists(["--memory=8GB", "12GB"], plan)) == ["--memory", '["8GB", "12GB"]']
     assert list(gather_lists(["--measure", "false"], plan)) == ["--measure", "false"]
