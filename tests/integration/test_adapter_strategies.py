@@ -6,6 +6,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from firefly_lightning.strategies.catalogue import CATALOGUE
@@ -107,6 +108,11 @@ def test_quantised_weights_give_the_same_losses_under_every_strategy_that_holds_
     )
     assert {"ddp", "zero1", "zero2_offload"} < set(strategies) or DIVIDED
     losses = {}
+    if transformers.__version__.startswith("4."):
+        args = [*fit_args(tmp_path, EPS, "--trainer.devices", 1), *ADAPTER, "--model.quantize", quantize]
+        told = f"model.quantize {quantize}: transformers {transformers.__version__} cannot do it on this device; "
+        assert one_line(run(*args, check=False)).startswith(told)
+        return
     for strategy in strategies:
         args = command(fit_args, strategy, tmp_path / strategy, "--model.quantize", quantize)
         ran(strategy, STRATEGIES[strategy][0], args)

@@ -256,6 +256,7 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
         settle(config, "train_batch_size", micro * accumulated * self.world_size, "the plan of steps")
         if trainer.gradient_clip_val is not None:
             settle(config, "gradient_clipping", trainer.gradient_clip_val, "the trainer")
+        config.setdefault("gradient_clipping", 0.0)  # DeepSpeed would clip to a norm of 1 where nothing is said
 
     @override
     def _auto_select_batch_size(self) -> int:
