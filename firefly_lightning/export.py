@@ -1,54 +1,116 @@
-"""``firefly export``: from a checkpoint of any strategy to a plain Hugging Face folder, or to one of an adapter."""
+"""``firefly export``: from a checkpoint of any strategy to a Hugging Face folder, one of an adapter, or a GGUF."""
 
 import json
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from firefly_lightning.checkpoints.paths import find_checkpoint
-from firefly_lightning.errors import FireflyError, reason
-from firefly_lightning.files.atomic import check_new_folder, new_folder
+from firefly_lightning.errors import FireflyError, reason, require
+from firefly_lightning.files.atomic import check_new_file, check_new_folder, new_folder
 from firefly_lightning.files.json_object import read_json_object
 from firefly_lightning.files.model_json import CURE, adapter_base
+
+if TYPE_CHECKING:
+    from firefly_lightning.gguf.model import Model
+
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+"""Types of a GGUF's matrices, as llama.cpp calls them."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def export(
     checkpoint: str,
-    out: str,
+    out: str | None = None,
     dtype: Dtype | None = None,
     max_shard_size: str = "5GB",
     adapter: bool = False,
     base: str | None = None,
+    gguf: str | None = None,
+    gguf_type: GgufType = "q8_0",
+    verify: str | None = None,
 ) -> None:
-    """Writes a Hugging Face folder from a checkpoint, or from an adapter and its base.
+    """Writes a Hugging Face folder, a GGUF for llama.cpp, or both, from a checkpoint, or from an adapter and its base.
 
     Args:
-        checkpoint: A checkpoint, a folder or a file; or the folder of a run, of its checkpoints or of an adapter.
+        checkpoint: A checkpoint, a folder or a file; or the folder of a run, of its checkpoints or of an adapter. With
+            ``gguf`` also the Hugging Face folder of a whole model, a pruned one too.
         out: The new folder; it appears complete or not at all.
-        dtype: Type of the weights; by default the type that they have in the checkpoint, or in an adapter's base.
+        dtype: Type of the folder's weights; by default the type that they have in the checkpoint, or in an adapter's
+            base.
         max_shard_size: Weights beyond this size are spread over several files.
         adapter: Writes the adapter that was trained, as peft reads it, and does not merge it into its base.
         base: Folder or hub name of the model that an adapter was trained on, where it is not where it was.
+        gguf: The new file that llama.cpp reads; it appears complete or not at all.
+        gguf_type: Type of the matrices in the file. Embedding and head stay in ``q8_0`` beside types of 4 and 5 bits.
+        verify: Instruction rows or a file with a text a line, on which the tokens of the GGUF are proven to be those of
+            the model.
 
     Raises:
-        FireflyError: If there is no such checkpoint, it is damaged or not one of Firefly's, ``out`` is in use, or the
-            base of an adapter is not there or has changed.
+        FireflyError: If there is no such checkpoint, it is damaged or not one of Firefly's, an output is in use, the
+            base of an adapter is not there or has changed, or llama.cpp cannot have such a model.
     """
-    given, target = Path(checkpoint).expanduser(), Path(out).expanduser()
-    of_folder = given.is_dir() and adapter_base(given) is not None
-    source = given if of_folder else find_checkpoint(checkpoint)
-    check_new_folder(target, [source])
-    if of_folder:
-        if adapter:
-            raise FireflyError(f"{checkpoint}: is an adapter already; leave --adapter out to merge it")
-        with _on_base(source, base) as based:
-            _write_model(target, [source, *([base] if base else [])], *_merged(str(based), dtype), max_shard_size)
-        return
+    given = Path(checkpoint).expanduser()
+    of_adapter = given.is_dir() and adapter_base(given) is not None
+    of_model = given.is_dir() and not of_adapter and (given / "config.json").is_file()
+    source = given if of_adapter or of_model else find_checkpoint(checkpoint)
+    target, file = (Path(name).expanduser() if name is not None else None for name in (out, gguf))
+    _check_outputs(source, target, file, verify, of_model)
+    if file is None and (verify or gguf_type != "q8_0"):
+        raise FireflyError("--verify, --gguf_type: belong to --gguf; name a file there")
+    if dtype and target is None:
+        raise FireflyError("--dtype: is of the folder; name it with --out, or choose --gguf_type")
+    if adapter and (of_adapter or of_model):
+        raise FireflyError(f"{checkpoint}: is {'an adapter' if of_adapter else 'a model'} already; leave --adapter out")
+    if of_model and (base or dtype):
+        raise FireflyError(f"{checkpoint}: is a whole model; leave --base and --dtype out")
+    inputs: list[Path | str] = [source, *([base] if base else [])]
+    if of_model:
+        model = _of_folder(given)
+    elif of_adapter:
+        with _on_base(given, base) as based:
+            model = _in_memory(checkpoint, *_merged(str(based), dtype))
+    else:
+        saved = _of_checkpoint(source, checkpoint, target, dtype, adapter, base)
+        if saved is None:
+            return
+        model = saved
+    if target is not None:
+        _write_model(target, inputs, model, max_shard_size)
+    if file is not None:
+        from firefly_lightning.gguf.making import make_gguf
+
+        make_gguf(model, file, [*inputs, *([verify] if verify else [])], gguf_type, verify)
+
+
+def _check_outputs(source: Path, target: Path | None, file: Path | None, verify: str | None, of_model: bool) -> None:
+    """Checks that a folder or a file is to be written, and both can be.
+
+    Raises:
+        FireflyError: If not.
+    """
+    if target is None and file is None:
+        raise FireflyError("--out, --gguf: neither is given; name a folder, or a file for llama.cpp")
+    if target is not None:
+        if of_model:
+            raise FireflyError(f"{source}: is a plain Hugging Face folder already; leave --out out, or copy it")
+        check_new_folder(target, [source])
+    if file is not None:
+        require("gguf", "gguf")
+        check_new_file(file, [source, *([verify] if verify else [])])
+        if file.exists():
+            raise FireflyError(f"{file}: is there already; choose another name, or remove it first")
+
+
+def _of_checkpoint(
+    source: Path, checkpoint: str, target: Path | None, dtype: Dtype | None, adapter: bool, base: str | None
+) -> "Model | None":
+    """The model in a checkpoint; None where the adapter alone was to be written, and is."""
     from firefly_lightning.huggingface import write_description
     from firefly_lightning.strategies.model_of_checkpoint import read_model
 
@@ -56,9 +118,7 @@ def export(
     if saved.adapter is None:
         if adapter or base:
             raise FireflyError(f"{checkpoint}: is of a training of all weights; leave --adapter and --base out")
-        weights = {name: _cast(weight, dtype) for name, weight in saved.weights.items()}
-        _write_model(target, [source], saved.description, weights, max_shard_size)
-        return
+        return _in_memory(checkpoint, saved.description, saved.weights, dtype)
     from transformers import BloomConfig
 
     from firefly_lightning.model.adapter_folder import write_adapter
@@ -71,14 +131,35 @@ def export(
         write_adapter(folder, fields, saved.weights, config, where)
 
     if adapter:
+        if target is None:
+            raise FireflyError("--adapter: is written into a folder; name it with --out")
         with new_folder(target, [source]) as folder:
             write(folder)
-        print(f"{out}: an adapter of {where}; talk with both: firefly chat --model {shlex.quote(out)}")
-        return
+        print(f"{target}: an adapter of {where}; talk with both: firefly chat --model {shlex.quote(str(target))}")
+        return None
     with TemporaryDirectory() as temporary:
         write(Path(temporary))
         _, weights = _merged(temporary, dtype)
-    _write_model(target, [source, where], saved.description, weights, max_shard_size)
+    return _in_memory(checkpoint, saved.description, weights)
+
+
+def _in_memory(where: str, description: dict[str, Any], weights: dict[str, Any], dtype: Dtype | None = None) -> "Model":
+    """A model whose weights are in memory, or in files that are mapped there."""
+    from firefly_lightning.gguf.model import Model
+
+    loads = {name: partial(_cast, weight, dtype) for name, weight in weights.items()}
+    return Model(where, description, loads, {name: tuple(weight.shape) for name, weight in weights.items()})
+
+
+def _of_folder(folder: Path) -> "Model":
+    """The model of a Hugging Face folder, whose weights stay in their files."""
+    from firefly_lightning.data.prompt_choice import tokenizer_and_format
+    from firefly_lightning.gguf.model import folder_model
+    from firefly_lightning.huggingface import check_model, describe
+
+    config = check_model(str(folder))
+    description = describe(config, *tokenizer_and_format(str(folder)))
+    return folder_model(folder, description, bool(config.tie_word_embeddings))
 
 
 def _base(recorded: Mapping[str, str], told: str | None) -> str:
@@ -142,14 +223,14 @@ def _cast(weight: Any, dtype: Dtype | None) -> Any:
     return weight if dtype is None else weight.to(getattr(torch, dtype))
 
 
-def _write_model(
-    out: Path, inputs: list[Path | str], description: dict[str, Any], weights: dict[str, Any], max_shard_size: str
-) -> None:
+def _write_model(out: Path, inputs: list[Path | str], model: "Model", max_shard_size: str) -> None:
     from huggingface_hub import save_torch_state_dict
     from safetensors import SafetensorError
 
     from firefly_lightning.huggingface import write_description
 
+    weights = {name: load() for name, load in model.weights.items()}
+    description = dict(model.description)
     stored = str(weights["transformer.word_embeddings.weight"].dtype).removeprefix("torch.")
     config = description["config.json"] | {"torch_dtype": stored}
     with new_folder(out, inputs) as folder:

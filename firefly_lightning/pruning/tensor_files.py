@@ -55,9 +55,14 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        """The tensor's type, as PyTorch has it."""
+        return _DTYPES[self.dtype]
+
+    @property
     def itemsize(self) -> int:
         """Bytes of an element."""
-        return _DTYPES[self.dtype].itemsize
+        return self.torch_dtype.itemsize
 
     def numel(self) -> int:
         """Number of elements."""

@@ -1,0 +1,168 @@
+"""Writes a GGUF, tensor by tensor, in a type of llama.cpp's."""
+
+import errno
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from firefly_lightning.errors import FireflyError
+from firefly_lightning.gguf.layout import ENDS, GgufTensor
+from firefly_lightning.gguf.words import Words
+
+CONTEXT = 2048
+"""Tokens of a context, for which Bloom was trained; ALiBi has no limit of its own."""
+
+LICENSE = "bigscience-bloom-rail-1.0"
+"""The licence of Bloom's weights, which what is made of them carries on."""
+
+_FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}
+"""Numbers of the types of files (``enum llama_ftype``)."""
+
+_BLOCK_ROWS = 1024
+"""Rows of a matrix that are converted at a time: quantising takes several times their memory."""
+
+
+def write_gguf(
+    path: Path,
+    tensors: list[GgufTensor],
+    words: Words,
+    description: Mapping[str, Any],
+    kind: str,
+    name: str,
+    tell: Callable[[int, int], object],
+) -> None:
+    """Writes a file that llama.cpp reads.
+
+    Args:
+        path: The file, which is written over.
+        tensors: All tensors; each is loaded when its turn comes.
+        words: The tokens and their rules.
+        description: Contents of the other files of a Hugging Face folder, by their names.
+        kind: Type of the matrices. Embedding and head stay in ``q8_0`` beside a type of 4 or 5 bits, and matrices whose
+            rows are no multiple of 32 in ``f16``.
+        name: Name of the model, which programs show.
+        tell: Is called with the bytes that are written and all that will be.
+
+    Raises:
+        FireflyError: If a weight is not finite.
+        OSError: If the file cannot be written.
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "bloom")
+    _describe(writer, description, kind, name, sum(int(np.prod(one.shape)) for one in tensors))
+    _add_words(writer, words, description)
+    types = {one.name: _type_of(one, kind) for one in tensors}
+    sizes = {}
+    for one in tensors:
+        written = gguf.GGMLQuantizationType[types[one.name].upper()]
+        shape = gguf.quant_shape_to_byte_shape(one.shape, written)
+        sizes[one.name] = int(np.prod(shape))
+        writer.add_tensor_info(one.name, shape, np.dtype(np.uint8), sizes[one.name], written)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        done = 0
+        for one in tensors:
+            writer.write_tensor_data(_converted(_finite(one), types[one.name]))
+            tell(done := done + sizes[one.name], sum(sizes.values()))
+    except OSError as error:
+        # numpy says how many numbers it has written, and not why it has stopped.
+        raise error if error.errno else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+    finally:
+        writer.close()
+
+
+def _describe(writer: Any, description: Mapping[str, Any], kind: str, name: str, parameters: int) -> None:
+    config, generation = description["config.json"], description["generation_config.json"]
+    width = config.get("n_embed") or config["hidden_size"]
+    heads = config.get("num_attention_heads") or config["n_head"]
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_size_label(f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{max(1, round(parameters / 1e6))}M")
+    writer.add_license(LICENSE)
+    writer.add_languages(["zh", "en"])
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(4 * width)
+    writer.add_block_count(config.get("num_hidden_layers") or config["n_layer"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_eps(config.get("layer_norm_epsilon", 1e-5))
+    writer.add_file_type(_FILE_TYPES[kind])
+    if kind.startswith("q"):
+        writer.add_quantization_version(2)
+    if generation.get("do_sample"):
+        settings = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k", "penalty_repeat": "repetition_penalty"}
+        for key, field in settings.items():
+            if generation.get(field) is not None:
+                getattr(writer, f"add_sampling_{key}")(generation[field])
+
+
+def _add_words(writer: Any, words: Words, description: Mapping[str, Any]) -> None:
+    numbers = {token: number for number, token in enumerate(words.tokens)}
+    config = description["tokenizer_config.json"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(words.pre)
+    writer.add_token_list(words.tokens)
+    writer.add_token_types(words.types)
+    writer.add_token_merges(words.merges)
+    for name in ("bos", "eos", "unk", "pad"):
+        token = config.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token in numbers:
+            getattr(writer, f"add_{name}_token_id")(numbers[token])
+    # The template writes them where training has them.
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+    if isinstance(template := config.get("chat_template"), str):
+        writer.add_chat_template(template)
+
+
+def _type_of(tensor: GgufTensor, kind: str) -> str:
+    if len(tensor.shape) < 2:
+        return "f32"
+    if kind.startswith("q") and tensor.shape[-1] % 32:
+        return "f16"
+    if tensor.name in ENDS and kind.startswith(("q4", "q5")):
+        return "q8_0"
+    return kind
+
+
+def _converted(tensor: Tensor, kind: str) -> npt.NDArray[np.uint8]:
+    """The bytes of a tensor in a type of llama.cpp's; rows, (rows, bytes of a row)."""
+    import gguf
+
+    if kind == "f32" and tensor.dtype == torch.float32:
+        return tensor.contiguous().numpy().reshape(len(tensor), -1).view(np.uint8)
+    written = gguf.GGMLQuantizationType[kind.upper()]
+    rows = tensor.reshape(len(tensor), -1) if tensor.dim() > 1 else tensor.reshape(1, -1)
+    out = np.empty(gguf.quant_shape_to_byte_shape(rows.shape, written), np.uint8)
+    for start, block in _blocks(rows):
+        out[start : start + len(block)] = gguf.quantize(block, written).view(np.uint8)
+    return out
+
+
+def _blocks(rows: Tensor) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        yield start, rows[start : start + _BLOCK_ROWS].to(torch.float32).contiguous().numpy()
+
+
+def _finite(tensor: GgufTensor) -> Tensor:
+    """The values of a tensor, all of them finite: a block of quantised numbers could not say that one is not.
+
+    Raises:
+        FireflyError: If one is not.
+    """
+    values = tensor.load()
+    if not bool(torch.isfinite(values).all()):
+        raise FireflyError(f"{tensor.name}: has numbers that are not finite; take an earlier checkpoint")
+    return values
