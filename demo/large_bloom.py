@@ -96,8 +96,8 @@ def _convert(ranks: Ranks, pattern: str) -> Tokenizer:
     ordered = sorted(ranks, key=ranks.__getitem__)
     vocab = {string: number for number, string in enumerate([*special, *(strings[token] for token in ordered)])}
     merges = [(strings[pair[0]], strings[pair[1]]) for token in ordered if (pair := _last_merge(token, ranks))]
-    # tiktoken takes a piece of text that is a token without merging; 201 tokens, such as 俱乐部, come about only so. They
-    # are read in pieces here, as in Qwen's own tokenizer.json: llama.cpp has nothing else for these rules.
+    # tiktoken takes a piece of text that is a token without merging; 201 tokens, such as 俱乐部, come about only so.
+    # They are read in pieces here, as in Qwen's own tokenizer.json: llama.cpp has nothing else for these rules.
     tokenizer = Tokenizer(BPE(vocab, merges))
     tokenizer.pre_tokenizer = Sequence(
         [Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]

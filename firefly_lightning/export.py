@@ -158,7 +158,12 @@ def _of_folder(folder: Path) -> "Model":
     from firefly_lightning.huggingface import check_model, describe
 
     config = check_model(str(folder))
-    description = describe(config, *tokenizer_and_format(str(folder)))
+    tokenizer, prompt = tokenizer_and_format(str(folder))
+    description = describe(config, tokenizer, prompt)
+    if (settings := folder / "generation_config.json").is_file():
+        description["generation_config.json"] = read_json_object(settings, CURE)
+    if tokenizer.chat_template:  # its own, also where no prompt format has such a one
+        description["tokenizer_config.json"]["chat_template"] = tokenizer.chat_template
     return folder_model(folder, description, bool(config.tie_word_embeddings))
 
 

@@ -124,7 +124,8 @@ def _add_words(writer: Any, words: Words, description: Mapping[str, Any]) -> Non
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     if isinstance(template := config.get("chat_template"), str):
-        writer.add_chat_template(template)
+        # A tag of transformers, which marks what an assistant says and changes nothing of it.
+        writer.add_chat_template(template.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
 
 
 def _type_of(tensor: GgufTensor, kind: str) -> str:

@@ -77,12 +77,10 @@ def check_shapes(name: str, state: Mapping[str, Any], kept: Mapping[str, Any], p
         model = kept.get(key)
         if not (isinstance(value, Tensor) and isinstance(model, Tensor) and _is_plain(model)):
             continue
-        same = value.shape == model.shape
-        if _is_tried_smaller(parameter) and value.dim() == model.dim():
-            # Blocks lie in one dimension, however many there are; rows of the parameter may lie in any.
-            sizes = zip(value.shape, model.shape, strict=True)
-            same = model.dim() == 1 or all(size in (tried, len(parameter)) for size, tried in sizes)
-        if not same:
+        fits = value.dim() == model.dim() and all(
+            _fits(size, tried, parameter) for size, tried in zip(value.shape, model.shape, strict=True)
+        )
+        if not fits:
             raise FireflyError(
                 f"the checkpoint's optimizer keeps {key} of {name} with the sizes {tuple(value.shape)}, which do not "
                 f"fit {tuple(parameter.shape)}; use an earlier checkpoint"
@@ -99,10 +97,8 @@ def kept_for(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) 
     """
     if state := optimizer.state.get(parameter):
         return dict(state)
-    # With the same remainder, since blocks of states may have to divide a parameter.
-    smaller = _is_tried_smaller(parameter)
-    fewer = [SMALL_ROWS + len(parameter) % SMALL_ROWS] if smaller else list(parameter.shape[:1])
-    example = Parameter(torch.zeros(*fewer, *parameter.shape[1:], dtype=parameter.dtype, device=parameter.device))
+    shape = (_tried_rows(parameter), *parameter.shape[1:]) if parameter.dim() else ()
+    example = Parameter(torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))
     example.grad = torch.zeros_like(example)
     trial = on_other_parameters(optimizer, [{**group, "params": [example]}])
     try:
@@ -166,8 +162,21 @@ def _take_apart(key: str, value: Any, entries: dict[str, Any], forms: dict[str, 
         _take_apart(f"{key}.{name}", part, entries, forms)
 
 
-def _is_tried_smaller(parameter: Tensor) -> bool:
-    return parameter.dim() > 1 and len(parameter) > 2 * SMALL_ROWS
+def _tried_rows(parameter: Tensor) -> int:
+    """Rows of the parameter of a trial step; with the same remainder, since blocks may have to divide a parameter."""
+    rows = len(parameter)
+    return SMALL_ROWS + rows % SMALL_ROWS if parameter.dim() > 1 and rows > 2 * SMALL_ROWS else rows
+
+
+def _fits(size: int, tried: int, parameter: Tensor) -> bool:
+    """Whether a size of a state is that of the trial step's, for a parameter that may have more rows.
+
+    It may be a number of rows, or of blocks of so many numbers, the last of which need not be full.
+    """
+    if size == tried or not parameter.dim():
+        return size == tried
+    rows, tried_rows = len(parameter), _tried_rows(parameter)
+    return rows != tried_rows and (size == rows or abs(size * tried_rows / rows - tried) <= 1)
 
 
 def _is_plain(value: Any) -> bool:
