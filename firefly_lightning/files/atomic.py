@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from firefly_lightning.errors import FireflyError, describe_os_error
+from firefly_lightning.files.modes import follow_umask
 from firefly_lightning.interrupts import before_end
 
 _unfinished: set[Path] = set()
@@ -124,6 +125,7 @@ def whole_folder(
     partial.mkdir()
     with _held(partial):
         yield partial
+        follow_umask(partial)
         _put(partial, target, durable, replacing)
 
 
