@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import urllib.request
@@ -21,6 +22,7 @@ from firefly_lightning.checkpoints.paths import find_checkpoint
 from firefly_lightning.data.sources.row_forms import read_rows
 from tests.conftest import write_rows
 from tests.support.helpers import ROOT, forked, logged, run, run_forked
+from tests.support.llama import llama_folder
 from tests.support.ranks import run_rank
 from tests.support.readme import NOT_HERE, READMES, Block, commands, pages, read_blocks, write_file
 
@@ -67,7 +69,7 @@ def test_every_command_of_the_readme(box, monkeypatch):
 def test_every_command_and_snippet_of_the_documentation(full_box, monkeypatch):
     """The pages are one running example, in the order of the navigation."""
     blocks = [block for page in pages("en") for block in read_blocks(page)]
-    assert run_blocks(blocks, CHECKS, full_box, monkeypatch) == (45, 4, 7)
+    assert run_blocks(blocks, CHECKS, full_box, monkeypatch) == (47, 4, 7)
 
 
 def run_blocks(blocks: list[Block], checks: dict, box: Path, monkeypatch) -> tuple[int, int, int]:
@@ -100,6 +102,9 @@ def check_command(command: str, checks: dict, box: Path, monkeypatch) -> str:
     if re.search("firefly-fit fit .*[^p]$", command):  # no --help
         last = next(step for part, step in LAST_STEPS.items() if part in command)
         args += ["--trainer.max_steps", last, "--trainer.val_check_interval", "2"]
+    if name == "npx":
+        checks[names[0]](box, of_node(args))
+        return names[0]
     if "--web" in args:
         check_page([name, *args], box)
         return names[0]
@@ -108,6 +113,21 @@ def check_command(command: str, checks: dict, box: Path, monkeypatch) -> str:
     result = run(name, *args, process=name == "torchrun", cwd=box, how=ranks)
     checks[names[0]](box, result.stdout)
     return names[0]
+
+
+def of_node(args: list[str]) -> str:
+    """What a program of node-llama-cpp prints that is asked once, in colours that are left out."""
+    program, *others = args
+    command = [
+        Path(llama_folder()) / "node_modules" / ".bin" / program,
+        *others,
+        "--prompt",
+        "你好",
+        "--maxTokens",
+        "8",
+    ]
+    text = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300).stdout
+    return re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", text)
 
 
 LAST_STEPS = {"runs/back": "9", "runs/moved": "7", "--ckpt_path last": "5", "": "3"}
@@ -246,6 +266,15 @@ def check_predictions(box: Path, out: str) -> None:
     ]
 
 
+def check_gguf(box: Path, out: str) -> None:
+    assert re.search(r"chat-model.gguf: a GGUF of [\d,]+ tokens in q8_0, .* texts have the same [\d,]+ tokens", out)
+
+
+def check_answer_of_node(box: Path, out: str) -> None:
+    assert "Wrapper: JinjaTemplate" in out
+    assert re.search(r"> 你好\s+AI: ", out)
+
+
 def check_exported(name: str):
     def check(box: Path, out: str) -> None:
         assert BloomForCausalLM.from_pretrained(box / name).config.vocab_size
@@ -336,7 +365,9 @@ CHECKS = {
     "firefly-fit fit .*runs/back$": check_moved("back", range(7, 9)),
     "firefly-fit validate": check_evaluation("val"),
     "firefly-fit test": check_evaluation("test", *(f"{name}_of/Weather" for name in ("bleu", "chrf", "rouge_l"))),
-    "firefly export .*chat-model": check_exported("chat-model"),
+    "firefly export .*--out chat-model$": check_exported("chat-model"),
+    "firefly export .*--gguf": check_gguf,
+    "npx node-llama-cpp chat": check_answer_of_node,
     "firefly chat --model chat-model .*--prompt": check_answer,
     "firefly chat --model chat-model$": check_conversation,
     "firefly chat .*--web$": check_page,

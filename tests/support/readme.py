@@ -13,6 +13,7 @@ DOCS = ROOT / "docs"
 
 NOT_HERE = (
     "pip install ",
+    "npm install ",
     "bin/demo",
     "bin/test",
     "mkdocs build",
