@@ -36,7 +36,9 @@ OF_ONE_STACK = {
         "callbacks", "chat", "checkpoints/test_damage",
         "checkpoints/test_io_plugin.py::test_a_full_disk", "checkpoints/test_portable", "checkpoints/test_saved_config",
         "data", "demo", "evaluation/test_answer", "evaluation/test_metric_names", "evaluation/test_predictions",
-        "files", "integration/test_adapter", "integration/test_docs", "integration/test_interrupts",
+        "files", "gguf", "integration/test_adapter",
+        "integration/test_clipping.py::test_what_names_no_limit_is_not_clipped[z",
+        "integration/test_docs", "integration/test_interrupts",
         "integration/test_moving", "integration/test_optimizers", "integration/test_outputs",
         "integration/test_predict.py::test_answers_are_those_of_stock_hugging_face[ddp",
         "integration/test_predict.py::test_answers_are_those_of_stock_hugging_face[native_tp",
@@ -48,7 +50,11 @@ OF_ONE_STACK = {
         "strategies/deepspeed", "strategies/native", "strategies/test_registration", "test_cli", "test_console",
         "test_interrupts", "test_moved", "test_prompt",
     ),
-    "oldest": ("integration/test_launching", "strategies/colossalai/test_strategy"),
+    "oldest": (
+        "integration/test_launching", "strategies/colossalai/test_strategy",
+        "integration/test_parity.py::test_a_strategy_trains_like_plain_pytorch[ddp",
+        "integration/test_parity.py::test_a_strategy_trains_like_plain_pytorch[native_tp",
+    ),
 }  # fmt: skip
 """Files, or tests, that `--divided` leaves to one stack: what depends least on releases, and each engine where it is at
 home."""
@@ -56,6 +62,28 @@ home."""
 OF_FULL_RUNS = (
     "benchmarks", "pruning/test_weights_writer.py::test_memory_stays_small[bin",
     "strategies/test_registration.py::test_either_package_is_imported_first[lightning",
+    "test_module.py::test_loss_and_gradients_equal_stock_bloom[2 ranks of 4",
+    *(
+        f"integration/{test}"
+        for test in (
+            # Runs move to and from each of these, with the losses and weights of plain PyTorch.
+            "test_engine_parity.py::test_a_strategy_trains_like_plain_pytorch[zero1",
+            "test_engine_parity.py::test_a_strategy_trains_like_plain_pytorch[zero2_offload",
+            "test_engine_parity.py::test_a_strategy_trains_like_plain_pytorch[zero3]",
+            "test_adapter_strategies.py::test_a_checkpoint_in_an_engines_own_form",
+            "test_adapter_strategies.py::test_quantised_weights_give_the_same",
+            "test_launching.py::test_processes_that_lightning_starts_itself_train_like_one[ddp_spawn",
+            "test_launching.py::test_torchrun_starts_two_nodes",
+            "test_moving.py::test_a_run_moves_between_strategies[ddp",
+            "test_moving.py::test_a_run_goes_on_with_fewer_processes[zero2",
+            "test_moving.py::test_a_run_goes_on_with_fewer_processes[zero3",
+            "test_predict.py::test_answers_are_those_of_stock_hugging_face[ddp",
+            "test_predict.py::test_answers_are_those_of_stock_hugging_face[fsdp2",
+            "test_resume.py::test_a_run_counted_in_epochs_resumes[2",
+            "test_resume.py::test_killed_run_resumes_digit_for_digit[checkpoint",
+            "test_saving.py::test_saving_takes_a_small_part_of_what_is_saved[fsdp2",
+        )
+    ),
     *(
         f"strategies/native/test_strategy.py::{test}"
         for test in (

@@ -260,7 +260,8 @@ def test_commands_that_are_not_run_here_run_in_continuous_integration():
     assert written == [
         "bin/demo", "bin/test", install, 'pip install -e ".[docs]"', "mkdocs build",
         install, f"pip install --no-deps -r {no_deps}", 'pip install -e ".[adapters]"',
-        *hub, "pip install modelscope", next(one for one in written if "modelscope import snapshot_download" in one),
+        'pip install -e ".[gguf]"', "npm install node-llama-cpp", *hub, "pip install modelscope",
+        next(one for one in written if "modelscope import snapshot_download" in one),
     ]  # fmt: skip
     assert len(hub) == 3
     made = (ROOT / "bin" / "test").read_text("utf-8")

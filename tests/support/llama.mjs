@@ -5,9 +5,9 @@ import {pathToFileURL} from "node:url";
 const [folder, file] = process.argv.slice(2);
 const entry = pathToFileURL(`${folder}/node_modules/node-llama-cpp/dist/index.js`);
 const {getLlama} = await import(entry);
-const llama = await getLlama({gpu: false, logLevel: "error", build: "never", maxThreads: 2});
+const llama = await getLlama({gpu: false, logLevel: "error", build: "never", maxThreads: 1});
 const model = await llama.loadModel({modelPath: file});
-const context = await model.createContext({contextSize: 1024, experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"});
+const context = await model.createContext({contextSize: 1024, threads: 1, experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"});
 const sequence = context.getSequence();
 
 const requests = {
