@@ -1,6 +1,7 @@
 """``firefly export``: from a checkpoint of any strategy to a Hugging Face folder, one of an adapter, or a GGUF."""
 
 import json
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ def export(
     if adapter and (of_adapter or of_model):
         raise FireflyError(f"{checkpoint}: is {'an adapter' if of_adapter else 'a model'} already; leave --adapter out")
     if of_model and (base or dtype):
-        raise FireflyError(f"{checkpoint}: is a whole model; leave --base and --dtype out")
+        raise FireflyError(f"{checkpoint}: is a whole model; leave {'--base' if base else '--dtype'} out")
     inputs: list[Path | str] = [source, *([base] if base else [])]
     if of_model:
         model = _of_folder(given)
@@ -102,8 +103,10 @@ def _check_outputs(source: Path, target: Path | None, file: Path | None, verify:
         check_new_folder(target, [source])
     if file is not None:
         require("gguf", "gguf")
+        if verify and Path(verify).expanduser().is_dir():
+            raise FireflyError(f"{verify}: is a folder; name a file of rows, or one with a text a line")
         check_new_file(file, [source, *([verify] if verify else [])])
-        if file.exists():
+        if os.path.lexists(file):
             raise FireflyError(f"{file}: is there already; choose another name, or remove it first")
 
 
@@ -160,8 +163,14 @@ def _of_folder(folder: Path) -> "Model":
     config = check_model(str(folder))
     tokenizer, prompt = tokenizer_and_format(str(folder))
     description = describe(config, tokenizer, prompt)
-    if (settings := folder / "generation_config.json").is_file():
-        description["generation_config.json"] = read_json_object(settings, CURE)
+    # Its own, since special tokens may have other names and numbers there than in what is trained here.
+    own = read_json_object(folder / "config.json", CURE)
+    ids = {name: own[name] for name in own if name.endswith("_token_id") and own[name] is not None}
+    description["config.json"] |= ids
+    settings = folder / "generation_config.json"
+    description["generation_config.json"] = read_json_object(settings, CURE) if settings.is_file() else {}
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    description["tokenizer_config.json"] |= {name: getattr(tokenizer, name) for name in names}
     if tokenizer.chat_template:  # its own, also where no prompt format has such a one
         description["tokenizer_config.json"]["chat_template"] = tokenizer.chat_template
     return folder_model(folder, description, bool(config.tie_word_embeddings))

@@ -1,14 +1,14 @@
 """Proof on real texts that a GGUF is read in the same tokens as its model, by the rules that stand in the file."""
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
 from firefly_lightning.errors import FireflyError, shown
-from firefly_lightning.gguf.words import PATTERNS, WHOLE_FIRST
+from firefly_lightning.gguf.words import PATTERNS, USER_DEFINED, WHOLE_FIRST
 
 _BATCH = 1000
 
@@ -36,9 +36,11 @@ def check_texts(file: Path, tokenizer: Tokenizer, texts: Iterable[str], where: s
         own, read = (one.encode_batch_fast(batch, add_special_tokens=False) for one in (tokenizer, of_file))
         for text, expected, found in zip(batch, own, read, strict=True):
             if expected.ids != found.ids:
+                at = next(i for i, pair in enumerate(zip_longest(expected.ids, found.ids)) if pair[0] != pair[1])
+                others, wanted = (ids[at : at + 4] for ids in (found.ids, expected.ids))
                 raise FireflyError(
-                    f"{where}: the GGUF reads {shown(text)} in {len(found.ids)} tokens, the model in "
-                    f"{len(expected.ids)}; the tokenizer has a rule that llama.cpp has not"
+                    f"{where}: the GGUF reads {shown(text)} in other tokens than the model, {others} where that has "
+                    f"{wanted}; the tokenizer has a rule that llama.cpp has not"
                 )
             count, tokens = count + 1, tokens + len(expected.ids)
     if not count:
@@ -68,6 +70,8 @@ def tokenizer_of(file: Path) -> Tokenizer:
     cut = pre_tokenizers.Split(Regex(PATTERNS[pre][-1]), "isolated")
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, bytes_only])
+    added = [token for token, kind in zip(tokens, value("token_type"), strict=True) if kind == USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
     return tokenizer
 
 

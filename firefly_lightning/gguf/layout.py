@@ -1,14 +1,14 @@
 """The tensors of a Bloom as llama.cpp has them: other names, and query, key and value apart, not head by head."""
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.errors import FireflyError, some
 
 Weights = Mapping[str, Callable[[], Tensor]]
 """What gives each weight of a ``BloomForCausalLM``, by its name; a weight is in memory only while it is looked at."""
@@ -38,11 +38,13 @@ class GgufTensor(NamedTuple):
 
     Attributes:
         name: Its name there.
+        source: Its name in the model.
         shape: Its sizes, those of PyTorch.
         load: Gives its values.
     """
 
     name: str
+    source: str
     shape: tuple[int, ...]
     load: Callable[[], Tensor]
 
@@ -55,32 +57,47 @@ def check_architecture(config: Mapping[str, Any], where: str) -> None:
         where: Name of the model, which opens the message.
 
     Raises:
-        FireflyError: If it takes residuals from behind the layer norms.
+        FireflyError: If it takes residuals from behind the layer norms, or leaves biases out.
     """
+    if config.get("slow_but_exact") and config.get("pretraining_tp", 1) > 1:
+        raise FireflyError(
+            f"{where}: slow_but_exact with pretraining_tp {config['pretraining_tp']} is not in llama.cpp; set it to "
+            "false in config.json, as every published Bloom has it"
+        )
     if config.get("apply_residual_connection_post_layernorm"):
         raise FireflyError(
             f"{where}: apply_residual_connection_post_layernorm is not in llama.cpp; no GGUF can be made"
         )
 
 
-def tensors_of(weights: Weights, shapes: Mapping[str, tuple[int, ...]], heads: int) -> Iterator[GgufTensor]:
+def tensors_of(
+    weights: Weights, shapes: Mapping[str, tuple[int, ...]], heads: int, layers: int, where: str
+) -> list[GgufTensor]:
     """The tensors of a GGUF, in the order of the model's weights.
 
     Args:
         weights: The weights of the model; the head only where it is not the embedding.
         shapes: Their sizes.
         heads: Number of attention heads.
+        layers: Number of blocks.
+        where: Name of the model, which opens messages.
+
+    Raises:
+        FireflyError: If a weight is missing, or there is one that no Bloom has.
     """
+    names = {name: to for name, to in _OUTER.items() if name != "lm_head.weight" or name in weights}
+    for layer, part, kind in product(range(layers), _OF_BLOCK, ("weight", "bias")):
+        names[f"transformer.h.{layer}.{part}.{kind}"] = f"blk.{layer}.{_OF_BLOCK[part]}.{kind}"
+    for problem, others in (("lack", names.keys() - weights.keys()), ("have", weights.keys() - names.keys())):
+        if others:
+            raise FireflyError(
+                f"{where}: the weights {problem} {some(sorted(others))}, unlike config.json; fetch both again"
+            )
+    tensors = []
     for name, load in weights.items():
-        if name in _OUTER:
-            yield GgufTensor(_OUTER[name], shapes[name], load)
-            continue
-        found = re.fullmatch(r"transformer\.h\.(\d+)\.(.+)\.(weight|bias)", name)
-        if not found or found[2] not in _OF_BLOCK:
-            raise FireflyError(f"{name}: is no weight of a Bloom that llama.cpp knows")
-        split = found[2] == "self_attention.query_key_value"
-        made = partial(_apart, load, heads) if split else load
-        yield GgufTensor(f"blk.{found[1]}.{_OF_BLOCK[found[2]]}.{found[3]}", shapes[name], made)
+        made = partial(_apart, load, heads) if ".query_key_value." in name else load
+        tensors.append(GgufTensor(names[name], name, shapes[name], made))
+    return tensors
 
 
 def _apart(load: Callable[[], Tensor], heads: int) -> Tensor:

@@ -1,16 +1,18 @@
 """Makes a GGUF of a model: from its description and what gives its weights, to a file that is whole or not there."""
 
+import os
 from pathlib import Path
 
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from firefly_lightning.errors import FireflyError
 from firefly_lightning.files.atomic import new_file
 from firefly_lightning.gguf.checking import check_texts
 from firefly_lightning.gguf.layout import check_architecture, tensors_of
 from firefly_lightning.gguf.model import Model
 from firefly_lightning.gguf.words import read_words
-from firefly_lightning.gguf.writing import write_gguf
+from firefly_lightning.gguf.writing import special_numbers, write_gguf
 from firefly_lightning.pruning.vocabulary import read_texts
 
 
@@ -33,7 +35,9 @@ def make_gguf(model: Model, out: Path, inputs: list[Path | str], kind: str, veri
     rows = model.shapes["transformer.word_embeddings.weight"][0]
     words = read_words(tokenizer_json, rows, model.where)
     heads = config.get("num_attention_heads") or config["n_head"]
-    tensors = list(tensors_of(model.weights, model.shapes, heads))
+    layers = config.get("num_hidden_layers") or config["n_layer"]
+    tensors = tensors_of(model.weights, model.shapes, heads, layers, model.where)
+    special_numbers(model.description, words.tokens)
     if words.normalizes:
         print("note: the tokenizer puts text into the form NFC, llama.cpp does not; give it text in that form")
     checked = ""
@@ -44,9 +48,11 @@ def make_gguf(model: Model, out: Path, inputs: list[Path | str], kind: str, veri
             bar.update(done - bar.n)
 
         partial = Path(file.name)
-        write_gguf(partial, tensors, words, model.description, kind, out.stem, tell)
+        write_gguf(partial, tensors, words, model.description, kind, out.stem, model.where, tell)
         if verify:
             texts, tokens = check_texts(partial, Tokenizer.from_str(tokenizer_json), read_texts(verify), verify)
             checked = f"; {texts:,} texts have the same {tokens:,} tokens as in the model"
+        if os.path.lexists(out):
+            raise FireflyError(f"{out}: has been made meanwhile; choose another name")
     size = out.stat().st_size / 1e6
     print(f"{out}: a GGUF of {rows:,} tokens in {kind}, {size:,.1f} MB, cut as {words.pre}{checked}")

@@ -39,7 +39,7 @@ def folder_model(folder: Path, description: Mapping[str, Any], tied: bool) -> Mo
     Raises:
         FireflyError: If the weights are missing or damaged.
     """
-    stored = open_checkpoint(folder, tied)
+    stored = open_checkpoint(folder, tied, strict=True)
     weights = {name: partial(_read, tensor) for name, tensor in stored.items()}
     return Model(str(folder), description, weights, {name: tensor.shape for name, tensor in stored.items()})
 

@@ -69,8 +69,9 @@ def read_words(tokenizer_json: str, rows: int, where: str) -> Words:
     """
     fields = json.loads(tokenizer_json)
     model = fields["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback") or model.get("continuing_subword_prefix"):
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise FireflyError(f"{where}: the tokenizer is no byte-level BPE; only such a one can be written as GGUF")
+    _check_merging(fields, where)
     pre = _name_of_rules(fields, where)
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
     merges = [(first, second) for first, second in pairs]
@@ -83,6 +84,23 @@ def read_words(tokenizer_json: str, rows: int, where: str) -> Words:
             raise FireflyError(f"{where}: token {shown(token)} has number {number}, the embedding only {rows} rows")
         tokens[number], types[number] = token, added.get(token, NORMAL)
     return Words(tokens, types, [" ".join(merge) for merge in merges], pre, _normalizes(fields, where))
+
+
+def _check_merging(fields: Mapping[str, Any], where: str) -> None:
+    """Refuses what llama.cpp has nothing for in merging, and in finding tokens that were added.
+
+    Raises:
+        FireflyError: If there is such a thing.
+    """
+    model = fields["model"]
+    odd = [name for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout") if model.get(name)]
+    flags = ("lstrip", "rstrip", "single_word")
+    odd += [f"{flag} of {token['content']}" for token in fields["added_tokens"] for flag in flags if token.get(flag)]
+    if odd:
+        raise FireflyError(
+            f"{where}: the tokenizer has {some(odd)}, which llama.cpp has not; take that out of tokenizer.json if "
+            "the model was trained without it"
+        )
 
 
 def _name_of_rules(fields: Mapping[str, Any], where: str) -> str:

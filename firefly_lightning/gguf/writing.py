@@ -24,6 +24,9 @@ LICENSE = "bigscience-bloom-rail-1.0"
 _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}
 """Numbers of the types of files (``enum llama_ftype``)."""
 
+_MOST = 65504.0
+"""The largest number of float16."""
+
 _BLOCK_ROWS = 1024
 """Rows of a matrix that are converted at a time: quantising takes several times their memory."""
 
@@ -35,6 +38,7 @@ def write_gguf(
     description: Mapping[str, Any],
     kind: str,
     name: str,
+    where: str,
     tell: Callable[[int, int], object],
 ) -> None:
     """Writes a file that llama.cpp reads.
@@ -47,6 +51,7 @@ def write_gguf(
         kind: Type of the matrices. Embedding and head stay in ``q8_0`` beside a type of 4 or 5 bits, and matrices whose
             rows are no multiple of 32 in ``f16``.
         name: Name of the model, which programs show.
+        where: Name of the model in messages.
         tell: Is called with the bytes that are written and all that will be.
 
     Raises:
@@ -71,7 +76,7 @@ def write_gguf(
         writer.write_ti_data_to_file()
         done = 0
         for one in tensors:
-            writer.write_tensor_data(_converted(_finite(one), types[one.name]))
+            writer.write_tensor_data(_converted(_checked(one, types[one.name], where), types[one.name]))
             tell(done := done + sizes[one.name], sum(sizes.values()))
     except OSError as error:
         # numpy says how many numbers it has written, and not why it has stopped.
@@ -107,18 +112,14 @@ def _describe(writer: Any, description: Mapping[str, Any], kind: str, name: str,
 
 
 def _add_words(writer: Any, words: Words, description: Mapping[str, Any]) -> None:
-    numbers = {token: number for number, token in enumerate(words.tokens)}
     config = description["tokenizer_config.json"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(words.pre)
     writer.add_token_list(words.tokens)
     writer.add_token_types(words.types)
     writer.add_token_merges(words.merges)
-    for name in ("bos", "eos", "unk", "pad"):
-        token = config.get(f"{name}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if token in numbers:
-            getattr(writer, f"add_{name}_token_id")(numbers[token])
+    for name, number in special_numbers(description, words.tokens).items():
+        getattr(writer, f"add_{name}_token_id")(number)
     # The template writes them where training has them.
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
@@ -126,6 +127,39 @@ def _add_words(writer: Any, words: Words, description: Mapping[str, Any]) -> Non
     if isinstance(template := config.get("chat_template"), str):
         # A tag of transformers, which marks what an assistant says and changes nothing of it.
         writer.add_chat_template(template.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
+
+
+def special_numbers(description: Mapping[str, Any], tokens: list[str]) -> dict[str, int]:
+    """Numbers of special tokens by the names that a GGUF has for them; ``eot`` is a second one that ends an answer.
+
+    Args:
+        description: Contents of the files of a Hugging Face folder, by their names: the settings of generation win over
+            the configuration, and that over the tokenizer's.
+        tokens: All tokens.
+
+    Raises:
+        FireflyError: If no token ends an answer, or more than two do.
+    """
+    given = description["generation_config.json"], description["config.json"]
+    known: dict[str, int] = {}
+    for name in ("bos", "eos", "unk", "pad"):
+        found: Any = next((one for fields in given if (one := fields.get(f"{name}_token_id")) is not None), None)
+        if found is None:
+            token = description["tokenizer_config.json"].get(f"{name}_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            found = tokens.index(token) if token in tokens else None
+        first, *others = found if isinstance(found, list) else [found]
+        if first is not None:
+            known[name] = first
+        if name == "eos" and others:
+            if len(others) > 1:
+                raise FireflyError(
+                    f"eos_token_id {found}: llama.cpp ends answers at two tokens at most; leave some out"
+                )
+            known["eot"] = others[0]
+    if "eos" not in known:
+        raise FireflyError("no token ends an answer; set eos_token_id in generation_config.json")
+    return known
 
 
 def _type_of(tensor: GgufTensor, kind: str) -> str:
@@ -157,13 +191,17 @@ def _blocks(rows: Tensor) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         yield start, rows[start : start + _BLOCK_ROWS].to(torch.float32).contiguous().numpy()
 
 
-def _finite(tensor: GgufTensor) -> Tensor:
-    """The values of a tensor, all of them finite: a block of quantised numbers could not say that one is not.
+def _checked(tensor: GgufTensor, kind: str, where: str) -> Tensor:
+    """The values of a tensor, all of them finite and such as the type can hold.
 
     Raises:
         FireflyError: If one is not.
     """
     values = tensor.load()
     if not bool(torch.isfinite(values).all()):
-        raise FireflyError(f"{tensor.name}: has numbers that are not finite; take an earlier checkpoint")
+        raise FireflyError(f"{where}: {tensor.source} has numbers that are not finite; take an earlier state of it")
+    # The scale of a block is float16 too, of at least the largest number's 16th part.
+    most = {"f32": np.inf, "bf16": np.inf, "f16": _MOST}.get(kind, 8 * _MOST)
+    if float(values.abs().max()) > most:
+        raise FireflyError(f"{where}: {tensor.source} has numbers too large for {kind}; take bf16 or f32")
     return values

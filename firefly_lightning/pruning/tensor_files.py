@@ -78,12 +78,13 @@ Checkpoint = dict[str, StoredTensor]
 """Tensors by the names of ``BloomForCausalLM``; ``lm_head.weight`` only where it differs from the embedding."""
 
 
-def open_checkpoint(folder: Path, tied: bool) -> Checkpoint:
+def open_checkpoint(folder: Path, tied: bool, strict: bool = False) -> Checkpoint:
     """Finds the tensors of a Bloom, saved with or without ``transformer.`` before their names.
 
     Args:
         folder: Folder with ``model.safetensors`` or ``pytorch_model.bin``, in one piece or several with an index.
         tied: Whether the configuration ties the head to the embedding.
+        strict: Whether a head is refused that is another than the embedding which the configuration ties it to.
 
     Raises:
         FireflyError: If there are no weights, a file of them is missing or broken, or they are not a whole Bloom's.
@@ -98,6 +99,10 @@ def open_checkpoint(folder: Path, tied: bool) -> Checkpoint:
     if HEAD not in tensors and not tied:
         raise FireflyError(
             f"{folder}: config.json says tie_word_embeddings is false, but the weights hold no {HEAD}; set it to true"
+        )
+    if strict and tied and HEAD in tensors and not _same(tensors[EMBEDDING], tensors[HEAD]):
+        raise FireflyError(
+            f"{folder}: config.json says tie_word_embeddings is true, but the weights hold another {HEAD}; set it false"
         )
     if tied or _same(tensors[EMBEDDING], tensors[HEAD]):
         tensors.pop(HEAD, None)
@@ -128,6 +133,8 @@ def _list_tensors(file: Path) -> Iterator[StoredTensor]:
     if file.suffix != ".safetensors":
         yield from _list_bin(file)
         return
+    with file.open("rb"):  # says why, where it cannot be read
+        pass
     try:
         with safe_open(file, "pt"):  # checks the sizes that the header gives
             pass

@@ -2,11 +2,13 @@
 
 import copy
 import json
+import shutil
 from functools import partial
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
 from firefly_lightning.export import export
@@ -201,7 +203,7 @@ def test_weights_that_are_not_finite_are_named(fluent_bloom, fluent_folder, tmp_
     broken.transformer.h[1].mlp.dense_4h_to_h.weight.data[3, 3] = torch.inf
     broken.save_pretrained(folder)
     line = refused("--checkpoint", folder, "--gguf", tmp_path / "model.gguf")
-    assert line.startswith("blk.1.ffn_down.weight: has numbers that are not finite")
+    assert line.startswith(f"{folder}: transformer.h.1.mlp.dense_4h_to_h.weight has numbers that are not finite")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
@@ -214,3 +216,94 @@ def test_a_residual_behind_the_norm_is_refused(fluent_folder, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     line = refused("--checkpoint", folder, "--gguf", tmp_path / "model.gguf")
     assert line == f"{folder}: apply_residual_connection_post_layernorm is not in llama.cpp; no GGUF can be made"
+
+
+def copied(folder, out, config=(), tokenizer=(), generation=None):
+    """A copy of a model's folder with other fields in some of its files."""
+    shutil.copytree(folder, out)
+    for name, changes in (("config.json", config), ("tokenizer_config.json", tokenizer)):
+        fields = json.loads((out / name).read_text("utf-8")) | dict(changes)
+        (out / name).write_text(json.dumps(fields), "utf-8")
+    if generation is not None:
+        (out / "generation_config.json").write_text(json.dumps(generation), "utf-8")
+    return out
+
+
+def test_answers_end_where_those_of_transformers_do(fluent_folder, tmp_path):
+    """Other names, other numbers, and two tokens that end an answer, the settings of generation before all others."""
+    spec = json.loads((fluent_folder / "tokenizer.json").read_text("utf-8"))
+    text = json.dumps(spec, ensure_ascii=False).replace('"<s>"', '"[开始]"').replace('"</s>"', '"[结束]"')
+    named = {"bos_token": "[开始]", "eos_token": "[结束]"}
+    renamed = copied(fluent_folder, tmp_path / "renamed", tokenizer=named, generation={})
+    (renamed / "tokenizer.json").write_text(text, "utf-8")
+    two = copied(fluent_folder, tmp_path / "two", generation={"eos_token_id": [2, 5]})
+    other = copied(fluent_folder, tmp_path / "other", config={"eos_token_id": 3, "pad_token_id": 2}, generation={})
+    found = {}
+    for folder in (renamed, two, other):
+        export(str(folder), gguf=str(tmp_path / f"{folder.name}.gguf"))
+        with llama(tmp_path / f"{folder.name}.gguf") as ask:
+            numbers = ask("about")["metadata"]["tokenizer"]["ggml"]
+        found[folder.name] = [numbers.get(f"{name}_token_id") for name in ("bos", "eos", "eot", "padding")]
+    assert found == {"renamed": [1, 2, None, 3], "two": [1, 2, 5, 3], "other": [1, 3, None, 2]}
+
+
+def test_added_tokens_are_found_as_the_model_finds_them(fluent_folder, tmp_path):
+    folder = tmp_path / "folder"
+    shutil.copytree(fluent_folder, folder)
+    tokenizer = AutoTokenizer.from_pretrained(fluent_folder)
+    tokenizer.add_tokens([AddedToken("好评", normalized=False), AddedToken("<extra>", normalized=False)])
+    tokenizer.save_pretrained(folder)
+    texts = ["这条好评吗", "a<extra>b好评", "好 评"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts), "utf-8")
+    file = tmp_path / "model.gguf"
+    export(str(folder), gguf=str(file), verify=str(tmp_path / "texts.txt"))
+    with llama(file) as ask:
+        found = ask("tokenize", texts=texts, special=False)
+    assert found == [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+
+
+def saved(bloom, folder, out, change):
+    """A folder with the weights of a model after a change."""
+    shutil.copytree(folder, out)
+    model = copy.deepcopy(bloom)
+    change(model)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    if model.lm_head.weight is model.transformer.word_embeddings.weight:
+        del weights["lm_head.weight"]
+    return out, weights
+
+
+def test_weights_that_no_file_can_have_are_named(fluent_bloom, fluent_folder, tmp_path):
+    def large(model):
+        model.transformer.h[0].mlp.dense_h_to_4h.weight.data[0, 0] = 1e6
+
+    out, weights = saved(fluent_bloom, fluent_folder, tmp_path / "large", large)
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    line = refused("--checkpoint", out, "--gguf", tmp_path / "x.gguf", "--gguf_type", "f16")
+    name = "transformer.h.0.mlp.dense_h_to_4h.weight"
+    assert line == f"{out}: {name} has numbers too large for f16; take bf16 or f32"
+    del weights[name]
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    line = refused("--checkpoint", out, "--gguf", tmp_path / "x.gguf")
+    assert line == f"{out}: the weights lack {name}, unlike config.json; fetch both again"
+    out, weights = saved(fluent_bloom, fluent_folder, tmp_path / "tied", lambda model: None)
+    weights["lm_head.weight"] = weights["transformer.word_embeddings.weight"] + 1
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    line = refused("--checkpoint", out, "--gguf", tmp_path / "x.gguf")
+    assert line.startswith(f"{out}: config.json says tie_word_embeddings is true, but the weights hold another lm_head")
+    assert not list(tmp_path.glob("*x.gguf*"))
+
+
+def test_further_mistakes_are_told(fluent_folder, tmp_path):
+    given = ["--checkpoint", fluent_folder, "--gguf", tmp_path / "x.gguf"]
+    assert refused(*given, "--verify", tmp_path).startswith(f"{tmp_path}: is a folder; name a file of rows")
+    (tmp_path / "x.gguf").symlink_to(tmp_path / "nowhere")
+    assert refused(*given).startswith(f"{tmp_path / 'x.gguf'}: is there already")
+    (tmp_path / "x.gguf").unlink()
+    slow = copied(fluent_folder, tmp_path / "slow", {"slow_but_exact": True, "pretraining_tp": 2})
+    assert refused("--checkpoint", slow, *given[2:]).startswith(
+        f"{slow}: slow_but_exact with pretraining_tp 2 is not in"
+    )
+    many = copied(fluent_folder, tmp_path / "many", generation={"eos_token_id": [2, 5, 6]})
+    assert refused("--checkpoint", many, *given[2:]).startswith("eos_token_id [2, 5, 6]: llama.cpp ends answers at two")
+    assert not (tmp_path / "x.gguf").exists()

@@ -64,7 +64,9 @@ def test_the_name_of_the_rules_follows_from_them(rules, name):
 
 def changed(**fields):
     """The text of a tokenizer of which a field, of its model where it is named so, is another."""
-    spec = json.loads(trained(fields.pop("rules", byte_level())).to_str())
+    tokenizer = trained(fields.pop("rules", byte_level()))
+    tokenizer.add_tokens([fields.pop("added")] if "added" in fields else [])
+    spec = json.loads(tokenizer.to_str())
     for name, value in fields.items():
         part = spec["model"] if name.startswith("model_") else spec
         part[name.removeprefix("model_")] = value
@@ -89,6 +91,12 @@ def test_merges_may_be_texts_and_nfc_is_left_to_the_reader():
     ("text", "message"),
     [
         (changed(model_byte_fallback=True), "model: the tokenizer is no byte-level BPE"),
+        (changed(model_dropout=0.5), "model: the tokenizer has dropout, which llama.cpp has not"),
+        (changed(model_end_of_word_suffix="</w>"), "model: the tokenizer has end_of_word_suffix, which llama.cpp"),
+        (
+            changed(added=AddedToken("[MASK]", lstrip=True)),
+            "model: the tokenizer has lstrip of [MASK], which llama.cpp",
+        ),
         (changed(rules=cut_by(r"\w+")), "model: the tokenizer cuts text in a way that llama.cpp has no name for"),
         (changed(rules=cut_by(BLOOM, "removed")), "model: the tokenizer cuts text in a way that llama.cpp has no"),
         (changed(pre_tokenizer=None), "model: the tokenizer cuts text in a way that llama.cpp has no name for"),
@@ -101,7 +109,17 @@ def test_merges_may_be_texts_and_nfc_is_left_to_the_reader():
             "model: the tokenizer changes text before it cuts it (Lowercase), which llama.cpp does not",
         ),
     ],
-    ids=["no bytes", "other pattern", "what matches is dropped", "no rules", "a space before", "lowercase"],
+    ids=[
+        "no bytes",
+        "dropout",
+        "ends of words",
+        "spaces taken",
+        "other pattern",
+        "what matches is dropped",
+        "no rules",
+        "a space before",
+        "lowercase",
+    ],
 )
 def test_rules_that_llama_cpp_has_not_are_refused(text, message):
     with pytest.raises(FireflyError) as raised:
