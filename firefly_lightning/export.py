@@ -3,7 +3,7 @@
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -68,25 +68,24 @@ def export(
         raise FireflyError("--dtype: is of the folder; name it with --out, or choose --gguf_type")
     if adapter and (of_adapter or of_model):
         raise FireflyError(f"{checkpoint}: is {'an adapter' if of_adapter else 'a model'} already; leave --adapter out")
-    if of_model and (base or dtype):
-        raise FireflyError(f"{checkpoint}: is a whole model; leave {'--base' if base else '--dtype'} out")
-    inputs: list[Path | str] = [source, *([base] if base else [])]
+    if of_model and base:
+        raise FireflyError(f"{checkpoint}: is a whole model; leave --base out")
+    model: Model | None
     if of_model:
         model = _of_folder(given)
     elif of_adapter:
         with _on_base(given, base) as based:
-            model = _in_memory(checkpoint, *_merged(str(based), dtype))
+            model = _in_memory(checkpoint, *_merged(str(based), dtype), [given, base or str(adapter_base(given))])
     else:
-        saved = _of_checkpoint(source, checkpoint, target, dtype, adapter, base)
-        if saved is None:
-            return
-        model = saved
+        model = _of_checkpoint(source, checkpoint, target, dtype, adapter, base)
+    if model is None:
+        return
     if target is not None:
-        _write_model(target, inputs, model, max_shard_size)
+        _write_model(target, model, max_shard_size)
     if file is not None:
         from firefly_lightning.gguf.making import make_gguf
 
-        make_gguf(model, file, [*inputs, *([verify] if verify else [])], gguf_type, verify)
+        make_gguf(model, file, gguf_type, verify)
 
 
 def _check_outputs(source: Path, target: Path | None, file: Path | None, verify: str | None, of_model: bool) -> None:
@@ -121,7 +120,7 @@ def _of_checkpoint(
     if saved.adapter is None:
         if adapter or base:
             raise FireflyError(f"{checkpoint}: is of a training of all weights; leave --adapter and --base out")
-        return _in_memory(checkpoint, saved.description, saved.weights, dtype)
+        return _in_memory(checkpoint, saved.description, saved.weights, [source], dtype)
     from transformers import BloomConfig
 
     from firefly_lightning.model.adapter_folder import write_adapter
@@ -143,15 +142,22 @@ def _of_checkpoint(
     with TemporaryDirectory() as temporary:
         write(Path(temporary))
         _, weights = _merged(temporary, dtype)
-    return _in_memory(checkpoint, saved.description, weights)
+    return _in_memory(checkpoint, saved.description, weights, [source, where])
 
 
-def _in_memory(where: str, description: dict[str, Any], weights: dict[str, Any], dtype: Dtype | None = None) -> "Model":
+def _in_memory(
+    where: str,
+    description: dict[str, Any],
+    weights: dict[str, Any],
+    inputs: Sequence[Path | str],
+    dtype: Dtype | None = None,
+) -> "Model":
     """A model whose weights are in memory, or in files that are mapped there."""
     from firefly_lightning.gguf.model import Model
 
     loads = {name: partial(_cast, weight, dtype) for name, weight in weights.items()}
-    return Model(where, description, loads, {name: tuple(weight.shape) for name, weight in weights.items()})
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    return Model(where, description, loads, shapes, inputs)
 
 
 def _of_folder(folder: Path) -> "Model":
@@ -237,7 +243,7 @@ def _cast(weight: Any, dtype: Dtype | None) -> Any:
     return weight if dtype is None else weight.to(getattr(torch, dtype))
 
 
-def _write_model(out: Path, inputs: list[Path | str], model: "Model", max_shard_size: str) -> None:
+def _write_model(out: Path, model: "Model", max_shard_size: str) -> None:
     from huggingface_hub import save_torch_state_dict
     from safetensors import SafetensorError
 
@@ -247,7 +253,7 @@ def _write_model(out: Path, inputs: list[Path | str], model: "Model", max_shard_
     description = dict(model.description)
     stored = str(weights["transformer.word_embeddings.weight"].dtype).removeprefix("torch.")
     config = description["config.json"] | {"torch_dtype": stored}
-    with new_folder(out, inputs) as folder:
+    with new_folder(out, model.inputs) as folder:
         write_description(description | {"config.json": config}, folder)
         try:
             save_torch_state_dict(weights, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})

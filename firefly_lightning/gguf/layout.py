@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import BloomConfig
 
 from firefly_lightning.errors import FireflyError, some
 
@@ -49,44 +50,43 @@ class GgufTensor(NamedTuple):
     load: Callable[[], Tensor]
 
 
-def check_architecture(config: Mapping[str, Any], where: str) -> None:
+def check_architecture(config: BloomConfig, where: str) -> None:
     """Refuses a Bloom whose forward pass llama.cpp does not have.
 
     Args:
-        config: Fields of ``config.json``.
+        config: Configuration of the model.
         where: Name of the model, which opens the message.
 
     Raises:
         FireflyError: If it takes residuals from behind the layer norms, or leaves biases out.
     """
-    if config.get("slow_but_exact") and config.get("pretraining_tp", 1) > 1:
+    if config.slow_but_exact and config.pretraining_tp > 1:
         raise FireflyError(
-            f"{where}: slow_but_exact with pretraining_tp {config['pretraining_tp']} is not in llama.cpp; set it to "
+            f"{where}: slow_but_exact with pretraining_tp {config.pretraining_tp} is not in llama.cpp; set it to "
             "false in config.json, as every published Bloom has it"
         )
-    if config.get("apply_residual_connection_post_layernorm"):
+    if config.apply_residual_connection_post_layernorm:
         raise FireflyError(
             f"{where}: apply_residual_connection_post_layernorm is not in llama.cpp; no GGUF can be made"
         )
 
 
 def tensors_of(
-    weights: Weights, shapes: Mapping[str, tuple[int, ...]], heads: int, layers: int, where: str
+    weights: Weights, shapes: Mapping[str, tuple[int, ...]], config: BloomConfig, where: str
 ) -> list[GgufTensor]:
     """The tensors of a GGUF, in the order of the model's weights.
 
     Args:
         weights: The weights of the model; the head only where it is not the embedding.
         shapes: Their sizes.
-        heads: Number of attention heads.
-        layers: Number of blocks.
+        config: Configuration of the model.
         where: Name of the model, which opens messages.
 
     Raises:
         FireflyError: If a weight is missing, or there is one that no Bloom has.
     """
     names = {name: to for name, to in _OUTER.items() if name != "lm_head.weight" or name in weights}
-    for layer, part, kind in product(range(layers), _OF_BLOCK, ("weight", "bias")):
+    for layer, part, kind in product(range(config.n_layer), _OF_BLOCK, ("weight", "bias")):
         names[f"transformer.h.{layer}.{part}.{kind}"] = f"blk.{layer}.{_OF_BLOCK[part]}.{kind}"
     for problem, others in (("lack", names.keys() - weights.keys()), ("have", weights.keys() - names.keys())):
         if others:
@@ -95,7 +95,7 @@ def tensors_of(
             )
     tensors = []
     for name, load in weights.items():
-        made = partial(_apart, load, heads) if ".query_key_value." in name else load
+        made = partial(_apart, load, config.n_head) if ".query_key_value." in name else load
         tensors.append(GgufTensor(names[name], name, shapes[name], made))
     return tensors
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 from tqdm import tqdm
+from transformers import BloomConfig
 
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.files.atomic import new_file
@@ -12,43 +13,42 @@ from firefly_lightning.gguf.checking import check_texts
 from firefly_lightning.gguf.layout import check_architecture, tensors_of
 from firefly_lightning.gguf.model import Model
 from firefly_lightning.gguf.words import read_words
-from firefly_lightning.gguf.writing import special_numbers, write_gguf
+from firefly_lightning.gguf.writing import write_gguf
 from firefly_lightning.pruning.vocabulary import read_texts
 
 
-def make_gguf(model: Model, out: Path, inputs: list[Path | str], kind: str, verify: str | None) -> None:
+def make_gguf(model: Model, out: Path, kind: str, verify: str | None) -> None:
     """Writes a model as GGUF, and says what it has written.
 
     Args:
         model: The model.
         out: The new file.
-        inputs: What it is made of, and must not be written over.
         kind: Type of the matrices.
         verify: File of texts, on which the tokens of file and model are compared before the file takes its name.
 
     Raises:
         FireflyError: If llama.cpp cannot have such a model, a text has other tokens, or the file cannot be written.
     """
-    config = model.description["config.json"]
+    config = BloomConfig.from_dict(model.description["config.json"])
     check_architecture(config, model.where)
     tokenizer_json = model.description["tokenizer.json"]
     rows = model.shapes["transformer.word_embeddings.weight"][0]
     words = read_words(tokenizer_json, rows, model.where)
-    heads = config.get("num_attention_heads") or config["n_head"]
-    layers = config.get("num_hidden_layers") or config["n_layer"]
-    tensors = tensors_of(model.weights, model.shapes, heads, layers, model.where)
-    special_numbers(model.description, words.tokens)
+    tensors = tensors_of(model.weights, model.shapes, config, model.where)
     if words.normalizes:
         print("note: the tokenizer puts text into the form NFC, llama.cpp does not; give it text in that form")
     checked = ""
-    with new_file(out, inputs) as file, tqdm(unit="B", unit_scale=True, desc=out.name, delay=2) as bar:
+    with (
+        new_file(out, [*model.inputs, *([verify] if verify else [])]) as file,
+        tqdm(unit="B", unit_scale=True, desc=out.name, delay=2) as bar,
+    ):
 
         def tell(done: int, all_bytes: int) -> None:
             bar.total = all_bytes
             bar.update(done - bar.n)
 
         partial = Path(file.name)
-        write_gguf(partial, tensors, words, model.description, kind, out.stem, model.where, tell)
+        write_gguf(partial, tensors, words, model.description, config, kind, out.stem, model.where, tell)
         if verify:
             texts, tokens = check_texts(partial, Tokenizer.from_str(tokenizer_json), read_texts(verify), verify)
             checked = f"; {texts:,} texts have the same {tokens:,} tokens as in the model"

@@ -1,6 +1,6 @@
 """A model that is to be written, and its weights, each in memory only while it is looked at."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +20,14 @@ class Model(NamedTuple):
         description: Contents of the files of its Hugging Face folder besides the weights, by name of the file.
         weights: What gives each weight, by the names of ``BloomForCausalLM``; the head where it is not the embedding.
         shapes: Sizes of the weights.
+        inputs: Files, folders and hub names that it is made of, which nothing may be written into.
     """
 
     where: str
     description: Mapping[str, Any]
     weights: Mapping[str, Callable[[], Tensor]]
     shapes: Mapping[str, tuple[int, ...]]
+    inputs: Sequence[Path | str]
 
 
 def folder_model(folder: Path, description: Mapping[str, Any], tied: bool) -> Model:
@@ -41,7 +43,7 @@ def folder_model(folder: Path, description: Mapping[str, Any], tied: bool) -> Mo
     """
     stored = open_checkpoint(folder, tied, strict=True)
     weights = {name: partial(_read, tensor) for name, tensor in stored.items()}
-    return Model(str(folder), description, weights, {name: tensor.shape for name, tensor in stored.items()})
+    return Model(str(folder), description, weights, {name: tensor.shape for name, tensor in stored.items()}, [folder])
 
 
 def _read(stored: StoredTensor) -> Tensor:

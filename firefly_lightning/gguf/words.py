@@ -6,11 +6,12 @@ follows from the rules of the tokenizer itself, and rules that have none are ref
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer, models
+from tokenizers.decoders import ByteLevel
 
 from firefly_lightning.errors import FireflyError, shown, some
 
@@ -75,9 +76,9 @@ def read_words(tokenizer_json: str, rows: int, where: str) -> Words:
     pre = _name_of_rules(fields, where)
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
     merges = [(first, second) for first, second in pairs]
-    _check_reachable(model["vocab"], merges, bool(model.get("ignore_merges")), pre, where)
-    numbers = Tokenizer.from_str(tokenizer_json).get_vocab(with_added_tokens=True)
     added = {token["content"]: CONTROL if token.get("special") else USER_DEFINED for token in fields["added_tokens"]}
+    _check_reachable(model["vocab"], added.keys(), merges, bool(model.get("ignore_merges")), pre, where)
+    numbers = Tokenizer.from_str(tokenizer_json).get_vocab(with_added_tokens=True)
     tokens, types = [f"[PAD{number}]" for number in range(rows)], [UNUSED] * rows
     for token, number in numbers.items():
         if number >= rows:
@@ -153,7 +154,12 @@ def _normalizes(fields: Mapping[str, Any], where: str) -> bool:
 
 
 def _check_reachable(
-    vocab: Mapping[str, int], merges: list[tuple[str, str]], whole_first: bool, pre: str, where: str
+    vocab: Mapping[str, int],
+    added: Set[str],
+    merges: list[tuple[str, str]],
+    whole_first: bool,
+    pre: str,
+    where: str,
 ) -> None:
     """Checks that llama.cpp finds the tokens that a tokenizer finds without merging, or merges as it does.
 
@@ -163,24 +169,11 @@ def _check_reachable(
     if whole_first == (pre in WHOLE_FIRST):
         return
     merged = models.BPE(dict(vocab), merges)
-    lost = [token for token in vocab if [part.value for part in merged.tokenize(token)] != [token]]
-    special = [token for token in lost if token.startswith("<") and token.endswith(">")]
-    if lost := [token for token in lost if token not in special]:
-        one = shown(_as_text(lost[0]))
+    texts = vocab.keys() - added
+    if lost := sorted(token for token in texts if [part.value for part in merged.tokenize(token)] != [token]):
+        one = shown(ByteLevel().decode([lost[0]]))
         how = "without merging (ignore_merges)" if whole_first else "by its merges alone"
         raise FireflyError(
             f"{where}: the tokenizer reads {one} {how}, and llama.cpp does not with the rules of {pre}; {len(lost):,} "
             "tokens would be read in pieces or as a whole where the tokenizer does not"
         )
-
-
-def byte_letters() -> dict[int, str]:
-    """The letter that stands for each byte in a byte-level vocabulary, as GPT-2 chose them."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = iter(range(256, 512))
-    return {byte: chr(byte if byte in printable else next(others)) for byte in range(256)}
-
-
-def _as_text(token: str) -> str:
-    bytes_of = {letter: byte for byte, letter in byte_letters().items()}
-    return bytes(bytes_of.get(letter, ord("?")) for letter in token).decode("utf-8", "replace")

@@ -1,6 +1,7 @@
 """Writes a GGUF, tensor by tensor, in a type of llama.cpp's."""
 
 import errno
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from transformers import BloomConfig
 
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.gguf.layout import ENDS, GgufTensor
@@ -36,6 +38,7 @@ def write_gguf(
     tensors: list[GgufTensor],
     words: Words,
     description: Mapping[str, Any],
+    config: BloomConfig,
     kind: str,
     name: str,
     where: str,
@@ -48,6 +51,7 @@ def write_gguf(
         tensors: All tensors; each is loaded when its turn comes.
         words: The tokens and their rules.
         description: Contents of the other files of a Hugging Face folder, by their names.
+        config: Configuration of the model.
         kind: Type of the matrices. Embedding and head stay in ``q8_0`` beside a type of 4 or 5 bits, and matrices whose
             rows are no multiple of 32 in ``f16``.
         name: Name of the model, which programs show.
@@ -55,13 +59,18 @@ def write_gguf(
         tell: Is called with the bytes that are written and all that will be.
 
     Raises:
-        FireflyError: If a weight is not finite.
+        FireflyError: If a weight is not finite or too large for the type, or no token ends an answer.
         OSError: If the file cannot be written.
     """
     import gguf
 
     writer = gguf.GGUFWriter(path, "bloom")
-    _describe(writer, description, kind, name, sum(int(np.prod(one.shape)) for one in tensors))
+    _describe(
+        writer, config, description["generation_config.json"], name, sum(int(np.prod(one.shape)) for one in tensors)
+    )
+    writer.add_file_type(_FILE_TYPES[kind])
+    if kind.startswith("q"):
+        writer.add_quantization_version(2)
     _add_words(writer, words, description)
     types = {one.name: _type_of(one, kind) for one in tensors}
     sizes = {}
@@ -85,25 +94,19 @@ def write_gguf(
         writer.close()
 
 
-def _describe(writer: Any, description: Mapping[str, Any], kind: str, name: str, parameters: int) -> None:
-    config, generation = description["config.json"], description["generation_config.json"]
-    width = config.get("n_embed") or config["hidden_size"]
-    heads = config.get("num_attention_heads") or config["n_head"]
+def _describe(writer: Any, config: BloomConfig, generation: Mapping[str, Any], name: str, parameters: int) -> None:
     writer.add_type("model")
     writer.add_name(name)
     writer.add_size_label(f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{max(1, round(parameters / 1e6))}M")
     writer.add_license(LICENSE)
     writer.add_languages(["zh", "en"])
     writer.add_context_length(CONTEXT)
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(4 * width)
-    writer.add_block_count(config.get("num_hidden_layers") or config["n_layer"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(heads)
-    writer.add_layer_norm_eps(config.get("layer_norm_epsilon", 1e-5))
-    writer.add_file_type(_FILE_TYPES[kind])
-    if kind.startswith("q"):
-        writer.add_quantization_version(2)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(4 * config.hidden_size)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
     if generation.get("do_sample"):
         settings = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k", "penalty_repeat": "repetition_penalty"}
         for key, field in settings.items():
@@ -198,10 +201,11 @@ def _checked(tensor: GgufTensor, kind: str, where: str) -> Tensor:
         FireflyError: If one is not.
     """
     values = tensor.load()
-    if not bool(torch.isfinite(values).all()):
+    low, high = (float(end) for end in torch.aminmax(values))
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise FireflyError(f"{where}: {tensor.source} has numbers that are not finite; take an earlier state of it")
     # The scale of a block is float16 too, of at least the largest number's 16th part.
-    most = {"f32": np.inf, "bf16": np.inf, "f16": _MOST}.get(kind, 8 * _MOST)
-    if float(values.abs().max()) > most:
+    most = {"f32": math.inf, "bf16": math.inf, "f16": _MOST}.get(kind, 8 * _MOST)
+    if max(-low, high) > most:
         raise FireflyError(f"{where}: {tensor.source} has numbers too large for {kind}; take bf16 or f32")
     return values

@@ -133,14 +133,12 @@ def _list_tensors(file: Path) -> Iterator[StoredTensor]:
     if file.suffix != ".safetensors":
         yield from _list_bin(file)
         return
-    with file.open("rb"):  # says why, where it cannot be read
-        pass
-    try:
-        with safe_open(file, "pt"):  # checks the sizes that the header gives
-            pass
-    except SafetensorError as error:
-        raise FireflyError(f"{file}: is no complete safetensors file ({error}); download it again") from error
     with file.open("rb") as opened:
+        try:
+            with safe_open(file, "pt"):  # checks the sizes that the header gives
+                pass
+        except SafetensorError as error:
+            raise FireflyError(f"{file}: is no complete safetensors file ({error}); download it again") from error
         size = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(size))
     for key, entry in header.items():

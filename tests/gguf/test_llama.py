@@ -195,10 +195,7 @@ def test_what_cannot_be_written_is_told_and_leaves_nothing(fluent_folder, model_
 
 
 def test_weights_that_are_not_finite_are_named(fluent_bloom, fluent_folder, tmp_path):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    for path in fluent_folder.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = shutil.copytree(fluent_folder, tmp_path / "folder")
     broken = copy.deepcopy(fluent_bloom)
     broken.transformer.h[1].mlp.dense_4h_to_h.weight.data[3, 3] = torch.inf
     broken.save_pretrained(folder)
@@ -208,12 +205,7 @@ def test_weights_that_are_not_finite_are_named(fluent_bloom, fluent_folder, tmp_
 
 
 def test_a_residual_behind_the_norm_is_refused(fluent_folder, tmp_path):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    for path in fluent_folder.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    config = json.loads((folder / "config.json").read_text()) | {"apply_residual_connection_post_layernorm": True}
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = copied(fluent_folder, tmp_path / "folder", {"apply_residual_connection_post_layernorm": True})
     line = refused("--checkpoint", folder, "--gguf", tmp_path / "model.gguf")
     assert line == f"{folder}: apply_residual_connection_post_layernorm is not in llama.cpp; no GGUF can be made"
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from contextlib import nullcontext
 
 import lightning as L
@@ -243,12 +244,14 @@ def test_a_moved_base_is_named_where_an_adapters_folder_is_merged(adapted, tiny_
     moved, folder = tmp_path / "基座", tmp_path / "adapter"
     run("firefly", "export", "--checkpoint", adapted, "--out", folder, "--adapter")
     run("firefly", "export", "--checkpoint", folder, "--out", tmp_path / "before")
-    moved.mkdir()
-    for file in tiny_folder.iterdir():
-        (moved / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(tiny_folder, moved)
     config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
     text = json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")})
     (folder / "adapter_config.json").write_text(text, "utf-8")
+    line = one_line(
+        run("firefly", "export", "--checkpoint", folder, "--out", moved / "in", "--base", moved, check=False)
+    )
+    assert line == f"{moved / 'in'}: lies in {moved}, which is an input; write to another place"
     run("firefly", "export", "--checkpoint", folder, "--out", tmp_path / "after", "--base", moved)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
     assert before.keys() == after.keys()

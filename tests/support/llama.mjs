@@ -39,8 +39,7 @@ const requests = {
         }
         return [sum, count];
     },
-    about: () => ({eos: model.tokens.eos, bos: model.tokens.bos, train: model.trainContextSize,
-        template: model.fileInfo.metadata.tokenizer.chat_template, metadata: model.fileInfo.metadata}),
+    about: () => ({eos: model.tokens.eos, bos: model.tokens.bos, template: model.fileInfo.metadata.tokenizer.chat_template, metadata: model.fileInfo.metadata}),
 };
 
 for await (const line of createInterface({input: process.stdin})) {
