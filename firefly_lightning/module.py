@@ -3,7 +3,9 @@
 Longer than 300 lines, since all hooks of a run are read together.
 """
 
+import math
 import os
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -27,7 +29,8 @@ from firefly_lightning.data.protocol import data_of
 from firefly_lightning.errors import FireflyError, check_number
 from firefly_lightning.evaluation.generation import Decoding, change_decoding, default_decoding
 from firefly_lightning.evaluation.mlflow_names import keep_names
-from firefly_lightning.evaluation.predictions import Prediction, predict
+from firefly_lightning.evaluation.predictions import Prediction, Predictor, predict
+from firefly_lightning.evaluation.token_choice import TokenChoice
 from firefly_lightning.evaluation.totals import ALL, EvaluationTotals, kinds_of
 from firefly_lightning.huggingface import (
     PUBLISHED_DECODING,
@@ -120,6 +123,7 @@ class FireflyModule(L.LightningModule):
         self.decoding = decoding or Decoding()
         self.model: BloomForCausalLM = None  # until configure_model, where Lightning wants it to be built
         self._pass: FastBloom | StockPass = StockPass(self)
+        self._predictor: Predictor | None = None
         self._totals: EvaluationTotals  # totals of one evaluation, set when it starts
         self.step_guard = StepGuard()
         self._description: dict[str, Any] | None = None
@@ -195,24 +199,35 @@ class FireflyModule(L.LightningModule):
         self._evaluation_step(batch)
 
     def test_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, list[Prediction]]:
-        """Adds a micro-batch to the metrics, with answers to the first inputs of its rows if their kinds are known."""
+        """Adds a micro-batch to the metrics, with answers as ``predict_step`` gives them if its kinds are known."""
         self._evaluation_step(batch)
         if self._totals.kinds is None:
             return {"predictions": []}
-        predictions = self._answers(batch, self._totals.kinds)
+        more = _more_follow(self.trainer.num_test_batches, batch_idx)
+        predictions = self._answers(batch, self._totals.kinds, last=not more)
         self._totals.add_answers(predictions)
         return {"predictions": predictions}
 
     def predict_step(self, batch: MicroBatch, batch_idx: int) -> list[Prediction]:
-        """Answers to the first input of every row; sampled answers depend on seed, micro-batch and rank alone."""
-        return self._answers(batch, kinds_of(self.trainer.predict_dataloaders))
+        """Answers to the first input of rows of this and earlier micro-batches, all of them with the last one.
+
+        Sampled answers depend on seed and row alone; where a strategy shards the model or Hugging Face's own pass
+        generates, on seed, micro-batch and rank.
+        """
+        more = self.trainer.predicting and _more_follow(self.trainer.num_predict_batches, batch_idx)
+        return self._answers(batch, kinds_of(self.trainer.predict_dataloaders), last=not more)
 
     def on_validation_epoch_start(self) -> None:
         """Starts new totals for a validation."""
         self._totals = EvaluationTotals(self.trainer.val_dataloaders, self.device)
 
+    def on_predict_epoch_start(self) -> None:
+        """Forgets rows of a prediction that ended early."""
+        self._predictor = None
+
     def on_test_epoch_start(self) -> None:
         """Starts new totals for a test."""
+        self._predictor = None
         self._totals = EvaluationTotals(self.trainer.test_dataloaders, self.device)
 
     def on_validation_epoch_end(self) -> None:
@@ -313,8 +328,13 @@ class FireflyModule(L.LightningModule):
         self.log_dict(shown, prog_bar=True)
         self.log_dict({f"{stage}_{name}": value for name, value in metrics.items()})
 
-    def _answers(self, batch: MicroBatch, kinds: list[str] | None) -> list[Prediction]:
+    def _answers(self, batch: MicroBatch, kinds: list[str] | None, last: bool) -> list[Prediction]:
         config = change_decoding(default_decoding(self.model), self.decoding)
+        choice = TokenChoice.of(config)
+        if isinstance(self._pass, FastBloom) and self._hooks.whole_weights and choice:
+            predictor = self._predictor or Predictor(self._pass, self.encoder, choice, self._row_seed)
+            self._predictor = None if last else predictor
+            return predictor.answer(batch, kinds or [ALL], last)
         in_step = self._hooks.generates_in_step and self.trainer.world_size > 1
         return predict(self.model, self.encoder, batch, kinds or [ALL], config, self._seed(batch["step"]), in_step)
 
@@ -325,9 +345,18 @@ class FireflyModule(L.LightningModule):
     def _seed(self, *where: int) -> int:
         """Random seed of a place in the run; it differs between ranks, except between those that split one model."""
         _, rank = data_parallel_share(self.trainer.strategy)
-        return hash((int(os.environ.get("PL_GLOBAL_SEED", 0)), *where, rank)) % 2**63
+        return self._row_seed(*where, rank)
+
+    def _row_seed(self, *where: int) -> int:
+        """Random seed of something that is the same on every rank."""
+        return hash((int(os.environ.get("PL_GLOBAL_SEED", 0)), *where)) % 2**63
 
     def _tokenizer_and_prompt(self) -> tuple[Any, Any]:
         """The data's tokenizer and prompt format; where it is not ours, the model's own."""
         data = data_of(self._trainer)
         return (data.tokenizer, data.prompt) if data else tokenizer_and_format(self.path)
+
+
+def _more_follow(batches: Sequence[int | float], batch_idx: int) -> bool:
+    """Whether micro-batches follow one in a loader of known length."""
+    return len(batches) == 1 and batch_idx + 1 < batches[0] < math.inf

@@ -10,6 +10,7 @@ from firefly_lightning.data.prompt_choice import USUAL, own_format
 from firefly_lightning.errors import FireflyError, reason
 from firefly_lightning.evaluation.generation import default_decoding, generate_stream
 from firefly_lightning.huggingface import check_sizes, load_bloom, load_tokenizer
+from firefly_lightning.model.fast_bloom import FastBloom, takes_fast_pass
 from firefly_lightning.prompt import PromptEncoder, Turn
 
 
@@ -31,9 +32,10 @@ class Answering:
     """
 
     def __init__(self, path: str, device: str, dtype: str, seed: int | None, max_new_tokens: int | None) -> None:
-        self._bloom, self._encoder = _load(path, device, dtype)
+        self._model, self._encoder = _load(path, device, dtype)
+        self._bloom = FastBloom(self._model) if takes_fast_pass("auto", self._model.config) else None
         self._seed = seed
-        self.config = default_decoding(self._bloom)
+        self.config = default_decoding(self._model)
         if (self.config.num_beams or 1) > 1:
             raise FireflyError(
                 f"{path}: generation_config.json has num_beams {self.config.num_beams}, with which no answer can be "
@@ -43,7 +45,8 @@ class Answering:
 
     def __call__(self, turns: Sequence[Turn], question: str, config: GenerationConfig | None = None) -> Iterator[str]:
         """Streams the pieces of the answer as they are generated."""
-        return generate_stream(self._bloom, self._encoder, turns, question, config or self.config, self._seed)
+        settings = config or self.config
+        return generate_stream(self._model, self._encoder, turns, question, settings, self._seed, self._bloom)
 
 
 def _load(path: str, device: str, dtype: str) -> tuple[BloomForCausalLM, PromptEncoder]:

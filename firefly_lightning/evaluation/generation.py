@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any, TypedDict
@@ -14,7 +14,10 @@ from transformers import BloomForCausalLM, GenerationConfig, StoppingCriteria, S
 from transformers.generation.streamers import BaseStreamer
 
 from firefly_lightning.errors import FireflyError, check_number, reason
+from firefly_lightning.evaluation.rows_in_flight import Row, RowsInFlight
+from firefly_lightning.evaluation.token_choice import TokenChoice
 from firefly_lightning.huggingface import PUBLISHED_DECODING
+from firefly_lightning.model.fast_bloom import FastBloom
 from firefly_lightning.prompt import PromptEncoder, Turn
 
 _AS_GIVEN: dict[str, Any] = {"use_model_defaults": False} if transformers.__version__.startswith("4.") else {}
@@ -29,6 +32,7 @@ def generate_stream(
     question: str,
     generation_config: GenerationConfig | None = None,
     seed: int | None = None,
+    bloom: FastBloom | None = None,
 ) -> Iterator[str]:
     """Streams an answer in pieces of whole characters, up to ``</s>``. Generation ends when nobody reads on.
 
@@ -39,8 +43,32 @@ def generate_stream(
         question: The question to answer.
         generation_config: Settings of generation; ``default_decoding`` of the model by default.
         seed: Makes the answer repeatable, and leaves PyTorch's random state as it was.
+        bloom: The same model for :class:`RowsInFlight`, which is faster and takes most settings of generation.
     """
-    prompt_ids = torch.tensor([encoder.encode_question(turns, question)], device=model.device)
+    prompt, config = encoder.encode_question(turns, question), _decoding(generation_config, model, encoder)
+    choice = TokenChoice.of(config)
+    if bloom is None or choice is None:
+        ids = _stock_ids(model, prompt, config, seed)
+    else:
+        ids = _ids(RowsInFlight(bloom, choice, encoder.eos_token_id, places=1), Row(prompt, seed=seed))
+    with contextlib.closing(ids):
+        yield from _decode_stream(encoder, ids)
+
+
+def _ids(in_flight: RowsInFlight, row: Row) -> Generator[int]:
+    """The token ids of one answer, as they are generated."""
+    in_flight.add([row])
+    while not row.done:
+        before = len(row.answer)
+        in_flight.step()
+        yield from row.answer[before:]
+
+
+def _stock_ids(
+    model: BloomForCausalLM, prompt: Sequence[int], config: GenerationConfig, seed: int | None
+) -> Generator[int]:
+    """The token ids of one answer, as Hugging Face generates them in a thread."""
+    prompt_ids = torch.tensor([prompt], device=model.device)
     streamer, stopped = _IdStreamer(), Event()
 
     def run() -> None:
@@ -49,7 +77,7 @@ def generate_stream(
                 model.generate(
                     prompt_ids,
                     attention_mask=torch.ones_like(prompt_ids),
-                    generation_config=_decoding(generation_config, model, encoder),
+                    generation_config=config,
                     **_AS_GIVEN,
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([_StopWhen(stopped)]),
@@ -61,7 +89,7 @@ def generate_stream(
     thread = Thread(target=run, name="generate", daemon=True)
     thread.start()
     try:
-        yield from _decode_stream(encoder, streamer.ids())
+        yield from streamer.ids()
     finally:
         stopped.set()
         thread.join()
@@ -104,7 +132,7 @@ def answer_prompts(
             stopping_criteria=StoppingCriteriaList([_StopWhen(stopped)]),
             synced_gpus=in_step,
         )
-    return [_decode(encoder, ids) for ids in output[: len(prompts), input_ids.shape[1] :].tolist()]
+    return [decode_answer(encoder, ids) for ids in output[: len(prompts), input_ids.shape[1] :].tolist()]
 
 
 def default_decoding(model: BloomForCausalLM) -> GenerationConfig:
@@ -181,7 +209,8 @@ def _pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torc
     return torch.tensor(input_ids), torch.tensor(attention_mask)
 
 
-def _decode(encoder: PromptEncoder, ids: list[int]) -> str:
+def decode_answer(encoder: PromptEncoder, ids: list[int]) -> str:
+    """The text of an answer, up to the token that ends it."""
     length = ids.index(encoder.eos_token_id) if encoder.eos_token_id in ids else len(ids)
     return str(encoder.backend.decode(ids[:length], skip_special_tokens=True))
 
@@ -194,7 +223,7 @@ def _decode_stream(encoder: PromptEncoder, ids: Iterable[int]) -> Iterator[str]:
         if piece := stream.step(encoder.backend, token):
             length += len(piece)
             yield piece
-    if rest := _decode(encoder, seen)[length:]:
+    if rest := decode_answer(encoder, seen)[length:]:
         yield rest
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypedDict
 
@@ -10,9 +10,12 @@ from transformers import BloomForCausalLM, GenerationConfig
 
 from firefly_lightning.data.batches import MicroBatch, first_turns
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.evaluation.generation import answer_prompts
+from firefly_lightning.evaluation.generation import answer_prompts, decode_answer
+from firefly_lightning.evaluation.rows_in_flight import Row, RowsInFlight
+from firefly_lightning.evaluation.token_choice import TokenChoice
 from firefly_lightning.files.atomic import check_new_file, whole_file
 from firefly_lightning.interrupts import before_end
+from firefly_lightning.model.fast_bloom import FastBloom
 from firefly_lightning.prompt import PromptEncoder
 
 FILE_NAME = "predictions.jsonl"
@@ -36,6 +39,41 @@ class Prediction(TypedDict):
     generated: str
 
 
+class Predictor:
+    """Answers the rows of micro-batches with a model that is whole on this device, as many at a time as one has.
+
+    A row that is done makes room for one of the next micro-batch, so that some are answered only while later ones are.
+
+    Args:
+        bloom: The model that answers.
+        encoder: Decodes the rows; it has the format that they were encoded in.
+        choice: How tokens are chosen.
+        seed: From the number of a row the seed of its answer, which then depends on nothing else.
+    """
+
+    def __init__(
+        self, bloom: FastBloom, encoder: PromptEncoder, choice: TokenChoice, seed: Callable[[int], int]
+    ) -> None:
+        self._bloom, self._encoder, self._choice, self._seed = bloom, encoder, choice, seed
+        self._in_flight: RowsInFlight | None = None
+
+    def answer(self, batch: MicroBatch, kinds: Sequence[str], last: bool) -> list[Prediction]:
+        """Answers to rows of this micro-batch and of those before, as far as they are done.
+
+        Args:
+            batch: The rows.
+            kinds: Names of the kinds, by the numbers in ``batch["kinds"]``.
+            last: Whether all rows are to be answered now.
+        """
+        if self._in_flight is None:
+            places = max(1, len(batch["rows"]))
+            self._in_flight = RowsInFlight(self._bloom, self._choice, self._encoder.eos_token_id, places)
+        asked = _asked(batch, self._encoder, kinds)
+        self._in_flight.add(Row(prompt, row, self._seed(row["row"])) for prompt, row in asked)
+        done = self._in_flight.answered(rest=last)
+        return [row.about | {"generated": decode_answer(self._encoder, row.answer)} for row in done]
+
+
 def predict(
     model: BloomForCausalLM,
     encoder: PromptEncoder,
@@ -45,9 +83,7 @@ def predict(
     seed: int | None = None,
     in_step: bool = False,
 ) -> list[Prediction]:
-    """Answers the rows of a micro-batch, all together, by ``answer_prompts``.
-
-    Inputs and targets are decoded from the tokens of the rows, so they are whole where the row was not cut.
+    """Answers the rows of a micro-batch, all together, by Hugging Face's own generation.
 
     Args:
         model: The model that answers.
@@ -58,15 +94,23 @@ def predict(
         seed: Makes the answers repeatable.
         in_step: Whether all ranks must run the model equally often.
     """
-    turns, device = first_turns(batch), batch["input_ids"].device
-    prompts = [prompt for prompt, _ in turns]
+    asked, device = _asked(batch, encoder, kinds), batch["input_ids"].device
+    prompts = [prompt for prompt, _ in asked]
     answers = answer_prompts(model, encoder, prompts, generation_config, seed, in_step, device)
-    numbers, kind_ids = batch["rows"].tolist(), batch["kinds"].tolist()
-    texts = [encoder.decode_turn(prompt, target) for prompt, target in turns]
-    return [
-        {"row": row, "kind": kinds[kind], "input": source, "target": target, "generated": answer}
-        for row, kind, (source, target), answer in zip(numbers, kind_ids, texts, answers, strict=True)
-    ]
+    return [{**row, "generated": answer} for (_, row), answer in zip(asked, answers, strict=True)]
+
+
+def _asked(batch: MicroBatch, encoder: PromptEncoder, kinds: Sequence[str]) -> list[tuple[list[int], Prediction]]:
+    """For each row, the token ids of its prompt, and its prediction without the answer.
+
+    Inputs and targets are decoded from the tokens of the rows, so they are whole where the row was not cut.
+    """
+    rows = zip(first_turns(batch), batch["rows"].tolist(), batch["kinds"].tolist(), strict=True)
+    asked: list[tuple[list[int], Prediction]] = []
+    for (prompt, target_ids), row, kind in rows:
+        source, target = encoder.decode_turn(prompt, target_ids)
+        asked.append((prompt, {"row": row, "kind": kinds[kind], "input": source, "target": target, "generated": ""}))
+    return asked
 
 
 class PredictionFile:

@@ -69,6 +69,11 @@ class Keeping(NamedTuple):
 
 KEEPING_ALL = Keeping()
 
+Attended = tuple[Any, Callable[[Any], Tensor]]
+"""The contexts of attention as a kernel gives them, and a function that joins them to (tokens, heads · head_dim)."""
+
+Attend = Callable[[Any, Tensor], Attended]
+"""Computes attention from the module and its fused queries, keys and values, (tokens, heads · 3 · head_dim)."""
 
 ENGINES = ("torch.distributed", "deepspeed", "colossalai", "accelerate")
 """Packages whose hooks on a module do not look at attention weights."""
@@ -96,7 +101,7 @@ def takes_fast_pass(attention: str, config: BloomConfig) -> bool:
 
 
 class FastBloom:
-    """Computes the loss of a Bloom on the targets of a micro-batch.
+    """Computes a Bloom: its loss on the targets of a micro-batch, and logits where answers are generated.
 
     Args:
         model: The stock model; its blocks are changed so that they take packed rows as well.
@@ -127,6 +132,30 @@ class FastBloom:
             return target_scores(hidden, self._model.lm_head, batch["target_ids"])
         return chunked_target_scores(hidden, weight, batch["target_ids"])
 
+    @property
+    def heads(self) -> int:
+        """Number of attention heads of the whole model."""
+        heads: int = self._model.config.n_head
+        return heads
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        device: torch.device = self._model.transformer.word_embeddings.weight.device
+        return device
+
+    def logits(self, input_ids: Tensor, attend: Attend, only: Tensor | None = None) -> Tensor:
+        """What the head gives for some of packed tokens, (those, vocab_size).
+
+        Args:
+            input_ids: (tokens,) their ids.
+            attend: What computes attention among these tokens, and others that it knows.
+            only: (those,) which tokens the head is computed for; all by default.
+        """
+        hidden = self._blocks(self._model.transformer.word_embeddings(input_ids), attend, only, KEEPING_ALL)
+        logits: Tensor = self._model.lm_head(hidden)
+        return logits
+
     def _hidden_and_head(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """Last hidden states, (targets, hidden_size), and the head's weight; None if the head must be called."""
         positions = batch["token_positions"]
@@ -144,14 +173,21 @@ class FastBloom:
     def _hidden(self, embedded: Tensor, rows: PackedRows) -> Tensor:
         """Last hidden states, (targets, hidden_size), computed from word embeddings, (tokens, hidden_size)."""
         transformer = self._model.transformer
-        hidden = transformer.word_embeddings_layernorm(embedded)
         recomputed = bool(getattr(transformer, "gradient_checkpointing", False)) and transformer.training
         keeping = Keeping(spares=not recomputed, spares_norms=not recomputed and self._whole_weights)
         attend = partial(_attend, rows=rows, bias=self._bias, spares=keeping.spares)
+        return self._blocks(embedded, attend, rows.targets, keeping, recomputed)
+
+    def _blocks(
+        self, embedded: Tensor, attend: Attend, only: Tensor | None, keeping: Keeping, recomputed: bool = False
+    ) -> Tensor:
+        """Last hidden states, (taken or all tokens, hidden_size), from word embeddings, (tokens, hidden_size)."""
+        transformer = self._model.transformer
+        hidden = transformer.word_embeddings_layernorm(embedded)
         *blocks, last = transformer.h
-        for block, only in (*((block, None) for block in blocks), (last, rows.targets)):
+        for block, taken in (*((block, None) for block in blocks), (last, only)):
             recompute = recomputed and not _recomputes(block)
-            hidden = block(hidden, attend=attend, only=only, keeping=keeping, recompute=recompute)
+            hidden = block(hidden, attend=attend, only=taken, keeping=keeping, recompute=recompute)
         output: Tensor = transformer.ln_f(hidden)
         return output
 
@@ -213,7 +249,7 @@ def _block_forward(
     stock: Any,
     hidden: Tensor,
     *args: Any,
-    attend: Any = None,
+    attend: Attend | None = None,
     only: Tensor | None = None,
     keeping: Keeping = KEEPING_ALL,
     recompute: bool = False,
@@ -226,8 +262,7 @@ def _block_forward(
         stock: The block's own forward pass.
         hidden: (tokens, hidden_size) hidden states of packed rows.
         args: Further arguments of the block's own forward pass.
-        attend: Takes the attention module and its fused queries, keys and values; gives the contexts and a function
-            that joins them.
+        attend: What computes attention.
         only: (targets,) which tokens are computed after attention; all by default.
         keeping: Which tensors are not kept for the backward pass.
         recompute: Whether the backward pass computes activations again; hooks of the block run once nevertheless.
@@ -240,7 +275,7 @@ def _block_forward(
     return _packed_forward(block, hidden, attend, only, keeping)
 
 
-def _packed_forward(block: Any, hidden: Tensor, attend: Any, only: Tensor | None, keeping: Keeping) -> Tensor:
+def _packed_forward(block: Any, hidden: Tensor, attend: Attend, only: Tensor | None, keeping: Keeping) -> Tensor:
     attention, mlp, dropout = block.self_attention, block.mlp, partial(_dropout, block)
 
     def normed_into(layer: nn.Module, norm: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -331,14 +366,8 @@ def _dropout(block: Any, hidden: Tensor) -> Tensor:
     return F.dropout(hidden, rate) if block.training and rate else hidden
 
 
-def _attend(
-    attention: Any, fused: Tensor, rows: PackedRows, bias: AlibiBias, spares: bool
-) -> tuple[Sequence[Tensor], Callable[[Sequence[Tensor]], Tensor]]:
-    """Attention within packed rows: the contexts as the kernel gives them, and a function that joins them.
-
-    ``fused`` holds queries, keys and values, (tokens, heads · 3 · head_dim); the joined contexts are
-    (tokens, heads · head_dim).
-    """
+def _attend(attention: Any, fused: Tensor, rows: PackedRows, bias: AlibiBias, spares: bool) -> Attended:
+    """Attention within packed rows."""
     split = fused.view(len(fused), -1, 3, attention.head_dim)
     dropout = attention.attention_dropout.p if attention.training else 0.0
     scores = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=attention.inv_norm_factor)

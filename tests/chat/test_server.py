@@ -14,12 +14,13 @@ import uvicorn
 import yaml
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
-from transformers import BloomForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from firefly_lightning.chat.command import chat
 from firefly_lightning.chat.questions import MOST_BYTES, sliders
 from firefly_lightning.chat.server import serve
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.evaluation.rows_in_flight import RowsInFlight
 from firefly_lightning.preparation.templates.reader import TEMPLATE_FOLDER
 from tests.conftest import ANSWERS
 from tests.support.helpers import one_line, raised_line, run
@@ -102,13 +103,13 @@ def last(page):
 
 
 def test_a_conversation_in_a_browser(fluent_folder, tokenizer, open_page, monkeypatch, tmp_path):
-    generated, generate = [], BloomForCausalLM.generate
+    generated, add = [], RowsInFlight.add
 
-    def record(self, inputs, **kwargs):
-        generated.append((inputs[0].tolist(), kwargs["generation_config"]))
-        return generate(self, inputs, **kwargs)
+    def record(self, rows):
+        generated.append((rows[0].prompt, self.choice))
+        add(self, rows)
 
-    monkeypatch.setattr(BloomForCausalLM, "generate", record)
+    monkeypatch.setattr(RowsInFlight, "add", record)
     with serving(lambda: chat(str(fluent_folder), web=True, port=0, device="cpu", seed=0)) as port:
         page = open_page(port)
         expect(page.locator("#model")).to_have_text(fluent_folder.name)
@@ -139,7 +140,7 @@ def test_a_conversation_in_a_browser(fluent_folder, tokenizer, open_page, monkey
     questions = ("<s>你好</s></s>", later, "<s>春风又绿江南岸</s></s>")
     assert [ids for ids, _ in generated] == [tokenizer.encode(text) for text in questions]
     names = ("do_sample", "temperature", "top_p", "repetition_penalty", "max_new_tokens")
-    published, greedy, drawn = (tuple(getattr(config, name) for name in names) for _, config in generated)
+    published, greedy, drawn = (tuple(getattr(choice, name) for name in names) for _, choice in generated)
     assert published == (True, 0.35, 0.85, 1.2, 200)
     assert (greedy[0], *greedy[3:]) == (False, 1.0, 30)
     assert drawn == (True, 0.5, 0.9, 1.0, 30)

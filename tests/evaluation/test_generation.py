@@ -12,7 +12,11 @@ from transformers import BloomForCausalLM, GenerationConfig
 
 from firefly_lightning.chat.command import chat
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.evaluation.generation import answer_prompts, change_decoding, default_decoding, generate_stream
+from firefly_lightning.evaluation import generation
+from firefly_lightning.evaluation.generation import answer_prompts, change_decoding, default_decoding
+from firefly_lightning.evaluation.rows_in_flight import RowsInFlight
+from firefly_lightning.model.fast_bloom import FastBloom
+from firefly_lightning.model.key_value_cache import KeyValueCache
 from firefly_lightning.prompt import PRESETS, PromptEncoder
 from tests.conftest import ANSWERS
 from tests.support.helpers import raised_line
@@ -35,6 +39,17 @@ def folder(fluent_folder):
     return fluent_folder
 
 
+@pytest.fixture(params=["fast", "stock"])
+def generate_stream(request):
+    """Streams an answer, by this project's own generation or by Hugging Face's."""
+
+    def stream(model, *arguments, **named):
+        bloom = FastBloom(copy.deepcopy(model)) if request.param == "fast" else None
+        return generation.generate_stream(model, *arguments, **named, bloom=bloom)
+
+    return stream
+
+
 def stock_answer(bloom, tokenizer, question, config):
     """Ids that stock Hugging Face generates for a first question."""
     ids = tokenizer(f"<s>{question}</s></s>", return_tensors="pt", add_special_tokens=False)["input_ids"]
@@ -45,18 +60,18 @@ def stock_answer(bloom, tokenizer, question, config):
 
 
 @pytest.mark.parametrize("question", ANSWERS)
-def test_streamed_pieces_are_whole_characters_and_make_the_answer(bloom, encoder, question):
+def test_streamed_pieces_are_whole_characters_and_make_the_answer(bloom, encoder, question, generate_stream):
     pieces = list(generate_stream(bloom, encoder, [], question, GREEDY))
     assert "".join(pieces) == ANSWERS[question]
     assert "\ufffd" not in "".join(pieces)
 
 
-def test_characters_come_as_soon_as_they_are_whole(bloom, encoder):
+def test_characters_come_as_soon_as_they_are_whole(bloom, encoder, generate_stream):
     # Neither is in the vocabulary: three and four tokens of one byte each.
     assert list(generate_stream(bloom, encoder, [], "hello", GREEDY))[:2] == ["龘", "𠮷"]
 
 
-def test_pieces_of_an_answer_cut_inside_a_character_still_make_the_answer(bloom, encoder, tokenizer):
+def test_pieces_of_an_answer_cut_inside_a_character_still_make_the_answer(bloom, encoder, tokenizer, generate_stream):
     cut = 0
     for length in range(1, 12):
         config = GenerationConfig(max_new_tokens=length, do_sample=False)
@@ -73,13 +88,13 @@ def test_random_bytes_stream_as_they_decode(encoder, tokenizer, bloom):
     untaught = BloomForCausalLM(bloom.config).eval()
     config = GenerationConfig(max_new_tokens=60, do_sample=True, top_k=0, temperature=2.0)
     for seed in range(5):
-        pieces = list(generate_stream(untaught, encoder, [], "你好", config, seed))
+        pieces = list(generation.generate_stream(untaught, encoder, [], "你好", config, seed))
         torch.manual_seed(seed)
         ids = stock_answer(untaught, tokenizer, "你好", config)
         assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_a_seed_repeats_the_answer_and_leaves_the_random_state_alone(bloom, encoder):
+def test_a_seed_repeats_the_answer_and_leaves_the_random_state_alone(bloom, encoder, generate_stream):
     config = GenerationConfig(max_new_tokens=30, do_sample=True, temperature=3.0)
     state = torch.get_rng_state()
     first, again, other = ("".join(generate_stream(bloom, encoder, [], "你", config, seed)) for seed in (1, 1, 2))
@@ -87,7 +102,7 @@ def test_a_seed_repeats_the_answer_and_leaves_the_random_state_alone(bloom, enco
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_an_error_of_generation_reaches_the_reader(bloom, encoder, monkeypatch):
+def test_an_error_of_generation_reaches_the_reader(bloom, encoder, monkeypatch, generate_stream):
     def broken(*args, **kwargs):
         raise ValueError("broken")
 
@@ -96,7 +111,7 @@ def test_an_error_of_generation_reaches_the_reader(bloom, encoder, monkeypatch):
         list(generate_stream(bloom, encoder, [], "你好", GREEDY))
 
 
-def test_generation_ends_when_nobody_reads_on(bloom, encoder):
+def test_generation_ends_when_nobody_reads_on(bloom, encoder, generate_stream):
     steps = []
     hook = bloom.lm_head.register_forward_hook(lambda *_: steps.append(1))
     config = GenerationConfig(max_new_tokens=5000, min_new_tokens=5000, do_sample=False)
@@ -131,7 +146,7 @@ def test_a_setting_may_be_a_default_of_transformers(bloom, encoder, changes):
     given = change_decoding(own.generation_config, {**changes, "max_new_tokens": 12, "min_new_tokens": 12})
     prompts = [encoder.encode_question([], question) for question in ("你好", "春风又绿江南岸")]
     answers = [answer_prompts(model, encoder, prompts, given, seed=1) for model in (own, plain)]
-    streams = ["".join(generate_stream(model, encoder, [], "你好", given, seed=1)) for model in (own, plain)]
+    streams = ["".join(generation.generate_stream(model, encoder, [], "你好", given, seed=1)) for model in (own, plain)]
     assert answers[0] == answers[1]
     assert streams[0] == streams[1]
 
@@ -185,13 +200,13 @@ def type_in(monkeypatch, *lines):
 
 def asked_ids(monkeypatch):
     """What every answer was generated from."""
-    asked, generate = [], BloomForCausalLM.generate
+    asked, fill = [], KeyValueCache.fill
 
-    def record(self, inputs, **kwargs):
-        asked.append(inputs[0].tolist())
-        return generate(self, inputs, **kwargs)
+    def record(self, place, ids, *others):
+        asked.append(list(ids))
+        return fill(self, place, ids, *others)
 
-    monkeypatch.setattr(BloomForCausalLM, "generate", record)
+    monkeypatch.setattr(KeyValueCache, "fill", record)
     return asked
 
 
@@ -229,13 +244,13 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_chat_decodes_as_its_flags_say(name, folder, monkeypatch, capsys):
     given, expected = SETTINGS[name]
-    used, generate = [], BloomForCausalLM.generate
+    used, begin = [], RowsInFlight.__init__
 
-    def record(self, inputs, **kwargs):
-        used.append(kwargs["generation_config"].to_dict())
-        return generate(self, inputs, **kwargs)
+    def record(self, bloom, choice, *others, **named):
+        used.append(choice._asdict())
+        begin(self, bloom, choice, *others, **named)
 
-    monkeypatch.setattr(BloomForCausalLM, "generate", record)
+    monkeypatch.setattr(RowsInFlight, "__init__", record)
     chat(str(folder), prompt="你好", device="cpu", seed=0, **given)
     assert {key: used[0][key] for key in expected} == expected
     if not expected["do_sample"]:

@@ -205,6 +205,15 @@ def test_a_trainer_of_ones_own_gets_the_predictions(taught, rows):
     assert [{name: row[name] for name in row if name != "row"} for row in found] == answers(taught, [rows])
 
 
+def test_a_limited_prediction_answers_all_of_its_rows(taught, rows):
+    module = FireflyModule(str(taught), decoding=GREEDY)
+    data = FireflyDataModule(str(taught), predict_files=str(rows), batch_size=3)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, limit_predict_batches=2)
+    for _ in range(2):
+        found = [row["input"] for batch in trainer.predict(module, data) for row in batch]
+        assert len(found) == len(set(found)) == 6
+
+
 def test_training_does_not_need_the_rows_to_answer(taught, rows, tmp_path):
     fit(taught, rows, tmp_path, "--data.predict_files", "later.jsonl", "--trainer.max_steps", 1, "--data.batch_size", 4)
 
