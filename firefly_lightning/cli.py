@@ -26,6 +26,7 @@ from firefly_lightning.callbacks.prediction_writer import PredictionWriter
 from firefly_lightning.callbacks.progress_bar import RunProgressBar, spare_bars
 from firefly_lightning.callbacks.run_figures import keep_metrics
 from firefly_lightning.callbacks.run_folder import csv_folders, missing_folders, remove_unmeasured
+from firefly_lightning.callbacks.run_history import RunHistory
 from firefly_lightning.callbacks.run_report import Report
 from firefly_lightning.callbacks.sample_answers import Samples
 from firefly_lightning.callbacks.saved_configuration import SavedConfiguration
@@ -209,7 +210,7 @@ class FireflyCLI(LightningCLI):
         if config["enable_model_summary"] is not False and not any(isinstance(one, ModelSummary) for one in own):
             config["enable_model_summary"] = False
             callbacks = [*callbacks, ModelSize()]
-        callbacks = [*callbacks, EndOnSignals(), CatchUp()]
+        callbacks = [*callbacks, EndOnSignals(), CatchUp(), RunHistory()]
         _check_strategy(config["strategy"])
         try:
             return super()._instantiate_trainer(config, callbacks)

@@ -18,6 +18,7 @@ from firefly_lightning.files.model_json import CURE, adapter_base
 
 if TYPE_CHECKING:
     from firefly_lightning.gguf.model import Model
+    from firefly_lightning.publishing.origin import Origin
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 """Types of a GGUF's matrices, as llama.cpp calls them."""
@@ -114,13 +115,16 @@ def _of_checkpoint(
 ) -> "Model | None":
     """The model in a checkpoint; None where the adapter alone was to be written, and is."""
     from firefly_lightning.huggingface import write_description
+    from firefly_lightning.publishing.card import write_card
+    from firefly_lightning.publishing.origin import origin_of
     from firefly_lightning.strategies.model_of_checkpoint import read_model
 
     saved = read_model(source)
+    origin = origin_of(saved.rest)
     if saved.adapter is None:
         if adapter or base:
             raise FireflyError(f"{checkpoint}: is of a training of all weights; leave --adapter and --base out")
-        return _in_memory(checkpoint, saved.description, saved.weights, [source], dtype)
+        return _in_memory(checkpoint, saved.description, saved.weights, [source], dtype, origin)
     from transformers import BloomConfig
 
     from firefly_lightning.model.adapter_folder import write_adapter
@@ -137,12 +141,13 @@ def _of_checkpoint(
             raise FireflyError("--adapter: is written into a folder; name it with --out")
         with new_folder(target, [source]) as folder:
             write(folder)
+            write_card(folder, target.name, saved.weights, saved.description, origin)
         print(f"{target}: an adapter of {where}; talk with both: firefly chat --model {shlex.quote(str(target))}")
         return None
     with TemporaryDirectory() as temporary:
         write(Path(temporary))
         _, weights = _merged(temporary, dtype)
-    return _in_memory(checkpoint, saved.description, weights, [source, where])
+    return _in_memory(checkpoint, saved.description, weights, [source, where], origin=origin)
 
 
 def _in_memory(
@@ -151,13 +156,15 @@ def _in_memory(
     weights: dict[str, Any],
     inputs: Sequence[Path | str],
     dtype: Dtype | None = None,
+    origin: "Origin | None" = None,
 ) -> "Model":
     """A model whose weights are in memory, or in files that are mapped there."""
     from firefly_lightning.gguf.model import Model
+    from firefly_lightning.publishing.origin import Origin
 
     loads = {name: partial(_cast, weight, dtype) for name, weight in weights.items()}
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    return Model(where, description, loads, shapes, inputs)
+    return Model(where, description, loads, shapes, inputs, origin or Origin())
 
 
 def _of_folder(folder: Path) -> "Model":
@@ -248,6 +255,7 @@ def _write_model(out: Path, model: "Model", max_shard_size: str) -> None:
     from safetensors import SafetensorError
 
     from firefly_lightning.huggingface import write_description
+    from firefly_lightning.publishing.card import write_card
 
     weights = {name: load() for name, load in model.weights.items()}
     description = dict(model.description)
@@ -255,6 +263,7 @@ def _write_model(out: Path, model: "Model", max_shard_size: str) -> None:
     config = description["config.json"] | {"torch_dtype": stored}
     with new_folder(out, model.inputs) as folder:
         write_description(description | {"config.json": config}, folder)
+        write_card(folder, out.name, weights, description, model.origin)
         try:
             save_torch_state_dict(weights, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
         except ValueError as error:

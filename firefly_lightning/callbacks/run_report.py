@@ -2,12 +2,10 @@
 
 import platform
 from collections.abc import Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -15,13 +13,13 @@ from rich.table import Table
 
 from firefly_lightning.callbacks.run_figures import Metrics, draw_kinds, draw_losses, kind_perplexities, read_metrics
 from firefly_lightning.callbacks.run_folder import csv_folders, csv_loggers
-from firefly_lightning.console import markdown, new_table, render
+from firefly_lightning.callbacks.run_history import PACKAGES, installed
+from firefly_lightning.console import markdown, render
 from firefly_lightning.data.counts_table import row_summary
 from firefly_lightning.data.protocol import data_of
+from firefly_lightning.evaluation.result_tables import filled_table, last_values, shown
 from firefly_lightning.files.atomic import new_file
-from firefly_lightning.model.metric_names import parted
 
-PACKAGES = ("firefly-lightning", "torch", "lightning", "transformers", "torchmetrics", "deepspeed", "colossalai")
 SPEED = ("target_tokens_per_second", "data_wait", "memory_gb", "mfu")
 """Metrics that are logged of every step; the report gives the median of each."""
 
@@ -45,7 +43,9 @@ class Report(Callback):
             draw_losses(metrics, folder / "loss.png")
             if perplexities := kind_perplexities(metrics):
                 draw_kinds(perplexities, folder / "kinds.png")
-            _write(folder, trainer, [*training_results(metrics), *last_values(metrics, "val", trainer)])
+            _write(
+                folder, trainer, [*training_results(metrics), *last_values(metrics, "val", _rows_of(trainer, "val"))]
+            )
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -59,11 +59,12 @@ class Report(Callback):
         self._show_evaluation(trainer, pl_module, "test")
 
     def _show_evaluation(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        rows = _rows_of(trainer, stage)
         if self.prints:  # what was logged, since there may be no logger of files
             values = {name: {0: float(value)} for name, value in sorted(trainer.callback_metrics.items())}
-            pl_module.print("\n".join(map(render, last_values(values, stage, trainer))))
+            pl_module.print("\n".join(map(render, last_values(values, stage, rows))))
         for folder, metrics in _logged(trainer):
-            _write(folder, trainer, last_values(metrics, stage, trainer))
+            _write(folder, trainer, last_values(metrics, stage, rows))
 
 
 def training_results(metrics: Metrics) -> Iterator[Table]:
@@ -80,43 +81,15 @@ def training_results(metrics: Metrics) -> Iterator[Table]:
     if validated:
         best = min(validated, key=lambda step: validated[step])
         rows.append(("lowest validation loss", f"{validated[best]:.4f} at step {best + 1:,}"))
-    rows += [(f"{name}, median", _shown(median(metrics[name].values()))) for name in SPEED if metrics.get(name)]
-    yield _table(("training", ""), rows)
-
-
-def last_values(metrics: Metrics, stage: str, trainer: L.Trainer) -> Iterator[Table]:
-    """The last value of every metric of a stage: a table of overall values, and a table with a row for each kind."""
-    last = {name: values[max(values)] for name, values in metrics.items() if name.startswith(f"{stage}_") and values}
-    named = {name: parted(name.removeprefix(f"{stage}_")) for name in last}
-    overall = [(metric, _shown(last[name])) for name, (metric, kind) in named.items() if kind is None]
-    if not overall:
-        return
-    rows = _rows_of(trainer, stage)
-    if rows:
-        overall.insert(0, ("rows", f"{sum(rows.values()):,}"))
-    yield _table(({"val": "validation", "test": "test"}[stage], ""), overall)
-    columns = list(dict.fromkeys(metric for metric, kind in named.values() if kind is not None))
-    of_kind: dict[str, dict[str, str]] = {}
-    for name, (metric, kind) in named.items():
-        if kind is not None:
-            of_kind.setdefault(kind, {})[metric] = _shown(last[name])
-    for kind, count in rows.items():
-        of_kind.setdefault(kind, {})["rows"] = f"{count:,}"
-    if of_kind:
-        columns = [*(["rows"] if rows else []), *columns]
-        lines = [(kind, *(of_kind[kind].get(column, "–") for column in columns)) for kind in sorted(of_kind)]
-        yield _table(("kind", *columns), lines)
+    rows += [(f"{name}, median", shown(median(metrics[name].values()))) for name in SPEED if metrics.get(name)]
+    yield filled_table(("training", ""), rows)
 
 
 def _rows_of(trainer: L.Trainer, stage: str) -> dict[str, int]:
     """Number of rows of each kind that a stage evaluates; nothing where the data is not this project's."""
     data = data_of(trainer)
     batches = {"val": data.val, "test": data.test}[stage] if data else None
-    if batches is None:
-        return {}
-    taken = np.concatenate([part.rows for part in batches.plan.sources])
-    counts = np.bincount(batches.rows.kind_ids[taken], minlength=len(batches.rows.kinds))
-    return {kind: int(count) for kind, count in zip(batches.rows.kinds, counts, strict=True) if count}
+    return batches.count_kinds() if batches else {}
 
 
 def _write(folder: Path, trainer: L.Trainer, results: Iterable[Table]) -> None:
@@ -129,7 +102,7 @@ def _write(folder: Path, trainer: L.Trainer, results: Iterable[Table]) -> None:
         *figures,
         *(["## Data\n", *(f"{table}\n" for table in counts)] if (counts := [*_counts(trainer)]) else []),
         "## Versions\n",
-        f"{markdown(_table(('', ''), _versions(trainer)))}\n",
+        f"{markdown(filled_table(('', ''), _versions(trainer)))}\n",
         *_section("Configuration", "yaml", configuration.read_text("utf-8") if configuration.is_file() else ""),
     ]
     with new_file(folder / "report.md", []) as file:
@@ -149,11 +122,7 @@ def _counts(trainer: L.Trainer) -> Iterator[str]:
 
 def _versions(trainer: L.Trainer) -> Iterator[tuple[str, str]]:
     yield "python", platform.python_version()
-    for name in PACKAGES:
-        try:
-            yield name, version(name)
-        except PackageNotFoundError:
-            continue
+    yield from installed(PACKAGES).items()
     device = trainer.strategy.root_device
     yield "device", torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
     yield "processes", str(trainer.world_size)
@@ -163,19 +132,6 @@ def _versions(trainer: L.Trainer) -> Iterator[tuple[str, str]]:
 
 def _section(title: str, language: str, text: str) -> list[str]:
     return [f"## {title}\n", f"```{language}\n{text.strip()}\n```\n"] if text else []
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
-    table = new_table()
-    for at, heading in enumerate(head):
-        table.add_column(heading, justify="right" if at else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _shown(value: float) -> str:
-    return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
 def _logged(trainer: L.Trainer) -> Iterator[tuple[Path, Metrics]]:

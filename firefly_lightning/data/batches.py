@@ -99,6 +99,12 @@ class PlannedBatches(Dataset[MicroBatch]):
             "step_micro_batches": self.micro_batches_per_step * self.world_size,
         }
 
+    def count_kinds(self) -> dict[str, int]:
+        """Number of rows of each kind in the plan, each counted once."""
+        taken = np.concatenate([part.rows for part in self.plan.sources])
+        counts = np.bincount(self.rows.kind_ids[taken], minlength=len(self.rows.kinds))
+        return {kind: int(count) for kind, count in zip(self.rows.kinds, counts, strict=True) if count}
+
 
 class EpochSampler(DistributedSampler[int], SequentialSampler):
     """Indices into :class:`PlannedBatches` for one epoch after another, from a given step on.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from firefly_lightning.pruning.tensor_files import StoredTensor, open_checkpoint
+from firefly_lightning.publishing.origin import Origin
 
 
 class Model(NamedTuple):
@@ -21,6 +22,7 @@ class Model(NamedTuple):
         weights: What gives each weight, by the names of ``BloomForCausalLM``; the head where it is not the embedding.
         shapes: Sizes of the weights.
         inputs: Files, folders and hub names that it is made of, which nothing may be written into.
+        origin: What is known of how it was made.
     """
 
     where: str
@@ -28,6 +30,7 @@ class Model(NamedTuple):
     weights: Mapping[str, Callable[[], Tensor]]
     shapes: Mapping[str, tuple[int, ...]]
     inputs: Sequence[Path | str]
+    origin: Origin = Origin()
 
 
 def folder_model(folder: Path, description: Mapping[str, Any], tied: bool) -> Model:

@@ -16,12 +16,10 @@ from transformers import BloomConfig
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.gguf.layout import ENDS, GgufTensor
 from firefly_lightning.gguf.words import Words
+from firefly_lightning.huggingface import LICENSE
 
 CONTEXT = 2048
 """Tokens of a context, for which Bloom was trained; ALiBi has no limit of its own."""
-
-LICENSE = "bigscience-bloom-rail-1.0"
-"""The licence of Bloom's weights, which what is made of them carries on."""
 
 _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}
 """Numbers of the types of files (``enum llama_ftype``)."""

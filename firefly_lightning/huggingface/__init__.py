@@ -3,6 +3,7 @@
 from firefly_lightning.files.hub import find_model_file
 from firefly_lightning.huggingface.description import (
     DESCRIPTION_FILES,
+    LICENSE,
     PUBLISHED_DECODING,
     TOKENIZER_CONFIG,
     UNUSED_ROWS,
@@ -23,6 +24,7 @@ from firefly_lightning.huggingface.weights import (
 
 __all__ = [
     "DESCRIPTION_FILES",
+    "LICENSE",
     "PUBLISHED_DECODING",
     "TOKENIZER_CONFIG",
     "UNUSED_ROWS",

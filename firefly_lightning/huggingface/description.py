@@ -19,6 +19,9 @@ PUBLISHED_DECODING = {
 }
 """Decoding settings with which the published Firefly models answer."""
 
+LICENSE = "bigscience-bloom-rail-1.0"
+"""The licence of Bloom's weights, as a hub calls it, which what is made of them carries on."""
+
 DESCRIPTION_FILES = (
     "config.json",
     "generation_config.json",

@@ -42,4 +42,5 @@ def write_adapter(
     stored = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}
     save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.base_model_name_or_path, config.inference_mode = base, True
+    config.task_type = config.task_type or "CAUSAL_LM"  # without it, peft's AutoPeftModelForCausalLM refuses it
     config.save_pretrained(folder)

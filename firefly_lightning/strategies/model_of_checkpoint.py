@@ -26,11 +26,13 @@ class SavedModel(NamedTuple):
         description: Contents of the files of a Hugging Face folder besides the weights, by name of the file.
         weights: The weights by their Hugging Face names; those of the adapter alone where there is one.
         adapter: The adapter's configuration, and path and digest of its base; None where all weights were trained.
+        rest: What else the checkpoint holds.
     """
 
     description: dict[str, Any]
     weights: dict[str, torch.Tensor]
     adapter: dict[str, Any] | None
+    rest: dict[str, Any]
 
 
 def read_model(path: Path) -> SavedModel:
@@ -54,7 +56,8 @@ def read_model(path: Path) -> SavedModel:
     weights = {name.removeprefix(MODEL_PREFIX): checkpoint["state_dict"][name] for name in ours}
     adapter = checkpoint.get(ADAPTER_KEY)
     _check_weights(weights, *_expected(weights, description["config.json"], adapter), path)
-    return SavedModel(description, weights, adapter)
+    del checkpoint["state_dict"]
+    return SavedModel(description, weights, adapter, checkpoint)
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ ORDER = [
     ["callbacks"],
     ["cli_errors"],
     ["cli"],
+    ["publishing"],
     ["gguf"],
     ["planning", "export"],
     ["tools", "fit"],
