@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from benchmarks import full_size, lora
+from benchmarks import answers, full_size, lora
 
 Lines = Sequence[dict[str, Any]]
 
@@ -175,6 +175,15 @@ PARTS = {
          "checkpoint_mb"],
         full_size.held_to_goals,
     ),
+    "answers": Part(
+        "Answers", "Generated tokens a second of greedy answers to the same prompts: `firefly` is what `predict`, "
+        "`test` and `chat` do, `generate` transformers.generate with as many rows at a time, `grouped` the same with "
+        "prompts of like length together, `llama.cpp` and `q8_0` the model's GGUF in xllamacpp. The answers of random "
+        "models, named by width, blocks and heads, are as long as the rows' targets.",
+        [],
+        ["model", "at_a_time", "system", "tokens_per_second", "tokens", "seconds", "peak_rss_gb", "same_answers"],
+        answers.compared,
+    ),
     "ladder": Part(
         "What each lever brings", "Each line adds a lever to those above, as a plain loop. Seconds for 1,000 tokens "
         "without padding, measured, and predicted from counts: operations of products at the rate of a bare product, "
@@ -206,7 +215,7 @@ PARTS = {
     ),
 }  # fmt: skip
 
-ROWS = ("start", "throughput", "lora", "full_size", "ladder", "growth")
+ROWS = ("start", "throughput", "lora", "full_size", "answers", "ladder", "growth")
 """Scripts that take ``--rows`` to train on; the others make their own rows or need none."""
 
 

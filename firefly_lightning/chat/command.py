@@ -22,7 +22,8 @@ COMMANDS = {
 
 
 def chat(
-    model: str,
+    model: str | None = None,
+    gguf: str | None = None,
     prompt: str | None = None,
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -39,6 +40,8 @@ def chat(
 
     Args:
         model: Folder or hub name of the model.
+        gguf: File of a model that ``firefly export --gguf`` has written, in the place of a folder; it is computed by
+            llama.cpp, which needs the extra ``gguf``, in the type that it has there.
         prompt: Question to answer once, on stdout; without it, a conversation of several turns begins.
         device: Device of the model, such as cpu or cuda:0; auto takes a GPU if there is one.
         dtype: Type of the weights; auto is bfloat16 on a GPU and float32 elsewhere.
@@ -55,15 +58,25 @@ def chat(
         FireflyError: If a setting is out of its range, the model cannot be loaded, the device is not there, or the page
             cannot be served.
     """
+    if (model is None) == (gguf is None):
+        raise FireflyError("--model, --gguf: name one of them, a folder or hub name, or a file for llama.cpp")
+    if gguf is not None and (device, dtype) != ("auto", "auto"):
+        raise FireflyError("--device, --dtype: are not for --gguf, whose file says the type; leave them out")
     decoding: Any = _decoding(max_new_tokens, temperature, top_p, greedy)
     check_number("--seed", seed, least=-(2**63), most=2**63 - 1)
     if web:
         _require_web(prompt)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         _take_any_character(stream)
-    from firefly_lightning.chat.answering import Answering
+    answer: Any
+    if gguf is not None:
+        from firefly_lightning.chat.llama import LlamaAnswering
 
-    answer = Answering(model, device, dtype, seed, max_new_tokens)
+        answer = LlamaAnswering(gguf, seed, max_new_tokens)
+    else:
+        from firefly_lightning.chat.answering import Answering
+
+        answer = Answering(str(model), device, dtype, seed, max_new_tokens)
     if decoding:
         from firefly_lightning.evaluation.generation import change_decoding
 
@@ -71,7 +84,7 @@ def chat(
     if web:
         from firefly_lightning.chat.server import serve
 
-        serve(answer, answer.config, Path(model).name or model, host, port)
+        serve(answer, answer.config, Path(gguf or str(model)).name or str(model), host, port)
     elif prompt is None:
         with interruptible():
             _converse(answer)

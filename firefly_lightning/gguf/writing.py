@@ -105,11 +105,21 @@ def _describe(writer: Any, config: BloomConfig, generation: Mapping[str, Any], n
     writer.add_head_count(config.n_head)
     writer.add_head_count_kv(config.n_head)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
-    if generation.get("do_sample"):
-        settings = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k", "penalty_repeat": "repetition_penalty"}
-        for key, field in settings.items():
-            if generation.get(field) is not None:
-                getattr(writer, f"add_sampling_{key}")(generation[field])
+    _describe_sampling(writer, generation)
+
+
+def _describe_sampling(writer: Any, generation: Mapping[str, Any]) -> None:
+    """Says how tokens are chosen, also where Hugging Face's own default holds: those of llama.cpp are others."""
+    if not generation.get("do_sample"):
+        writer.add_sampling_temp(0.0)  # the likeliest token
+    else:
+        for key, field, default in (("temp", "temperature", 1.0), ("top_k", "top_k", 50), ("top_p", "top_p", 1.0)):
+            value = generation.get(field)
+            getattr(writer, f"add_sampling_{key}")(default if value is None else value)
+        writer.add_sampling_min_p(0.0)
+        writer.add_sampling_sequence("penalties;temperature;top_k;top_p")
+    writer.add_sampling_penalty_repeat(generation.get("repetition_penalty") or 1.0)
+    writer.add_sampling_penalty_last_n(-1)  # of all tokens that are there
 
 
 def _add_words(writer: Any, words: Words, description: Mapping[str, Any]) -> None:

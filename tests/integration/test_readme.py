@@ -69,7 +69,7 @@ def test_every_command_of_the_readme(box, monkeypatch):
 def test_every_command_and_snippet_of_the_documentation(full_box, monkeypatch):
     """The pages are one running example, in the order of the navigation."""
     blocks = [block for page in pages("en") for block in read_blocks(page)]
-    assert run_blocks(blocks, CHECKS, full_box, monkeypatch) == (47, 4, 7)
+    assert run_blocks(blocks, CHECKS, full_box, monkeypatch) == (48, 4, 7)
 
 
 def run_blocks(blocks: list[Block], checks: dict, box: Path, monkeypatch) -> tuple[int, int, int]:
@@ -369,6 +369,7 @@ CHECKS = {
     "firefly export .*--gguf": check_gguf,
     "npx node-llama-cpp chat": check_answer_of_node,
     "firefly chat --model chat-model .*--prompt": check_answer,
+    "firefly chat --gguf chat-model.gguf": check_answer,
     "firefly chat --model chat-model$": check_conversation,
     "firefly chat .*--web$": check_page,
     "PYTHONPATH=. firefly-fit fit .*my_project": check_run("mine", range(3), penalty=3),
