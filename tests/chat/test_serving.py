@@ -105,7 +105,7 @@ def healthy(port: str) -> bool:
 
 @pytest.fixture
 def client(port):
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60) as client:
         yield client
 
 
@@ -154,7 +154,8 @@ def test_a_streamed_answer_comes_in_whole_characters(messages, answer, ask, enco
 def test_a_conversation_is_that_of_firefly_chat(box, ask, monkeypatch):
     questions = ["你好", "然后呢？", "照我还 hello 😀", "世界春风"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([*questions, "/exit\n"])))
-    shown = run("firefly", "chat", "--model", box / "chat-model", "--greedy", "--max_new_tokens", 12).stdout
+    told = ["--greedy", "--max_new_tokens", 12, "--device", "cpu"]
+    shown = run("firefly", "chat", "--model", box / "chat-model", *told).stdout
     turns = []
     for question in questions:
         answer = ask(to_messages("", turns, question), max_tokens=12).choices[0].message.content
@@ -197,6 +198,7 @@ def test_limits_of_the_server_that_the_page_names(client, ask, encoder):
     spaced = ask([said("user", [{"type": "text", "text": text} for text in ("你", "好")])], max_tokens=1)
     assert spaced.usage.prompt_tokens == len(encoder.encode_question([], "你 好"))
     assert spaced.usage.prompt_tokens != len(encoder.encode_question([], "你好"))
+    assert ask(to_messages("", [], "你好"), stop="😀").choices[0].message.content == "世界😀"
     unbounded = client.chat.completions.create(
         model="chat-model", messages=to_messages("", [], "你好"), logit_bias={"2": -100.0}
     )
