@@ -181,7 +181,7 @@ PARTS = {
         "prompts of like length together, `llama.cpp` and `q8_0` the model's GGUF in xllamacpp. The answers of random "
         "models, named by width, blocks and heads, are as long as the rows' targets.",
         [],
-        ["model", "at_a_time", "system", "tokens_per_second", "tokens", "seconds", "peak_rss_gb", "same_answers"],
+        ["at_a_time", "model", "system", "tokens_per_second", "tokens", "seconds", "peak_rss_gb", "same_answers"],
         answers.compared,
     ),
     "ladder": Part(
