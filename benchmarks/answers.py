@@ -164,7 +164,9 @@ def stock(folder: Path, system: str, batch_size: int, options: argparse.Namespac
 
     def answer(asked: Sequence[Asked]) -> Answers:
         end = tokenizer.eos_token_id if asked[0].may_end else NONE
-        config = GenerationConfig(max_new_tokens=options.most, do_sample=False, eos_token_id=end, pad_token_id=pad)
+        config = GenerationConfig(
+            max_new_tokens=options.most, do_sample=False, repetition_penalty=1.0, eos_token_id=end, pad_token_id=pad
+        )
         order = list(range(len(asked)))
         if system == "grouped":
             order.sort(key=lambda at: -len(asked[at].prompt))
