@@ -56,7 +56,9 @@ def find_published(source: Path) -> Published:
         raise MissingFileError(f"{source}: no such folder or file; name what firefly export wrote")
     kind: Kind = "model" if adapter_base(source) is None else "adapter"
     weights = _weights_of_model(source) if kind == "model" else [ADAPTER[1]]
-    own = (*DESCRIPTION, INDEX) if kind == "model" else ("generation_config.json", "prompt_format.json", *TOKENIZER_FILES)
+    own = (
+        (*DESCRIPTION, INDEX) if kind == "model" else ("generation_config.json", "prompt_format.json", *TOKENIZER_FILES)
+    )
     names = [*own, *weights, *(ADAPTER if kind == "adapter" else ()), CARD, *pictures(source / CARD)]
     files = {name: source / name for name in dict.fromkeys(names) if (source / name).is_file()}
     _check_description(source, kind, files)
@@ -74,15 +76,14 @@ def pictures(card: Path) -> list[str]:
         raise FireflyError(f"{card}: cannot be read ({reason(error)}); save it in UTF-8") from error
 
 
-def stale(there: Mapping[str, object] | list[str], files: Mapping[str, Path]) -> list[str]:
+def stale(there: list[str], files: Mapping[str, Path]) -> list[str]:
     """Names of files of an earlier model that would be read with, or instead of, those that are published now.
 
     Args:
         there: Names of the files of the repository.
         files: What is published.
     """
-    own = (*DESCRIPTION, *ADAPTER)
-    return sorted(name for name in there if name not in files and (name in own or _SHARD.fullmatch(name)))
+    return sorted(name for name in there if name not in files and (name in DESCRIPTION or _SHARD.fullmatch(name)))
 
 
 def _weights_of_model(folder: Path) -> list[str]:

@@ -31,7 +31,7 @@ ORDER = [
     ["cli_errors"],
     ["cli"],
     ["gguf"],
-    ["planning", "export"],
+    ["planning", "export", "push"],
     ["tools", "fit"],
 ]
 """Packages and modules of the root: each imports only what stands before it."""

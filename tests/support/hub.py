@@ -1,8 +1,8 @@
 """A Hugging Face hub on this machine, for tests: the endpoints that huggingface_hub and datasets ask, over real HTTP.
 
 Repositories are kept in memory, with branches and commits. Large files go the way of LFS and are given out by a second
-port, as those of the real hub are by another machine, which must not see a token. Xet is not offered, so that clients
-fall back to LFS. Answers to what goes wrong have the codes and headers of the real ones.
+port, as those of the real hub are by another machine, which must not see a token. Xet is not offered: clients fall back
+to LFS, the newest where HF_HUB_DISABLE_XET is set. What goes wrong has the codes and headers of the real hub.
 """
 
 import base64
@@ -15,7 +15,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -133,7 +133,7 @@ class Hub:
         """The environment of a process that knows this hub and no other, with caches of its own in ``home``."""
         hidden = ("HF_HUB_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
         kept = {name: value for name, value in os.environ.items() if name not in hidden}
-        own = {"HF_ENDPOINT": self.address, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*"}
+        own = {"HF_ENDPOINT": self.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
         return kept | own | ({"HF_TOKEN": token} if token else {})
 
 
@@ -262,10 +262,8 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.log.append(Request(self.command, self.path, kind, ranges, agent, self.token))
 
     def finish(self) -> None:
-        try:
+        with suppress(OSError):  # it was cut on purpose, or the client has gone
             super().finish()
-        except OSError:
-            pass  # it was cut on purpose, or the client has gone
 
     def later(self, content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Callable[[], None]:
         return lambda: self.send(content, status, headers)
@@ -323,7 +321,7 @@ class Handler(BaseHTTPRequestHandler):
         fields = yaml.safe_load(found[1]) if found else {}
         base = fields.get("base_model") or "a/b"
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(base)):
-            return self.later({"errors": [{"message": '"base_model" with value ' f'"{base}" is not valid'}]}, 400)
+            return self.later({"errors": [{"message": f'"base_model" with value "{base}" is not valid'}]}, 400)
         return self.later({"errors": [], "warnings": []})
 
     def describe(self, kind: str, name: str, revision: str | None) -> Callable[[], None]:
@@ -416,7 +414,10 @@ class Handler(BaseHTTPRequestHandler):
         for path, file in commit.files.items():
             if paths is None or path in paths:
                 entry = {"type": "file", "path": path, "size": len(file.data), "oid": file.oid}
-                found.append(entry | ({"lfs": {"oid": file.oid, "size": len(file.data), "pointerSize": 134}} if file.large else {}))
+                found.append(
+                    entry
+                    | ({"lfs": {"oid": file.oid, "size": len(file.data), "pointerSize": 134}} if file.large else {})
+                )
         return found
 
     def paths(self, kind: str, name: str, revision: str) -> Callable[[], None]:
