@@ -30,6 +30,9 @@ NOT_ASKED = "the hub is not asked, since HF_HUB_OFFLINE is set, nor is it in the
 _HTTP_LIBRARIES = ("requests", "urllib3", "httpx", "httpx2")
 """What huggingface_hub asks with, by its release: errors of theirs that are no answers are those of a connection."""
 
+_NOT_REACHED = ("ConnectError", "ConnectTimeout", "MaxRetryError", "ProxyError")
+"""Names of their errors before anything was on its way."""
+
 _PAUSES = (1.0, 3.0)
 """Seconds before a download whose connection was cut goes on."""
 
@@ -147,14 +150,11 @@ def _is_of_connection(error: BaseException) -> bool:
 
 
 def _was_cut(error: BaseException) -> bool:
-    """Whether a connection broke while a file was on its way; not whether the hub has answered or was not there."""
+    """Whether a connection broke while something was on its way; not whether the hub has answered or was not there."""
     causes = list(_causes(error))
-    if any(_answer(one) or isinstance(one, EntryNotFoundError) for one in causes):
+    if any(_answer(one) or type(one).__name__ in _NOT_REACHED for one in causes):
         return False
-    return any(
-        _is_of_connection(one) or (isinstance(one, OSError) and str(one).startswith("Consistency check failed"))
-        for one in causes
-    )
+    return any(_is_of_connection(one) or str(one).startswith("Consistency check failed") for one in causes)
 
 
 def _lacks_file(path: str, error: Exception) -> bool:

@@ -26,7 +26,7 @@ DESCRIPTION = ("config.json", "generation_config.json", "prompt_format.json", "p
 WEIGHTS, ADAPTER = "model.safetensors", ("adapter_config.json", "adapter_model.safetensors")
 INDEX, CARD = f"{WEIGHTS}.index.json", "README.md"
 
-_PICTURE = re.compile(r"[(\"']([\w-][\w.-]*\.(?:png|svg|jpg))[)\"' ]")
+_PICTURE = re.compile(r"[(\"'](?:\./)?([\w-][\w.-]*\.(?:png|svg|jpg))[)\"' ]")
 """A picture beside a card, in Markdown or HTML."""
 
 _SHARD = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|adapter_model\.bin")
@@ -115,14 +115,14 @@ def _check_weights(folder: Path, names: list[str]) -> None:
     Raises:
         FireflyError: If not.
     """
-    held: dict[str, str] = {}
+    held: set[tuple[str, str]] = set()
     for name in names:
         file = folder / name
         if not file.is_file():
             raise MissingFileError(f"{folder}: has no {name}; push a folder that firefly export wrote")
         try:
             with safe_open(file, framework="numpy") as tensors:  # compares the file's size with its header
-                held |= dict.fromkeys(tensors.keys(), name)
+                held |= {(weight, name) for weight in tensors.keys()}  # noqa: SIM118  (no mapping)
         except OSError as error:
             raise unreadable(error, file) from error
         except SafetensorError as error:
@@ -131,7 +131,7 @@ def _check_weights(folder: Path, names: list[str]) -> None:
         raise FireflyError(f"{folder}: its weights are empty; export it again")
     if WEIGHTS not in names and (index := folder / INDEX).is_file():
         listed = read_json_object(index, CURE)["weight_map"]
-        if missing := sorted(name for name, file in listed.items() if held.get(name) != file):
+        if missing := sorted(weight for weight, name in listed.items() if (weight, name) not in held):
             raise FireflyError(f"{index}: its files lack {some(missing)}; export the model again")
 
 

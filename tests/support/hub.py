@@ -215,6 +215,8 @@ class Handler(BaseHTTPRequestHandler):
             answer()
         except Refused as refused:
             headers = {"X-Error-Message": refused.message} | ({"X-Error-Code": refused.code} if refused.code else {})
+            if refused.status == 429 or refused.status >= 500:
+                headers["Retry-After"] = "0"  # clients would wait half a minute
             self.send({"error": refused.message}, refused.status, headers)
 
     def due(self, path: str) -> Fault | None:
