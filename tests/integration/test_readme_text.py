@@ -263,7 +263,7 @@ def test_commands_that_are_not_run_here_run_in_continuous_integration():
         "bin/demo", "bin/test", install, 'pip install -e ".[docs]"', "mkdocs build",
         install, f"pip install --no-deps -r {no_deps}", 'pip install -e ".[adapters]"',
         'pip install -e ".[gguf]"', "npm install node-llama-cpp", "hf auth login", *pushes, *hub,
-        "pip install modelscope",        next(one for one in written if "modelscope import snapshot_download" in one),
+        "pip install modelscope", next(one for one in written if "modelscope import snapshot_download" in one),
     ]  # fmt: skip
     assert len(hub) == 3
     made = (ROOT / "bin" / "test").read_text("utf-8")
