@@ -21,6 +21,7 @@ COMMANDS = {
     "stats": "preparation.stats",
     "plan": "planning.command",
     "export": "export",
+    "push": "publishing.push",
     "chat": "chat.command",
 }
 """For each command, the module whose function of the same name runs it."""

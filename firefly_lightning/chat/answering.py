@@ -52,9 +52,11 @@ class Answering:
 def _load(path: str, device: str, dtype: str) -> tuple[BloomForCausalLM, PromptEncoder]:
     place = _device(device)
     default = "bfloat16" if place.type == "cuda" else "float32"
-    bloom, tokenizer = load_bloom(path, getattr(torch, default if dtype == "auto" else dtype)), load_tokenizer(path)
-    check_sizes(bloom.config, tokenizer, path)
+    tokenizer = load_tokenizer(path)
     prompt = own_format(path, tokenizer)
+    # Last, since a model of the hub whose weights are here is taken for whole where the hub is not reached.
+    bloom = load_bloom(path, getattr(torch, default if dtype == "auto" else dtype))
+    check_sizes(bloom.config, tokenizer, path)
     if prompt is None:
         lacks = "no prompt_format.json and no chat template that says its prompt format"
         print(f"note: {path} has {lacks}; {USUAL} is used", file=sys.stderr)

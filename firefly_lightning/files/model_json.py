@@ -19,6 +19,12 @@ Check = tuple[Callable[[Any], bool], str]
 
 CURE = "mend it or fetch it again"
 
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+"""Files that can belong to a tokenizer; the first is always there."""
+
 FLOATS = ("temperature", "repetition_penalty", "top_p", "typical_p", "min_p", "length_penalty")
 """Settings of generation for which transformers takes 2.0 and refuses 2."""
 
@@ -83,8 +89,12 @@ def check_generation_config(fields: Mapping[str, Any], where: str | Path) -> Non
         raise FireflyError(f"{where}: {some(asked)} cannot be used here; take it out")
 
 
-def read_index(file: Path) -> list[str]:
+def read_index(file: Path, whole: bool = True) -> list[str]:
     """Names of the files of weights that an index lists, all of them files beside the index.
+
+    Args:
+        file: The index.
+        whole: Whether the files must be there, as they are not while those of the hub are fetched.
 
     Raises:
         FireflyError: If the file is no index of weights, or a file that it lists is missing.
@@ -93,7 +103,7 @@ def read_index(file: Path) -> list[str]:
     if not isinstance(weights, dict) or not weights or not all(map(_is_file_name, weights.values())):
         raise FireflyError(f"{file}: is no index of weights, which maps their names to files beside it; fetch it again")
     names = sorted(set(weights.values()))
-    if missing := [name for name in names if not (file.parent / name).is_file()]:
+    if whole and (missing := [name for name in names if not (file.parent / name).is_file()]):
         raise FireflyError(f"{file.parent}: {some(missing)} of {file.name} missing; download the rest")
     return names
 

@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 from firefly_lightning.errors import FireflyError, reason
 from firefly_lightning.files.hub import find_model_file
 from firefly_lightning.files.json_object import read_json_object
-from firefly_lightning.files.model_json import CURE, adapter_base, read_config
+from firefly_lightning.files.model_json import CURE, TOKENIZER_FILES, adapter_base, read_config
 from firefly_lightning.prompt import SPECIAL_TOKENS, PromptFormat
 
 
@@ -53,10 +53,14 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
         if base := base_of(path):
             return load_tokenizer(base)
         raise FireflyError(f"{path}: has no tokenizer.json; copy the tokenizer's files there")
+    # Fetched here, since transformers would do without a file that the hub does not give out for a moment.
+    files = [find_model_file(path, name) for name in TOKENIZER_FILES]
+    folder = next(file.parent for file in files if file)
     try:
         # Bloom's tokenizer_config.json names a class of its own, which transformers 5 no longer has: a warning at most.
         with quiet_transformers():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            tokenizer.name_or_path = path
     except Exception as error:  # tokenizers raises plain Exception
         raise FireflyError(f"{path}: the tokenizer cannot be read ({reason(error)}); fetch it again") from error
     if empty := [name for name in SPECIAL_TOKENS if getattr(tokenizer, name, None) == ""]:

@@ -78,9 +78,11 @@ def load_bloom(
     options: dict[str, Any] = {"torch_dtype" if transformers.__version__.startswith("4.") else "dtype": dtype}
     if quantize:
         options["quantization_config"] = _quantization(quantize, compute_dtype)
+    # Fetched here, where a cut connection is mended, and the hub's answers have words of their own.
+    folder = next((file.parent for file in weight_files(path)), path)
     try:
         with quiet_transformers():
-            model, info = BloomForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **options)
+            model, info = BloomForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **options)
     except Exception as error:  # whatever the readers of the several weight formats raise
         if quantize and "bnb_supported_devices" in str(error):
             release = f"transformers {transformers.__version__}"
@@ -131,8 +133,10 @@ def weight_files(path: str) -> list[Path]:
         if file := find_model_file(path, name):
             return [file]
         if index := find_model_file(path, f"{name}.index.json"):
-            found = (find_model_file(path, part) for part in read_index(index))
-            return [file for file in found if file]
+            found = (find_model_file(path, part) for part in read_index(index, whole=False))
+            files = [file for file in found if file]
+            read_index(index)
+            return files
     return []
 
 
@@ -189,7 +193,7 @@ def _merged(model: BloomForCausalLM, path: str) -> BloomForCausalLM:
     try:
         with warnings.catch_warnings(), quiet_transformers():
             warnings.simplefilter("ignore")  # of layers new to peft, and of configurations of later releases
-            adapted = peft.PeftModel.from_pretrained(model, path)
+            adapted = peft.PeftModel.from_pretrained(model, file.parent)
             _check_adapter_weights(file, peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
             merged: BloomForCausalLM = adapted.merge_and_unload()
     except FireflyError:
@@ -227,5 +231,5 @@ def _with_generation_config(model: BloomForCausalLM, path: str) -> BloomForCausa
     """The model with the settings of generation that are in an adapter's folder, if any are."""
     if file := find_model_file(path, "generation_config.json"):
         read_generation_config(file)
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+        model.generation_config = transformers.GenerationConfig.from_pretrained(file.parent)
     return model

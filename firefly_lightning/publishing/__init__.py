@@ -1,1 +1,1 @@
-"""What goes out with a model: its card."""
+"""What goes out with a model: its card, and the way to a hub."""

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import BloomConfig, GPT2Config, PreTrainedTokenizerFast
 
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.files.hub import NOT_ASKED
 from firefly_lightning.huggingface import (
     check_same_model,
     check_sizes,
@@ -88,24 +89,10 @@ def test_a_folder_that_is_not_there_is_named(load, tmp_path):
 
 
 @pytest.mark.parametrize("load", LOADERS)
-def test_a_hub_that_does_not_answer_is_named(load, monkeypatch):
-    def download(path, name):
-        raise LocalEntryNotFoundError("cannot reach\nthe hub")
-
-    monkeypatch.setattr("firefly_lightning.files.hub.hf_hub_download", download)
+def test_a_hub_that_is_not_asked_is_named(load):
     with pytest.raises(FireflyError) as raised:
         load("nobody/nothing")
-    assert (
-        raised_line(raised) == "nobody/nothing: neither a folder nor a model the hub gives out (cannot reach the hub)"
-    )
-
-
-def test_a_hub_model_without_a_saved_format_has_none(monkeypatch):
-    def download(path, name):
-        raise EntryNotFoundError("404")
-
-    monkeypatch.setattr("firefly_lightning.files.hub.hf_hub_download", download)
-    assert load_prompt_format("bigscience/bloom-560m") is None
+    assert raised_line(raised) == f"nobody/nothing: no such folder here, and {NOT_ASKED}"
 
 
 def test_a_tokenizer_that_is_missing_or_damaged_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import lightning as L
@@ -96,7 +97,7 @@ def test_a_card_tells_the_rows_the_figures_and_the_settings_of_the_run(trained, 
     assert settings["data.batch_size"] == "8"
     assert settings["trainer.max_steps"] == "10"
     assert settings["seed_everything"] == "0"
-    assert settings["torch (package)"] == torch.__version__
+    assert settings["torch (package)"] == version("torch")
     assert float(settings["model.learning_rate"]) == 3e-5
     with Image.open(tmp_path / "chat-model" / "loss.png") as plot:
         assert min(plot.size) > 400

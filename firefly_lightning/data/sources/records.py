@@ -12,6 +12,7 @@ from typing import Any
 from firefly_lightning.data.sources.json_arrays import checked_depth, not_json, read_json_array
 from firefly_lightning.data.sources.text_files import format_of, is_compressed, open_text, read_lines
 from firefly_lightning.errors import FireflyError, describe_os_error, reason, some
+from firefly_lightning.files.hub import NOT_ASKED, hub_problem, patiently
 from firefly_lightning.files.json_object import STRICT_JSON
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
@@ -75,10 +76,17 @@ def load_hub_dataset(name: str) -> Any:
     try:
         import datasets
 
-        return datasets.load_dataset(name, split="train")
+        return patiently(lambda: datasets.load_dataset(name, split="train"))
     except Exception as error:
-        hint = f"; name its files, as in '{name}/*.jsonl'" if Path(name).is_dir() else ""
-        raise FireflyError(f"{name}: neither a file nor a dataset that could be loaded ({error}){hint}") from error
+        told, here = reason(error), Path(name).is_dir()
+        # datasets does not hand on what the hub has answered to its first requests.
+        problem = NOT_ASKED if "OfflineModeIsEnabled" in told else hub_problem(error, f"datasets/{name}")
+        if problem and not here:
+            raise FireflyError(f"{name}: no such file here, and {problem}") from error
+        hint = "check name and network, set HF_ENDPOINT to a mirror, or log in with hf auth login where it is private"
+        if here:
+            hint = f"name its files, as in '{name}/*.jsonl'"
+        raise FireflyError(f"{name}: neither a file nor a dataset that could be loaded ({told}); {hint}") from error
 
 
 def _read(source: str) -> Iterator[tuple[int, Any]]:
