@@ -174,7 +174,7 @@ def test_a_model_that_lacks_a_file_is_told_before_rows_are_read(name, tiny_folde
     model = shutil.copytree(tiny_folder, tmp_path / "model")
     (model / name).unlink()
     data = FireflyDataModule(str(model), str(rows_file), cache_dir=str(tmp_path / "cache"))
-    trainer = L.Trainer(**settings(max_steps=1))
+    trainer = L.Trainer(**settings(max_steps=1, default_root_dir=tmp_path))
     with pytest.raises(FireflyError, match=r"model: has no (weights|config\.json)"):
         trainer.fit(FireflyModule(str(model)), data)
     assert not (tmp_path / "cache").exists()
