@@ -5,12 +5,14 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    FileMetadataError,
     GatedRepoError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -30,8 +32,8 @@ NOT_ASKED = "the hub is not asked, since HF_HUB_OFFLINE is set, nor is it in the
 _HTTP_LIBRARIES = ("requests", "urllib3", "httpx", "httpx2")
 """What huggingface_hub asks with, by its release: errors of theirs that are no answers are those of a connection."""
 
-_NOT_REACHED = ("ConnectError", "ConnectTimeout", "MaxRetryError", "ProxyError")
-"""Names of their errors before anything was on its way."""
+_NOT_REACHED = ("ConnectError", "ConnectTimeout", "MaxRetryError", "ProxyError", "ReadTimeout")
+"""Names of their errors before anything was on its way; after a timeout huggingface_hub has tried again itself."""
 
 _PAUSES = (1.0, 3.0)
 """Seconds before a download whose connection was cut goes on."""
@@ -101,11 +103,13 @@ def hub_problem(error: BaseException, name: str) -> str | None:
             return f"the hub has no such branch or commit of it; look at {hub}/{name}"
         if isinstance(one, RepositoryNotFoundError):
             return f"{hub} has nothing of this name, or it is private; check the name, or log in with hf auth login"
+        if isinstance(one, FileMetadataError | JSONDecodeError):
+            return f"{hub} does not answer as a hub does; check HF_ENDPOINT, and what stands between here and there"
         if answer := _answer(one):
             return f"{hub} answered {answer}"
         if isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT):
             return "the disk is full; free some space, or set HF_HOME to a folder on another disk for the hub's cache"
-        if isinstance(one, OSError) and one.errno in (errno.EACCES, errno.EROFS) and one.filename:
+        if isinstance(one, OSError) and one.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR) and one.filename:
             return f"{one.filename} cannot be written; set HF_HOME to a folder of yours for the hub's cache"
         if _is_of_connection(one):
             root = reason(causes[-1])  # libraries wrap it in ever longer words
@@ -116,6 +120,7 @@ def hub_problem(error: BaseException, name: str) -> str | None:
 
 
 _CURES = {
+    400: "mend what it says",
     401: "it does not take your token; run hf auth login anew, or set HF_TOKEN to another",
     402: "it wants a payment first; look at your account there",
     403: "your token or account may not do this; take one with the right to",

@@ -224,6 +224,8 @@ def test_what_the_hub_refuses_is_one_line_and_nothing_is_changed(hub, fluent_fol
     hub.fail("ci/full/commit", 403, 99, message="Private repository storage limit reached, please upgrade your plan")
     hub.fail("ci/broken.git/info/lfs", 500, 99)
     hub.fail("models/ci/cut", "cut", 99)
+    hub.fail("ci/card/preupload", 400, 99, message="no such licence")
+    hub.fail("ci/stranger", 200, 99)
     hub.fail("ci/busy/commit", 412, 99, message="A commit has happened since")
     expected = {
         "ci/open": "is public, so that everybody would see it; allow that with --public",
@@ -233,6 +235,8 @@ def test_what_the_hub_refuses_is_one_line_and_nothing_is_changed(hub, fluent_fol
         "ci/cut": "was cut",
         "ci/busy": "answered 412 (A commit has happened since); somebody else has changed it meanwhile",
         "ci/ignoring": "its .gitignore leaves out model.safetensors",
+        "ci/card": "answered 400 (no such licence); mend what it says",
+        "ci/stranger": "does not answer as a hub does",
         "other/new": 'answered 403 (You don\'t have the rights to create a model under the namespace "other")',
         "ci": "--repo ci: is no name on the hub; write OWNER/NAME",
         "ci/-bad": "--repo ci/-bad: is no name on the hub",
@@ -302,6 +306,7 @@ def test_what_cannot_be_read_is_one_line(hub, rows_file, tmp_path):
         "slower": "answered 429 (slower); it wants fewer requests; wait some minutes",
         "broken": "answered 500 (broken); try again later",
         "cut": "was cut (",
+        "stranger": "does not answer as a hub does; check HF_ENDPOINT",
         "later": "answered 500 (later); try again later",  # and not that there is no such file
     }
     of_datasets = {  # datasets itself does not say more of these
@@ -318,6 +323,7 @@ def test_what_cannot_be_read_is_one_line(hub, rows_file, tmp_path):
     hub.fail("ci/broken", 500, 99, message="broken")
     hub.fail("ci/cut/resolve", "reset", 99, "GET")
     hub.fail("/objects/", "reset", 99, "GET")
+    hub.fail("ci/stranger", 200, 99)
     hub.fail("ci/later/resolve/main/model.safetensors", 500, 99, message="later")
     hub.fail("datasets/ci/later", 500, 99, message="later")
     files = "config.json model.safetensors"

@@ -217,7 +217,8 @@ class Handler(BaseHTTPRequestHandler):
             headers = {"X-Error-Message": refused.message} | ({"X-Error-Code": refused.code} if refused.code else {})
             if refused.status == 429 or refused.status >= 500:
                 headers["Retry-After"] = "0"  # clients would wait half a minute
-            self.send({"error": refused.message}, refused.status, headers)
+            content = b"<html>" if refused.status == 200 else {"error": refused.message}  # as a page in between
+            self.send(content, refused.status, headers)
 
     def due(self, path: str) -> Fault | None:
         for fault in self.hub.faults:
