@@ -36,7 +36,7 @@ def test_both_languages_hold_the_same_blocks_page_by_page():
         assert pair[0] == pair[1], english
     found = [block.language for block in blocks_of("en") + blocks_of("zh")]
     assert {language: found.count(language) for language in set(found)} == {
-        "bash": 2 * 55, "python": 2 * 8, "yaml": 2 * 6, "json": 2 * 11, "text": 2 * 7,
+        "bash": 2 * 56, "python": 2 * 8, "yaml": 2 * 6, "json": 2 * 11, "text": 2 * 7,
     }  # fmt: skip
 
 
@@ -259,11 +259,13 @@ def test_commands_that_are_not_run_here_run_in_continuous_integration():
     hub += [one for one in written if one.startswith("hf download ")]
     pushes = [one for one in written if one.startswith("firefly push ")]
     assert len(pushes) == 4, "tests of the hub run them"
+    vllm = [one for one in written if "vllm" in one or one.startswith("pip uninstall ")]
+    assert len(vllm) == 3, "run by hand, as the page says"
     assert written == [
         "bin/demo", "bin/test", install, 'pip install -e ".[docs]"', "mkdocs build",
         install, f"pip install --no-deps -r {no_deps}", 'pip install -e ".[adapters]"',
-        'pip install -e ".[serving]"', 'pip install -e ".[gguf]"', "npm install node-llama-cpp", "hf auth login",
-        *pushes, *hub, "pip install modelscope",
+        'pip install -e ".[serving]"', *vllm, 'pip install -e ".[gguf]"', "npm install node-llama-cpp",
+        "hf auth login", *pushes, *hub, "pip install modelscope",
         next(one for one in written if "modelscope import snapshot_download" in one),
     ]  # fmt: skip
     assert len(hub) == 3

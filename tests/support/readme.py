@@ -13,6 +13,8 @@ DOCS = ROOT / "docs"
 
 NOT_HERE = (
     "pip install ",
+    "pip uninstall ",
+    "VLLM_CPU_KVCACHE_SPACE=",
     "npm install ",
     "bin/demo",
     "bin/test",
