@@ -1,6 +1,5 @@
 """Keeps in every checkpoint of a training what its model's card tells."""
 
-from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -8,8 +7,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from firefly_lightning.checkpoints.history import HISTORY, Curve, History, without_folder
+from firefly_lightning.data.counts_table import counts_by_kind
 from firefly_lightning.data.protocol import data_of
-from firefly_lightning.data.sources.row_texts import beside_all
 from firefly_lightning.errors import FireflyError
 
 PACKAGES = (
@@ -25,7 +24,6 @@ PACKAGES = (
 """Packages whose releases a run's figures depend on."""
 
 COUNTED = ("rows", "tokens", "target_tokens")
-CURVES = ("train_loss", "val_loss", "lr")
 
 
 class RunHistory(Callback):
@@ -64,11 +62,8 @@ class RunHistory(Callback):
             return
         rows = data.train.rows
         self._history.sources = [without_folder(name) for name in rows.names]
-        counts: dict[str, Counter[str]] = {}
-        for source in rows.counts:
-            for kind, numbers in source.items():
-                counts.setdefault(beside_all(kind), Counter()).update({name: numbers[name] for name in COUNTED})
-        self._history.kinds = {kind: dict(counts[kind]) for kind in sorted(counts)}
+        counts = counts_by_kind(rows.counts)
+        self._history.kinds = {kind: {name: numbers[name] for name in COUNTED} for kind, numbers in counts.items()}
 
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
         """Notes the loss of a step."""
@@ -88,10 +83,10 @@ class RunHistory(Callback):
         self._note(trainer, "val_loss")
 
     def _note(self, trainer: L.Trainer, *names: str) -> None:
+        metrics = trainer.callback_metrics  # made anew whenever it is asked for
         for name in names:
-            if name in trainer.callback_metrics:
-                value = float(trainer.callback_metrics[name])
-                self._history.curves.setdefault(name, Curve()).add(trainer.global_step, value)
+            if name in metrics:
+                self._history.curves.setdefault(name, Curve()).add(trainer.global_step, float(metrics[name]))
 
 
 def installed(packages: tuple[str, ...]) -> dict[str, str]:

@@ -1,17 +1,18 @@
 """A GGUF that answers, in llama.cpp, as :class:`firefly_lightning.chat.answering.Answering` does in PyTorch."""
 
+import contextlib
 import json
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 from urllib.request import Request, urlopen
 
 from transformers import GenerationConfig
 
 from firefly_lightning.errors import FireflyError, reason, require
+from firefly_lightning.evaluation.streaming import from_thread
 from firefly_lightning.huggingface import PUBLISHED_DECODING
 from firefly_lightning.prompt import Turn
 
@@ -53,34 +54,23 @@ class LlamaAnswering:
         """Streams the pieces of the answer as they are generated; generation ends when nobody reads on."""
         said = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
         messages = [{"role": role, "content": text} for role, text in [*said, ("user", question)]]
-        pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
-        stopped = Event()
 
-        def take(event: dict[str, Any]) -> bool:
-            if "error" in event:
-                pieces.put(FireflyError(f"llama.cpp: {event['error']['message']}"))
-            else:
-                pieces.put(event["choices"][0]["delta"].get("content") or "")
-            return stopped.is_set()
+        def generate(put: Callable[[dict[str, Any]], None], stopped: Event) -> None:
+            def take(event: dict[str, Any]) -> bool:
+                put(event)
+                return stopped.is_set()
 
-        def run() -> None:
             try:
                 self._server.handle_chat_completions({"messages": messages, **self._settings(config)}, take)
-                pieces.put(None)
-            except BaseException as error:  # raised again where the answer is read
-                pieces.put(FireflyError(f"llama.cpp: {reason(error)}"))
+            except (ValueError, RuntimeError) as error:
+                raise FireflyError(f"llama.cpp: {reason(error)}") from error
 
-        thread = Thread(target=run, name="generate", daemon=True)
-        thread.start()
-        try:
-            while (piece := pieces.get()) is not None:
-                if isinstance(piece, BaseException):
-                    raise piece
-                if piece:
+        with contextlib.closing(from_thread(generate)) as events:
+            for event in events:
+                if "error" in event:
+                    raise FireflyError(f"llama.cpp: {event['error']['message']}")
+                if piece := event["choices"][0]["delta"].get("content"):
                     yield piece
-        finally:
-            stopped.set()
-            thread.join()
 
     def _settings(self, config: GenerationConfig | None) -> dict[str, Any]:
         config = config or self.config

@@ -46,12 +46,8 @@ def counts_table(names: Sequence[str], counts: Sequence[Counts], written: Callab
         counts: The counts of each source.
         written: What makes a text of the table: ``render`` for a terminal, ``markdown`` for a file.
     """
-    kinds = sorted({beside_all(kind) for source in counts for kind in source})
-    totals = {kind: Counter[str]() for kind in [*kinds, "all"]}
-    for source in counts:
-        for kind, numbers in source.items():
-            totals[beside_all(kind)].update(numbers)
-            totals["all"].update(numbers)
+    totals = counts_by_kind(counts)
+    totals["all"] = sum(totals.values(), Counter())
     table = new_table(title=", ".join(names))
     table.add_column("kind")
     for name in COUNTED:
@@ -59,3 +55,12 @@ def counts_table(names: Sequence[str], counts: Sequence[Counts], written: Callab
     for kind, numbers in totals.items():
         table.add_row(kind, *(f"{numbers[name]:,}" for name in COUNTED))
     return written(table)
+
+
+def counts_by_kind(counts: Sequence[Counts]) -> dict[str, Counter[str]]:
+    """What all sources together hold of each kind, in the order of the kinds' names."""
+    totals: dict[str, Counter[str]] = {}
+    for source in counts:
+        for kind, numbers in source.items():
+            totals.setdefault(beside_all(kind), Counter()).update(numbers)
+    return {kind: totals[kind] for kind in sorted(totals)}

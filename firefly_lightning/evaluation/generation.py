@@ -2,9 +2,8 @@
 
 import contextlib
 import copy
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from queue import SimpleQueue
-from threading import Event, Thread
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from threading import Event
 from typing import Any, TypedDict
 
 import torch
@@ -15,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from firefly_lightning.errors import FireflyError, check_number, reason
 from firefly_lightning.evaluation.rows_in_flight import Row, RowsInFlight
+from firefly_lightning.evaluation.streaming import from_thread
 from firefly_lightning.evaluation.token_choice import TokenChoice
 from firefly_lightning.huggingface import PUBLISHED_DECODING
 from firefly_lightning.model.fast_bloom import FastBloom
@@ -69,30 +69,21 @@ def _stock_ids(
 ) -> Generator[int]:
     """The token ids of one answer, as Hugging Face generates them in a thread."""
     prompt_ids = torch.tensor([prompt], device=model.device)
-    streamer, stopped = _IdStreamer(), Event()
 
-    def run() -> None:
-        try:
-            with _seeded(seed, model.device):
-                model.generate(
-                    prompt_ids,
-                    attention_mask=torch.ones_like(prompt_ids),
-                    generation_config=config,
-                    **_AS_GIVEN,
-                    streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([_StopWhen(stopped)]),
-                )
-            streamer.results.put(None)
-        except BaseException as error:  # raised again where the answer is read
-            streamer.results.put(error)
+    def generate(put: Callable[[list[int]], None], stopped: Event) -> None:
+        with _seeded(seed, model.device):
+            model.generate(
+                prompt_ids,
+                attention_mask=torch.ones_like(prompt_ids),
+                generation_config=config,
+                **_AS_GIVEN,
+                streamer=_IdStreamer(put),
+                stopping_criteria=StoppingCriteriaList([_StopWhen(stopped)]),
+            )
 
-    thread = Thread(target=run, name="generate", daemon=True)
-    thread.start()
-    try:
-        yield from streamer.ids()
-    finally:
-        stopped.set()
-        thread.join()
+    with contextlib.closing(from_thread(generate)) as found:
+        for ids in found:
+            yield from ids
 
 
 def answer_prompts(
@@ -228,25 +219,19 @@ def _decode_stream(encoder: PromptEncoder, ids: Iterable[int]) -> Iterator[str]:
 
 
 class _IdStreamer(BaseStreamer):  # type: ignore[misc]  # untyped base
-    """Hands token ids from the thread that generates to the one that reads."""
+    """Hands on the token ids that are generated, without those of the prompt."""
 
-    def __init__(self) -> None:
-        self.results: SimpleQueue[list[int] | BaseException | None] = SimpleQueue()
+    def __init__(self, hand_on: Callable[[list[int]], None]) -> None:
+        self._hand_on = hand_on
         self._prompt_is_next = True
 
     def put(self, value: torch.Tensor) -> None:
         if not self._prompt_is_next:
-            self.results.put(value.flatten().tolist())
+            self._hand_on(value.flatten().tolist())
         self._prompt_is_next = False
 
     def end(self) -> None:
         """Does nothing: the thread itself says when it is done, also when it failed."""
-
-    def ids(self) -> Iterator[int]:
-        while (result := self.results.get()) is not None:
-            if isinstance(result, BaseException):
-                raise result
-            yield from result
 
 
 class _StopWhen(StoppingCriteria):  # type: ignore[misc]  # untyped base

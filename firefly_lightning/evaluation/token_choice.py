@@ -79,7 +79,7 @@ class TokenChoice(NamedTuple):
             likely = likeliest.softmax(-1)
         else:
             likely, ids = self._likeliest(scores, min(_LIKELIEST, size))
-            if len(ids) and ids.shape[-1] < size and bool((likely.sum(-1) <= self.top_p).any()):
+            if ids.shape[-1] < size and bool((likely.sum(-1) <= self.top_p).any()):
                 likely, ids = self._likeliest(scores, size)
         return likely.masked_fill(likely.cumsum(-1) - likely >= self.top_p, 0), ids
 

@@ -12,11 +12,9 @@ from firefly_lightning.checkpoints.history import History
 from firefly_lightning.console import markdown
 from firefly_lightning.errors import shown as printable
 from firefly_lightning.evaluation.result_tables import filled_table, last_values
+from firefly_lightning.files.published import CARD
 from firefly_lightning.huggingface import LICENSE
 from firefly_lightning.publishing.origin import Origin
-
-CARD = "README.md"
-"""Name of the card, by which a hub knows it."""
 
 PLOT = "loss.png"
 """Name of the plot that the card shows."""
