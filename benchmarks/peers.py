@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,11 +21,14 @@ Rows = Sequence[tuple[Sequence[int], Sequence[bool]]]
 def prepare(options: argparse.Namespace, steps: Sequence[Rows]) -> Callable[[Clock], float]:
     """A function that trains on the rows of the steps, in their order, and returns the loss of the last step.
 
-    It follows the original recipe (`grouped` puts rows of like length together), or runs TRL's SFTTrainer on rows that
-    are tokenised already, with masks of their completions.
+    It follows the original recipe (`grouped` puts rows of like length together), joins documents to blocks of one length
+    (`joined`), or runs TRL's SFTTrainer on rows that are tokenised already, with masks of their completions.
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.folder)
-    rows = [row for step in steps for row in step]
+    rows: Rows = [row for step in steps for row in step]
+    if options.system == "joined":
+        rows = blocks(rows, options.max_length)
+        options.batch_size = len(rows) // len(steps)  # as many tokens a step
     inputs = Dataset.from_dict({"input_ids": [ids for ids, _ in rows]})
     usual = hugging_face_arguments(options, len(steps))
     if options.system == "trl":
@@ -39,6 +43,19 @@ def prepare(options: argparse.Namespace, steps: Sequence[Rows]) -> Callable[[Clo
         dataset, collate = inputs.add_column("labels", labels), pad_to_longest(tokenizer.pad_token_id)
         make = partial(Trainer, args=TrainingArguments(**usual), train_dataset=dataset, data_collator=collate)
     return partial(run, options, make)
+
+
+def blocks(rows: Rows, length: int) -> Rows:
+    """The tokens of documents one after another, all learned, in blocks of one length; what is left at the end is not.
+
+    Raises:
+        SystemExit: If there are not enough of them.
+    """
+    stream = [token for ids, _ in rows for token in ids]
+    found = [(stream[at : at + length], [True] * length) for at in range(0, len(stream) - length + 1, length)]
+    if not found:
+        sys.exit(f"{len(stream)} tokens make no block of {length}; give more texts, or a smaller --max_length")
+    return found
 
 
 def run(options: argparse.Namespace, make: Callable[..., Any], clock: Clock) -> float:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from benchmarks import answers, full_size, lora
+from benchmarks import answers, full_size, lora, pretrain
 
 Lines = Sequence[dict[str, Any]]
 
@@ -165,6 +165,14 @@ PARTS = {
          "share_of_floor", "loss"],
         lora.compared,
     ),
+    "pretrain": Part(
+        "Further pre-training", "Real tokens a second on texts, all learned: `firefly` takes each document by itself, "
+        "`joined` is transformers.Trainer on the same documents joined to blocks of the greatest length.",
+        ["--dtypes", "fp32", "bf16"],
+        ["system", "dtype", "tokens_per_second", "target_tokens_per_second", "peak_rss_gb", "libraries_gb", "state_gb",
+         "share_of_floor", "loss"],
+        pretrain.compared,
+    ),
     "full_size": Part(
         "Published sizes", "1b4 and 2b6 with random weights, real rows of up to 512 tokens, on two cores and 24 GiB. "
         "Peaks of resident memory, each of its own: loading, the steps, saving, and resuming. Taken is what the steps "
@@ -215,7 +223,7 @@ PARTS = {
     ),
 }  # fmt: skip
 
-ROWS = ("start", "throughput", "lora", "full_size", "answers", "ladder", "growth")
+ROWS = ("start", "throughput", "lora", "pretrain", "full_size", "answers", "ladder", "growth")
 """Scripts that take ``--rows`` to train on; the others make their own rows or need none."""
 
 
@@ -223,7 +231,7 @@ def main() -> None:
     """Runs the scripts, keeps their lines and writes RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS), help="scripts to run again")
-    parser.add_argument("--rows", nargs="+", default=["demo_run/rows/*.jsonl"], help="instruction rows to train on")
+    parser.add_argument("--rows", nargs="+", default=["demo_run/rows/*.jsonl"], help="instruction rows or texts to train on")
     parser.add_argument("--about_rows", default="those of bin/demo", help="what RESULTS.md says of the rows")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of RESULTS.md")
     parser.add_argument("--dry", action="store_true", help="write RESULTS.md from what is kept, measure nothing")

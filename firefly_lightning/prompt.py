@@ -152,6 +152,7 @@ class PromptEncoder:
 
     Attributes:
         controls: Ids of the format's control strings.
+        bos_token_id: Id of ``<s>``.
         eos_token_id: Id of ``</s>``.
         pad_token_id: Id of ``<pad>``.
 
@@ -163,6 +164,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", prompt: PromptFormat) -> None:
         check_special_tokens(tokenizer)
         self.prompt = prompt
+        self.bos_token_id: int = tokenizer.bos_token_id
         self.eos_token_id: int = tokenizer.eos_token_id
         self.pad_token_id: int = tokenizer.pad_token_id
         # A copy, because the settings below must not reach the tokenizer that a user holds.

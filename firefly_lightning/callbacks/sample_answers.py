@@ -63,6 +63,7 @@ def prompt_batch(encoder: PromptEncoder, prompts: Sequence[str]) -> MicroBatch:
         **collate(rows, encoder.pad_token_id),
         "rows": numbers,
         "kinds": torch.zeros_like(numbers),
+        "asks": torch.ones_like(numbers, dtype=torch.bool),
         "step": 0,
         "step_target_tokens": len(rows),
         "step_micro_batches": 1,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from firefly_lightning.data.plan import Rows, StepPlan
-from firefly_lightning.data.tokenized_rows import TokenizedRow, TokenizedRows
+from firefly_lightning.data.tokenized_rows import NO_WINDOW, TokenizedRow, TokenizedRows
 from firefly_lightning.processes import end_with_parent, leave_interrupts_to_parent
 
 
@@ -45,6 +45,7 @@ class MicroBatch(PaddedRows):
     Attributes:
         rows: (rows,) which rows these are; empty in a micro-batch that only fills a short last step.
         kinds: (rows,) number of each row's kind.
+        asks: (rows,) whether each row asks something; a document does not.
         step: Optimizer step that the micro-batch belongs to.
         step_target_tokens: Number of learned tokens of the whole step, over all its micro-batches and ranks.
         step_micro_batches: Number of micro-batches of the whole step, over all ranks.
@@ -52,6 +53,7 @@ class MicroBatch(PaddedRows):
 
     rows: Tensor
     kinds: Tensor
+    asks: Tensor
     step: int
     step_target_tokens: int
     step_micro_batches: int
@@ -94,6 +96,7 @@ class PlannedBatches(Dataset[MicroBatch]):
             **collate([self.rows[row] for row in rows], self.pad_id),
             "rows": torch.from_numpy(rows),
             "kinds": torch.from_numpy(self.rows.kind_ids[rows].astype(np.int64)),
+            "asks": torch.from_numpy(self.rows.windows[rows] == NO_WINDOW),
             "step": step,
             "step_target_tokens": self.plan.target_tokens(step),
             "step_micro_batches": self.micro_batches_per_step * self.world_size,

@@ -12,6 +12,7 @@ from firefly_lightning.errors import some
 
 HEADINGS = {
     "rows": "rows read",
+    "windows": "windows",
     "truncated": "truncated",
     "dropped": "too long, left out",
     "no_target": "no target left, left out",
@@ -50,10 +51,11 @@ def counts_table(names: Sequence[str], counts: Sequence[Counts], written: Callab
     totals["all"] = sum(totals.values(), Counter())
     table = new_table(title=", ".join(names))
     table.add_column("kind")
-    for name in COUNTED:
+    columns = [name for name in COUNTED if name != "windows" or totals["all"][name]]  # only documents have any
+    for name in columns:
         table.add_column(HEADINGS[name], justify="right")
     for kind, numbers in totals.items():
-        table.add_row(kind, *(f"{numbers[name]:,}" for name in COUNTED))
+        table.add_row(kind, *(f"{numbers[name]:,}" for name in columns))
     return written(table)
 
 

@@ -19,18 +19,18 @@ from firefly_lightning.data.mixing import Share, Source, check_share, split
 from firefly_lightning.data.plan import Rows, StepPlan, WeightedRows, check_shares
 from firefly_lightning.data.prompt_choice import choose_format
 from firefly_lightning.data.row_arrays import TooLong
-from firefly_lightning.data.sources.records import find_sources
+from firefly_lightning.data.sources.records import DocumentPer, find_sources
 from firefly_lightning.data.sources.row_forms import Learn, RowFormat, RowRules
 from firefly_lightning.data.token_cache import WHOLE, default_cache_dir
 from firefly_lightning.data.tokenized_files import tokenized_files
-from firefly_lightning.data.tokenized_rows import TokenizedRows
+from firefly_lightning.data.tokenized_rows import NO_WINDOW, TokenizedRows
 from firefly_lightning.errors import FireflyError, check_number
 from firefly_lightning.huggingface import load_tokenizer
 from firefly_lightning.prompt import PromptEncoder, PromptFormat, prompt_format
 
 
 class FireflyDataModule(L.LightningDataModule):
-    """Instruction rows as micro-batches whose optimizer steps do not depend on the number of devices.
+    """Instruction rows and documents as micro-batches whose optimizer steps do not depend on the number of devices.
 
     Args:
         tokenizer: Folder or hub name of the tokenizer; ``firefly-fit`` takes the model's.
@@ -58,6 +58,9 @@ class FireflyDataModule(L.LightningDataModule):
         row_format: Function for rows in a form of your own, such as ``my_rows.dialog``: from a row's fields it gives
             kind and (input, target) turns, or None where the row is in one of the known forms.
         learn: Which targets of a row are learned: ``all``, or only the ``last`` one, which answers all turns before it.
+        document_per: What of a ``.txt`` file is a document to learn: each ``line``, or the whole ``file``.
+        stride: Tokens with which a window of a document longer than ``max_length`` repeats the end of the window before,
+            as context that is not learned again.
 
     Raises:
         FireflyError: If an argument is out of its range.
@@ -83,6 +86,8 @@ class FireflyDataModule(L.LightningDataModule):
         kinds: dict[str, Share] | None = None,
         row_format: RowFormat | None = None,
         learn: Learn = "all",
+        document_per: DocumentPer = "line",
+        stride: int = 1,
     ) -> None:
         super().__init__()
         self.tokenizer_path = tokenizer
@@ -97,6 +102,8 @@ class FireflyDataModule(L.LightningDataModule):
         self.checkpoint: str | None = None  # that the run begins with; it is told before the format is asked for
         self.seed, self.row_format = seed, row_format
         self.learn: Learn = learn
+        self.document_per: DocumentPer = document_per
+        self.stride = stride
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.train: PlannedBatches = None  # type: ignore[assignment]  # until it is set up to train
@@ -217,6 +224,7 @@ class FireflyDataModule(L.LightningDataModule):
         for name, most in {"batch_size": 10**6, "micro_batch_size": 10**6, "max_length": 2**31 - 1}.items():
             check_number(f"data.{name}", getattr(self, name), least=1, most=most)
         check_number("data.num_workers", self.num_workers, least=0, most=1024)
+        check_number("data.stride", self.stride, least=1, most=max(1, self.max_length - 1))
         if not 0 <= self.val_fraction < 1:
             raise FireflyError(f"data.val_fraction is {self.val_fraction}; it must be at least 0 and below 1")
         if self.val_fraction and self.val_files:
@@ -228,8 +236,8 @@ class FireflyDataModule(L.LightningDataModule):
 
     def _tokenized(self, files: Sequence[str], encoder: PromptEncoder, answering: bool = False) -> TokenizedRows:
         max_length = WHOLE if answering else self.max_length
-        rules = RowRules(self.row_format, self.learn, answering)
-        return tokenized_files(files, encoder, max_length, self.too_long, self.cache_dir, rules)
+        rules = RowRules(self.row_format, self.learn, answering, document_per=self.document_per)
+        return tokenized_files(files, encoder, max_length, self.too_long, self.cache_dir, rules, self.stride)
 
     def _files_to_answer(self) -> list[str]:
         return self.predict_files or self.test_files or self.val_files
@@ -241,8 +249,10 @@ class FireflyDataModule(L.LightningDataModule):
         return self._planned(rows, [WeightedRows(np.arange(len(rows)))], 0, micro_batch_size)
 
     def _prompted(self, rows: TokenizedRows, taken: Rows, micro_batch_size: int) -> PlannedBatches:
-        """Plans rows to answer; rows whose prompts are of like length share a micro-batch."""
-        prompts = rows.lengths - rows.target_tokens
+        """Plans rows to answer, all but documents; rows whose prompts are of like length share a micro-batch."""
+        prompts, taken = rows.lengths - rows.target_tokens, taken[rows.windows[taken] == NO_WINDOW]
+        if not len(taken):
+            raise FireflyError("data.predict_files: nothing to answer among texts; name a file of questions there")
         return self._planned(rows, [WeightedRows(taken)], 0, micro_batch_size, lengths=prompts)
 
     def _planned(

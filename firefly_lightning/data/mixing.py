@@ -137,12 +137,18 @@ def split(
         order = permutation(len(rows), seed)
         order = order[~repeated[order]]
         held_out[order[: round(val_fraction * len(order))]] = True
+        held_out = held_out[_first_windows(rows)]  # nothing of a document that is validated on is trained on
     taken = mix(rows, ~held_out & ~repeated, sources, kinds)
     if not taken or (val_fraction and not held_out.any()):
         raise FireflyError(
             f"data.val_fraction {val_fraction} of {len(rows)} rows leaves one side empty; choose another"
         )
     return taken, [WeightedRows(np.flatnonzero(held_out))]
+
+
+def _first_windows(rows: TokenizedRows) -> Rows:
+    """(rows,) for each row the first window of its document; an instruction row itself."""
+    return np.arange(len(rows)) - np.maximum(rows.windows, 0)
 
 
 def _cap(parts: Sequence[_Part], belongs: Callable[[_Part], bool], cap: int | None) -> None:

@@ -11,23 +11,24 @@ import itertools
 import json
 import os
 import sys
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 from tqdm import tqdm
 
 from firefly_lightning import prompt as prompt_module
 from firefly_lightning.data import row_arrays as row_arrays_module
+from firefly_lightning.data import row_batches as row_batches_module
+from firefly_lightning.data import windows as windows_module
 from firefly_lightning.data.cache_folder import ensure_folder
-from firefly_lightning.data.row_arrays import RowArrays, TooLong, cut_rows, join_rows
+from firefly_lightning.data.row_arrays import TooLong
+from firefly_lightning.data.row_batches import SCHEMA, Cut, RowBatches
 from firefly_lightning.data.sources import json_arrays as json_arrays_module
 from firefly_lightning.data.sources import known_forms as known_forms_module
 from firefly_lightning.data.sources import listed_turns as listed_turns_module
@@ -38,7 +39,7 @@ from firefly_lightning.data.sources import text_files as text_files_module
 from firefly_lightning.data.sources.records import is_file, load_hub_dataset
 from firefly_lightning.data.sources.row_forms import Row, RowFormat, RowReader, RowRules
 from firefly_lightning.data.sources.text_files import format_of
-from firefly_lightning.data.tokenized_rows import COUNTED, REPORT_FILE, ROWS_FILE
+from firefly_lightning.data.tokenized_rows import REPORT_FILE, ROWS_FILE
 from firefly_lightning.errors import FireflyError, describe_os_error
 from firefly_lightning.files.versions import Version, version_of
 from firefly_lightning.prompt import PromptEncoder
@@ -50,16 +51,9 @@ WHOLE = sys.maxsize
 """Value of ``max_length`` that cuts no row."""
 
 ROWS_PER_BATCH = 4096
-SCHEMA = pa.schema(
-    {
-        "input_ids": pa.list_(pa.int32()),
-        "target_mask": pa.list_(pa.bool_()),
-        "target_tokens": pa.int32(),
-        "kind": pa.int32(),
-        "number": pa.int64(),
-        "identity": pa.uint64(),
-    }
-)
+
+CHARACTERS_PER_BATCH = 1 << 24
+"""Characters from which on a batch has fewer rows, since documents can be of any length."""
 
 
 def default_cache_dir() -> Path:
@@ -74,6 +68,7 @@ def tokenize(
     too_long: TooLong,
     cache_dir: Path,
     rules: RowRules | None = None,
+    stride: int = 1,
 ) -> Path:
     """The cache folder of a source, made if it is not there.
 
@@ -83,18 +78,20 @@ def tokenize(
         source: A file, or the name of a Hugging Face dataset.
         encoder: Turns the texts of rows into token ids.
         max_length: Tokens beyond which a row is too long.
-        too_long: What is done with a row that is too long.
+        too_long: What is done with an instruction row that is too long.
         cache_dir: The folder of all cache folders.
         rules: How rows are read.
+        stride: Tokens that two windows of a document that is too long share.
 
     Raises:
         FireflyError: If the source is malformed, or the disk does not take the result.
     """
     rules, version = rules or RowRules(), version_of(Path(source)) if is_file(source) else None
-    folder = cache_dir / _key(source, encoder, max_length, too_long, rules)
+    cut = Cut(max_length, too_long, stride)
+    folder = cache_dir / _key(source, encoder, cut, rules)
 
     def fill(partial: Path) -> None:
-        report = _write(partial / ROWS_FILE, source, encoder, max_length, too_long, rules)
+        report = _write(partial / ROWS_FILE, source, encoder, cut, rules)
         (partial / REPORT_FILE).write_text(json.dumps(report, ensure_ascii=False), "utf-8")
         # What was read may not be what the folder is named for, not even if it has been changed back since.
         if version and not (is_file(source) and version_of(Path(source)) == version):
@@ -104,9 +101,9 @@ def tokenize(
     return folder
 
 
-def _key(source: str, encoder: PromptEncoder, max_length: int, too_long: TooLong, rules: RowRules | None = None) -> str:
-    row_format, *how = rules or RowRules()
-    settings = json.dumps([vars(encoder.prompt), max_length, too_long, how], sort_keys=True)
+def _key(source: str, encoder: PromptEncoder, cut: Cut, rules: RowRules) -> str:
+    row_format, *how = rules
+    settings = json.dumps([vars(encoder.prompt), *cut, how], sort_keys=True)
     parts = [settings, encoder.backend.to_str(), _hash_content(source), _hash_files(_CODE)]
     if row_format:
         parts += [getattr(row_format, "__qualname__", ""), _hash_files([_file_of(row_format)])]
@@ -126,7 +123,7 @@ def _file_of(row_format: RowFormat) -> str:
 
 _READERS = (
     prompt_module, rows_module, known_forms_module, listed_turns_module, row_texts_module, records_module,
-    json_arrays_module, text_files_module, row_arrays_module,
+    json_arrays_module, text_files_module, row_arrays_module, row_batches_module, windows_module,
 )  # fmt: skip
 _CODE = [__file__, *(str(module.__file__) for module in _READERS)]
 
@@ -161,30 +158,16 @@ def _hash_files(paths: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _write(
-    path: Path,
-    source: str,
-    encoder: PromptEncoder,
-    max_length: int,
-    too_long: TooLong,
-    rules: RowRules,
-) -> dict[str, Any]:
-    counts: defaultdict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(COUNTED, 0))
+def _write(path: Path, source: str, encoder: PromptEncoder, cut: Cut, rules: RowRules) -> dict[str, Any]:
+    batches = RowBatches(encoder, cut)
     reader = RowReader(source, rules)
     progress = tqdm(reader, desc=f"tokenising {Path(source).name}", unit=" rows", delay=2)
     with _no_garbage_collection(), pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
         for rows, texts in _encode_ahead(_chunks(progress, ROWS_PER_BATCH), encoder):
-            whole = join_rows(texts, [len(row.turns) for row in rows], encoder.controls, _learned(rows))
-            writer.write_batch(_count_and_cut(rows, whole, counts, max_length, too_long, len(encoder.controls.start)))
+            for batch in batches.made_of(rows, texts):
+                writer.write_batch(batch)
     left = {"unused": reader.unused, "faults": reader.faults}
-    return {"source": source, "kinds": list(counts), "counts": counts, **left}
-
-
-def _learned(rows: Sequence[Row]) -> npt.NDArray[np.bool_] | None:
-    """(turns,) whether the target of each turn of the rows is learned; None where all are."""
-    if not any(row.learned for row in rows):
-        return None
-    return np.array([one for row in rows for one in row.learned or (True,) * len(row.turns)])
+    return {"source": source, "kinds": list(batches.counts), "counts": batches.counts, **left}
 
 
 def _encode_ahead(chunks: Iterable[list[Row]], encoder: PromptEncoder) -> Iterator[tuple[list[Row], list[list[int]]]]:
@@ -217,53 +200,16 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _count_and_cut(
-    rows: Sequence[Row],
-    whole: RowArrays,
-    counts: defaultdict[str, dict[str, int]],
-    max_length: int,
-    too_long: TooLong,
-    start: int,
-) -> pa.RecordBatch:
-    """The rows as they will be learned, without those of which nothing can be learned; adds them to ``counts``."""
-    for row in rows:
-        counts[row.kind]["rows"] += 1
-        counts[row.kind]["unanswered"] += row.unanswered
-    numbers = {kind: number for number, kind in enumerate(counts)}
-    kinds = np.array([numbers[row.kind] for row in rows], np.int32)
-
-    def add(name: str, kinds: npt.NDArray[np.int32], amounts: npt.NDArray[np.integer] | None = None) -> None:
-        for kind, amount in zip(counts, np.bincount(kinds, amounts, len(counts)), strict=True):
-            counts[kind][name] += int(amount)
-
-    longer = whole.lengths > max_length
-    dropped = longer & (too_long == "drop")
-    cut = cut_rows(whole, max_length, too_long, start)
-    taught = cut.target_tokens > 0
-    at = np.flatnonzero(~dropped)
-    add("dropped", kinds[dropped])
-    add("truncated", kinds[longer & ~dropped])
-    add("no_target", kinds[at[~taught]])
-    kept, at = cut.only(taught), at[taught]
-    add("tokens", kinds[at], kept.lengths)
-    add("target_tokens", kinds[at], kept.target_tokens)
-    return _record_batch(kept, kinds[at], [rows[index] for index in at.tolist()])
-
-
-def _record_batch(kept: RowArrays, kinds: npt.NDArray[np.int32], rows: Sequence[Row]) -> pa.RecordBatch:
-    offsets = kept.offsets.astype(np.int32)
-    columns = [
-        pa.ListArray.from_arrays(offsets, pa.array(kept.input_ids)),
-        pa.ListArray.from_arrays(offsets, pa.array(kept.target_mask)),
-        pa.array(kept.target_tokens),
-        pa.array(kinds),
-        pa.array([row.number for row in rows], pa.int64()),
-        pa.array([row.identity for row in rows], pa.uint64()),
-    ]
-    return pa.record_batch(columns, schema=SCHEMA)
-
-
 def _chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
     stream = iter(rows)  # made once, since a progress bar that is iterated anew for every chunk ends with the second
-    while chunk := list(itertools.islice(stream, size)):
+    while chunk := list(_at_most(stream, size)):
         yield chunk
+
+
+def _at_most(rows: Iterator[Row], size: int) -> Iterator[Row]:
+    characters = 0
+    for row in itertools.islice(rows, size):
+        yield row
+        characters += sum(len(text) for turn in row.turns for text in turn)
+        if characters > CHARACTERS_PER_BATCH:
+            return

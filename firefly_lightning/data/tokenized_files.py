@@ -19,6 +19,7 @@ def tokenized_files(
     too_long: TooLong,
     cache_dir: Path,
     rules: RowRules,
+    stride: int = 1,
 ) -> TokenizedRows:
     """The rows of files, tokenised where the cache lacks them.
 
@@ -26,15 +27,17 @@ def tokenized_files(
         files: Files, globs and names of datasets.
         encoder: Turns the texts of rows into token ids.
         max_length: Most tokens of a row.
-        too_long: What is done with a longer row.
+        too_long: What is done with a longer instruction row.
         cache_dir: The folder of all cache folders.
         rules: How rows are read.
+        stride: Tokens that two windows of a longer document share.
 
     Raises:
         FireflyError: If a file cannot be read, or nothing of any row can be learned.
     """
     sources = find_sources(files)
-    rows = TokenizedRows([tokenize(one, encoder, max_length, too_long, cache_dir, rules) for one in sources], sources)
+    folders = [tokenize(one, encoder, max_length, too_long, cache_dir, rules, stride) for one in sources]
+    rows = TokenizedRows(folders, sources)
     if len(rows):
         return rows
     names, lost = ", ".join(sources), sum(of["no_target"] for counts in rows.counts for of in counts.values())

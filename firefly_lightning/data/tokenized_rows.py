@@ -17,9 +17,13 @@ ROWS_FILE = "rows.arrow"
 """File of a cache folder: the rows, in batches whose schema :mod:`firefly_lightning.data.token_cache` defines."""
 
 Counts = dict[str, dict[str, int]]
-"""The numbers that ``COUNTED`` names, for each kind: rows read, cut, left out or without a last answer, tokens kept."""
+"""The numbers that ``COUNTED`` names, for each kind: rows read, windows of documents, rows cut, left out or without a last
+answer, tokens kept."""
 
-COUNTED = ("rows", "truncated", "dropped", "no_target", "unanswered", "tokens", "target_tokens")
+COUNTED = ("rows", "windows", "truncated", "dropped", "no_target", "unanswered", "tokens", "target_tokens")
+
+NO_WINDOW = -1
+"""What stands in the place of a window's number for an instruction row, which is no document."""
 
 
 class TokenizedRow(NamedTuple):
@@ -40,6 +44,7 @@ class TokenizedRows:
         counts: What each source holds, by kind.
         unused: Of each source, by the name of a field that is not read: in how many rows it holds text.
         faults: Of each source, by fault: how many rows were passed over, where they are counted and not refused.
+        windows: (rows,) number of each row among the windows of its document, from 0; ``NO_WINDOW`` for an instruction row.
     """
 
     def __init__(self, folders: Sequence[Path], names: Sequence[str]) -> None:
@@ -66,6 +71,7 @@ class TokenizedRows:
         self.lengths = _concatenate([np.diff(_numbers(batch.column("input_ids").offsets)) for batch in self._batches])
         self.target_tokens = _concatenate([_numbers(batch.column("target_tokens")) for batch in self._batches])
         self.kind_ids = _concatenate(kinds)
+        self.windows = _concatenate([_numbers(batch.column("window")) for batch in self._batches])
         self.identities: npt.NDArray[np.uint64] = np.concatenate(
             [np.zeros(0, np.uint64), *(_numbers(batch.column("identity")) for batch in self._batches)]
         )
@@ -87,7 +93,8 @@ class TokenizedRows:
         """Where a row came from: source, line and kind."""
         batch, index = self._locate(row)
         source = self.names[int(np.searchsorted(self.ends, row, side="right"))]
-        return f"{source}:{batch.column('number')[index].as_py()} ({self.kinds[self.kind_ids[row]]})"
+        window = f", window {self.windows[row] + 1}" if self.windows[row] > 0 else ""
+        return f"{source}:{batch.column('number')[index].as_py()} ({self.kinds[self.kind_ids[row]]}{window})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker that is started afresh maps the files itself instead of being sent their content.

@@ -101,13 +101,16 @@ def predict(
 
 
 def _asked(batch: MicroBatch, encoder: PromptEncoder, kinds: Sequence[str]) -> list[tuple[list[int], Prediction]]:
-    """For each row, the token ids of its prompt, and its prediction without the answer.
+    """For each row that asks something, the token ids of its prompt, and its prediction without the answer.
 
     Inputs and targets are decoded from the tokens of the rows, so they are whole where the row was not cut.
     """
-    rows = zip(first_turns(batch), batch["rows"].tolist(), batch["kinds"].tolist(), strict=True)
+    numbers = (batch[name].tolist() for name in ("rows", "kinds", "asks"))
+    rows = zip(first_turns(batch), *numbers, strict=True)
     asked: list[tuple[list[int], Prediction]] = []
-    for (prompt, target_ids), row, kind in rows:
+    for (prompt, target_ids), row, kind, asks in rows:
+        if not asks:
+            continue
         source, target = encoder.decode_turn(prompt, target_ids)
         asked.append((prompt, {"row": row, "kind": kinds[kind], "input": source, "target": target, "generated": ""}))
     return asked

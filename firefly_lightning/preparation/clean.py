@@ -1,13 +1,12 @@
 """``firefly clean``: picks the rows that are worth training on."""
 
 import json
-from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Literal
 from uuid import UUID
 
 from rich.box import SIMPLE
@@ -17,12 +16,13 @@ from tqdm import tqdm
 
 from firefly_lightning.console import render
 from firefly_lightning.data.sources.known_forms import form_of
-from firefly_lightning.data.sources.records import find_sources, read_records
+from firefly_lightning.data.sources.records import DocumentPer, find_sources, read_records
 from firefly_lightning.data.sources.row_texts import beside_all, names_of, printable
 from firefly_lightning.errors import FireflyError, some
 from firefly_lightning.files.atomic import check_new_file, new_file
-from firefly_lightning.preparation.duplicates import Duplicate, DuplicateIndex, Texts, normalise, sign
-from firefly_lightning.preparation.row_checks import kind_of, texts_of, turns_of, what_is_wrong
+from firefly_lightning.preparation.compared_rows import KeptRows, ValidationRows
+from firefly_lightning.preparation.duplicates import Duplicate, Texts, sign
+from firefly_lightning.preparation.row_checks import kind_of, texts_of, what_is_wrong
 
 EXAMPLES = 5
 """Number of rows that the report shows of each kind and reason."""
@@ -42,15 +42,16 @@ def clean(
     min_characters: int = 0,
     max_characters: int | None = None,
     report: str | None = None,
+    document_per: Literal["line", "file"] = "line",
 ) -> None:
     """Leaves out rows that would spoil a training: broken, empty, repeated, or in the validation rows.
 
-    Takes instruction rows in any accepted form, also several forms in one file, and raw task rows; rows that are kept
-    are written as they were. Of duplicates the first is kept. Rows that are left out are counted by kind and reason,
+    Takes instruction rows and documents in any accepted form, also several forms in one file, and raw task rows; rows
+    that are kept are written as they were, documents of ``.txt`` files as ``{"text": …}``. Of duplicates the first is kept. Rows that are left out are counted by kind and reason,
     with examples in the report.
 
     Args:
-        files: Files to clean (.jsonl, .json, .csv, .tsv, .parquet), globs, or datasets of the Hugging Face hub.
+        files: Files to clean (.jsonl, .json, .csv, .tsv, .parquet, .txt), globs, or datasets of the Hugging Face hub.
         out: The .jsonl file to write.
         val_files: Rows that must not be trained on: a row that equals or nearly equals one of them, or asks the same
             question, is left out.
@@ -59,6 +60,7 @@ def clean(
         min_characters: Fewest characters of a row's whole text; shorter rows are left out.
         max_characters: Most characters of a row's whole text; longer rows are left out.
         report: The .json file with counts and examples; OUT.report.json by default.
+        document_per: What of a .txt file is a document, as in ``data.document_per``.
 
     Raises:
         FireflyError: If a file cannot be read or written, or nothing is left.
@@ -75,11 +77,11 @@ def clean(
     if reported == target:
         raise FireflyError(f"--report {report}: is also --out; write to another file")
     lengths = range(min_characters, (max_characters or 2**62) + 1)
-    forbidden = ValidationRows(validation, near_duplicates)
+    forbidden = ValidationRows(_progress(validation, "validation rows", document_per), near_duplicates)
     findings = Findings()
     with new_file(target, inputs) as file:
         kept = KeptRows(file, near_duplicates)
-        for where, row in _progress(sources, "cleaning"):
+        for where, row in _progress(sources, "cleaning", document_per):
             _sort(row, where, lengths, forbidden, kept, findings)
         if not findings.kept:
             raise FireflyError(f"{', '.join(sources)}: nothing is left of {findings.read} rows: {findings.reasons()}")
@@ -169,71 +171,6 @@ class Findings:
         return render(table)
 
 
-class KeptRows:
-    """The rows written so far, of which only places and hashes are in memory.
-
-    Args:
-        file: File into which rows are written, and from which they are read again to be compared with.
-        threshold: Jaccard similarity from which on two rows are near duplicates.
-    """
-
-    def __init__(self, file: BinaryIO, threshold: float) -> None:
-        self.file = file
-        self.index = DuplicateIndex(threshold, self._reread)
-        self._starts, self._wheres = array("Q"), array("Q")
-        self._sources: list[str] = []
-
-    def add(self, line: bytes, where: str, signature: Any) -> None:
-        """Writes the line of a row, and remembers the row's place and signature."""
-        source, _, number = where.rpartition(":")
-        if not self._sources or self._sources[-1] != source:
-            self._sources.append(source)
-        self._wheres.append((len(self._sources) - 1) << 40 | int(number))
-        self._starts.append(self.file.seek(0, 2))
-        self.file.write(line)
-        self.index.add(len(self._starts) - 1, signature)
-
-    def where(self, key: int) -> str:
-        """The file and line from which the row of a key was read."""
-        place = self._wheres[key]
-        return f"{self._sources[place >> 40]}:{place & (1 << 40) - 1}"
-
-    def is_last(self, key: int, where: str) -> bool:
-        """Whether a row was the last one kept so far, and of the same file as ``where``."""
-        return key == len(self._starts) - 1 and self._sources[-1] == where.rpartition(":")[0]
-
-    def _reread(self, key: int) -> Texts:
-        self.file.seek(self._starts[key])
-        return texts_of(json.loads(self.file.readline()))
-
-
-class ValidationRows:
-    """Rows that must not be trained on; they are few, so all of them are in memory."""
-
-    def __init__(self, sources: Sequence[str], threshold: float) -> None:
-        self.index = DuplicateIndex(threshold, lambda key: self._texts[key])
-        self._texts: list[Texts] = []
-        self._wheres: list[str] = []
-        self._questions: dict[str, int] = {}
-        for where, row in _progress(sources, "validation rows"):
-            texts = texts_of(row)
-            self.index.add(len(self._texts), sign(texts.whole))
-            for question, _ in turns_of(row)[:1]:
-                self._questions.setdefault(normalise(question), len(self._texts))
-            self._texts.append(texts)
-            self._wheres.append(where)
-
-    def find(self, row: dict[str, Any], texts: Texts, signature: Any) -> str | None:
-        """The file and line of the validation row that a row repeats, or None."""
-        if not self.index.size:
-            return None
-        for question, _ in turns_of(row)[:1]:
-            if (asked := self._questions.get(normalise(question))) is not None:
-                return self._wheres[asked]
-        duplicate = self.index.find(texts, signature)
-        return self._wheres[duplicate.key] if duplicate else None
-
-
 def _sort(
     row: dict[str, Any], where: str, lengths: range, forbidden: ValidationRows, kept: KeptRows, findings: Findings
 ) -> None:
@@ -290,6 +227,8 @@ def _name(duplicate: Duplicate) -> str:
     return "duplicate" if duplicate.exact else "near duplicate"
 
 
-def _progress(sources: Sequence[str], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    records = ((f"{source}:{line}", row) for source in sources for line, row in read_records(source))
+def _progress(
+    sources: Sequence[str], name: str, document_per: DocumentPer
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    records = ((f"{source}:{line}", row) for source in sources for line, row in read_records(source, document_per))
     yield from tqdm(records, desc=name, unit=" rows", delay=2)

@@ -59,7 +59,7 @@ def texts_of(row: dict[str, Any]) -> Texts:
     """All text of a row but its kind, the same whatever form its turns are in, and the text of its targets."""
     said = read_leniently(row)
     turns = [text for turn in said.turns for text in turn]
-    return Texts("\n".join([*turns, *_flat(said.others)]), "\n".join(turns[1::2]))
+    return Texts("\n".join([*filter(None, turns), *_flat(said.others)]), "\n".join(turns[1::2]))
 
 
 def _flat(value: Any) -> Iterator[str]:

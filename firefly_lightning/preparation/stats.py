@@ -26,6 +26,7 @@ COLUMNS = {
     "p90": "90 %",
     "p99": "99 %",
     "longest": "longest",
+    "windows": "windows",
     "beyond": "over {0}",
     "truncated_tokens": "tokens cut",
     "no_target": "no target left",
@@ -45,6 +46,8 @@ def stats(
     seed: int = 0,
     font: str | None = None,
     learn: Literal["all", "last"] = "all",
+    document_per: Literal["line", "file"] = "line",
+    stride: int = 1,
 ) -> None:
     """Counts rows and tokens by kind, and draws the task distribution and the histogram of token lengths.
 
@@ -53,7 +56,7 @@ def stats(
     counted by reason and passed over.
 
     Args:
-        files: Instruction rows: files, globs or names of datasets, as for training.
+        files: Instruction rows and documents: files, globs or names of datasets, as for training.
         tokenizer: Folder or hub name of the tokenizer or the model.
         out: The folder to write, new or empty.
         max_length: Most tokens of a row, as in ``data.max_length``; the histogram has a line there.
@@ -64,6 +67,8 @@ def stats(
         seed: Seed of the order of rows, as in ``data.seed``.
         font: A font file for the names of kinds; by default an installed one that has their characters.
         learn: Which targets of a row are learned, as in ``data.learn``.
+        document_per: What of a .txt file is a document, as in ``data.document_per``.
+        stride: Tokens that two windows of a longer document share, as in ``data.stride``.
 
     Raises:
         FireflyError: If a file cannot be read or written, or no row of the files can be learned.
@@ -88,9 +93,9 @@ def stats(
     micro_batch_size, cache = check_shares(batch_size, 1, micro_batch_size), default_cache_dir()
     told, loaded = prompt_format(prompt) if prompt is not None else None, load_tokenizer(tokenizer)
     encoder = PromptEncoder(loaded, choose_format(told, tokenizer, loaded, partial(print, file=sys.stderr)))
-    rules = RowRules(learn=learn, counting_faults=True)
+    rules = RowRules(learn=learn, counting_faults=True, document_per=document_per)
     whole, cut = (
-        TokenizedRows([tokenize(source, encoder, length, too_long, cache, rules) for source in sources], sources)
+        TokenizedRows([tokenize(one, encoder, length, too_long, cache, rules, stride) for one in sources], sources)
         for length in (WHOLE, max_length)
     )
     refused = [f"{name}: {_refused(faults)}" for name, faults in zip(sources, whole.faults, strict=True) if faults]
@@ -126,10 +131,11 @@ def table(counted: dict[str, dict[str, Any]], max_length: int) -> str:
     """The counts as a table with a line for each kind and one for all."""
     made = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     made.add_column("kind", min_width=max(map(cell_len, counted)))
-    for heading in COLUMNS.values():
+    columns = {name: heading for name, heading in COLUMNS.items() if name != "windows" or counted[ALL][name]}
+    for heading in columns.values():
         made.add_column(heading.format(max_length), justify="right")
     for kind, of in [*((kind, of) for kind, of in counted.items() if kind != ALL), (ALL, counted[ALL])]:
-        made.add_row(kind, *(_written(name, of[name]) for name in COLUMNS))
+        made.add_row(kind, *(_written(name, of[name]) for name in columns))
     return render(made)
 
 

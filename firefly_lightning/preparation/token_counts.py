@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from firefly_lightning.data.plan import StepPlan, WeightedRows
 from firefly_lightning.data.sources.row_texts import beside_all
-from firefly_lightning.data.tokenized_rows import TokenizedRows
+from firefly_lightning.data.tokenized_rows import NO_WINDOW, TokenizedRows
 from firefly_lightning.preparation.stats import ALL
 
 QUANTILES = (0.5, 0.9, 0.99)
@@ -37,6 +37,7 @@ def _describe(
     lengths = whole.lengths[_of_kind(whole, kind)]
     kept = _of_kind(cut, kind)
     tokens, padded = int(cut.lengths[kept].sum()), int(padding[kept].sum())
+    before, after = (int(rows.lengths[_of_kind(rows, kind) & (rows.windows == NO_WINDOW)].sum()) for rows in (whole, cut))
     counts = [numbers for source in cut.counts for name, numbers in source.items() if kind in (None, name)]
     return {
         "rows": len(lengths),
@@ -44,8 +45,8 @@ def _describe(
         "tokens": int(lengths.sum()),
         "target_tokens": int(whole.target_tokens[_of_kind(whole, kind)].sum()),
         **_lengths(lengths, max_length),
-        **{name: sum(numbers[name] for numbers in counts) for name in ("truncated", "dropped", "no_target")},
-        "truncated_tokens": int(lengths.sum()) - tokens,
+        **{name: sum(numbers[name] for numbers in counts) for name in ("windows", "truncated", "dropped", "no_target")},
+        "truncated_tokens": before - after,  # of instruction rows: windows of documents hold all tokens
         "padding": padded / (padded + tokens) if tokens else None,  # where nothing is kept
     }
 
@@ -74,9 +75,10 @@ def padding_of(rows: TokenizedRows, batch_size: int, micro_batch_size: int, seed
     return padding
 
 
-def _of_kind(rows: TokenizedRows, kind: str | None) -> Any:
+def _of_kind(rows: TokenizedRows, kind: str | None) -> npt.NDArray[np.bool_]:
+    """(rows,) which rows are of a kind; all for None."""
     if kind is None:
-        return slice(None)
+        return np.ones(len(rows), bool)
     return rows.kind_ids == (rows.kinds.index(kind) if kind in rows.kinds else -1)
 
 

@@ -20,6 +20,7 @@ def test_the_packages_give_the_rows_they_hold(rows):
     assert 30_000 < len(rows["Dictionary"]) <= 30_883
     assert 16_000 < len(rows["SentimentAnalyze"]) <= 8_380 + 9_079
     assert 12_000 < len(rows["NER"]) <= 19_484
+    assert 2_000 < len(rows["Text"]) < 8_000
 
 
 def test_idioms_are_clean(rows):
@@ -58,6 +59,14 @@ def test_entities_lie_in_their_text(rows):
     everything = {tuple(entity) for row in rows["NER"] for entity in row["entities"]}
     assert {("江泽民", "PER"), ("克林顿", "PER"), ("北京", "LOC"), ("国务院", "ORG")} <= everything
     assert any(not row["entities"] for row in rows["NER"])
+
+
+def test_articles_are_whole(rows):
+    texts = [row["text"] for row in rows["Text"]]
+    assert texts[0].startswith("迈向充满希望的新世纪——一九九八年新年讲话")
+    assert "同胞们、朋友们、女士们、先生们：" in texts[0]
+    lines = [line for text in texts for line in text.split("\n")]
+    assert {row["text"] for row in rows["NER"]} <= set(lines), "no paragraph is lost"
 
 
 def test_names_are_put_together():
@@ -104,8 +113,9 @@ def test_a_sample_depends_on_the_seed_alone(tmp_path, rows):
 def test_as_a_program(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["raw_rows", "--out", str(tmp_path), "--limit", "2"])
     runpy.run_module("demo.raw_rows", run_name="__main__")
-    assert capsys.readouterr().out.count(": 2 rows") == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dictionary.jsonl", "ner.jsonl", "sentiment.jsonl"]
+    assert capsys.readouterr().out.count(": 2 rows") == 4
+    names = ["dictionary.jsonl", "ner.jsonl", "sentiment.jsonl", "texts.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_a_missing_package_is_named():

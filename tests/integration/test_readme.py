@@ -69,7 +69,7 @@ def test_every_command_of_the_readme(box, monkeypatch):
 def test_every_command_and_snippet_of_the_documentation(full_box, monkeypatch):
     """The pages are one running example, in the order of the navigation; `tests/chat/test_serving.py` runs one page."""
     blocks = [block for page in pages("en") if page.stem != "serving" for block in read_blocks(page)]
-    assert run_blocks(blocks, CHECKS, full_box, monkeypatch) == (48, 4, 7)
+    assert run_blocks(blocks, CHECKS, full_box, monkeypatch) == (49, 4, 7)
 
 
 def run_blocks(blocks: list[Block], checks: dict, box: Path, monkeypatch) -> tuple[int, int, int]:
@@ -346,6 +346,7 @@ CHECKS = {
     "firefly prune .*--tokenizer": check_pruned("bloom-small", verified=False),
     "firefly-fit fit --config train.yaml$": check_run("first", range(3)),
     "firefly-fit fit .*configs/firefly-1b4.yaml": check_run("firefly-1b4", range(3)),
+    "firefly-fit fit .*pretrain-1b4.yaml": check_run("pretrain-1b4", range(3)),
     "firefly-fit fit .*ddp": check_run("two", range(3)),
     "firefly-fit fit .*runs/watched$": check_watched,
     "firefly-fit fit .*zero2$": check_run("zero2", range(3)),

@@ -36,7 +36,7 @@ def test_both_languages_hold_the_same_blocks_page_by_page():
         assert pair[0] == pair[1], english
     found = [block.language for block in blocks_of("en") + blocks_of("zh")]
     assert {language: found.count(language) for language in set(found)} == {
-        "bash": 2 * 56, "python": 2 * 8, "yaml": 2 * 6, "json": 2 * 11, "text": 2 * 7,
+        "bash": 2 * 57, "python": 2 * 8, "yaml": 2 * 6, "json": 2 * 12, "text": 2 * 7,
     }  # fmt: skip
 
 
@@ -245,10 +245,11 @@ def test_rows_that_are_documented_are_read(tmp_path):
     assert readme == raw
     assert raw.keys() == {"text", "label"}
     read = [next(read_rows(str(write_rows(tmp_path / f"{at}.jsonl", [row])))) for at, row in enumerate(rows)]
-    assert [len(row.turns) for row in read] == [1, 1, 2, 2, 2, 2, 2, 1, 2]
+    assert [len(row.turns) for row in read] == [1, 1, 2, 2, 2, 2, 2, 1, 2, 1]
     assert read[2].turns == read[3].turns == read[4].turns == read[5].turns == read[6].turns
     assert read[7].turns[0][0] == "你是翻译。\n再见怎么说？"
     assert read[8].learned == (False, True)
+    assert [row.document for row in read] == [False] * 9 + [True]
 
 
 def test_commands_that_are_not_run_here_run_in_continuous_integration():

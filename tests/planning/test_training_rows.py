@@ -31,6 +31,19 @@ def test_a_plan_has_the_steps_of_the_run(limit, tiny_folder, short_rows):
     assert (first["rows"], first["tokens"]) == (len(taken), found.lengths[taken].sum())
 
 
+def test_a_plan_counts_windows_of_documents(tiny_folder, tokenizer, tmp_path):
+    texts = ["春风又绿江南岸" * 30, "明月何时照我还"]
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(texts), "utf-8")
+    options = {"tokenizer": str(tiny_folder), "train_files": str(path), "batch_size": 2, "max_length": 20, "stride": 5}
+    data = SimpleNamespace(class_path="firefly_lightning.FireflyDataModule", init_args=options)
+    counts = training_rows(data, SimpleNamespace(**UNLIMITED | {"max_epochs": 1})).counts()
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 2 for text in texts]
+    windows = [1 + max(0, -(-(length - 20) // 15)) for length in lengths]
+    assert (counts["rows"], counts["target_tokens"]) == (sum(windows), sum(length - 1 for length in lengths))
+    assert counts["tokens"] == sum(lengths) + 5 * (sum(windows) - 2)
+
+
 @pytest.mark.parametrize("share", OVERFITTED)
 def test_a_plan_has_the_rows_that_are_overfitted(share, tiny_folder, short_rows):
     batches, steps = OVERFITTED[share]

@@ -107,6 +107,30 @@ def test_rows_of_every_form_and_raw_rows_are_cleaned(tmp_path):
     }  # fmt: skip
 
 
+def test_documents_are_cleaned_by_their_text(tmp_path):
+    """No two of them ask the same, though none asks anything; a line of a text file becomes a row."""
+    texts = [LONG, LONG[:-1] + "！", OTHER, "第\ufffd一", " "]
+    rows = [{"text": text, "url": f"http://{at}"} for at, text in enumerate(texts)]
+    kept, report = cleaned(tmp_path, rows)
+    assert kept == [rows[0], rows[2]]
+    assert report["counts"] == {
+        kind: {"read": 5, "kept": 2, "near duplicate": 1, "broken characters": 1, "empty": 1} for kind in ("all", "Text")
+    }
+    val = write_rows(tmp_path / "val.jsonl", [{"text": OTHER}, row("", "没有问题的回答")])
+    lines = tmp_path / "texts.txt"
+    lines.write_text(f"{LONG}\n\n{OTHER}\n", "utf-8")
+    clean([str(lines)], str(tmp_path / "clean.jsonl"), [str(val)])
+    assert [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text("utf-8").splitlines()] == [{"text": LONG}]
+    clean([str(lines)], str(tmp_path / "whole.jsonl"), document_per="file", near_duplicates=1)
+    assert json.loads((tmp_path / "whole.jsonl").read_text("utf-8")) == {"text": f"{LONG}\n\n{OTHER}"}
+
+
+def test_rows_without_a_question_do_not_ask_the_same(tmp_path):
+    val = write_rows(tmp_path / "val.jsonl", [row("", LONG)])
+    rows = [row("", OTHER), row("", LONG)]
+    assert cleaned(tmp_path, rows, val_files=[str(val)])[0] == rows[:1]
+
+
 def test_later_turns_inside_a_target_are_turns(tmp_path):
     talk = {"conversation": [{"human": "在吗", "assistant": "在"}, {"human": "好", "assistant": "嗯"}]}
     rows = [

@@ -123,9 +123,23 @@ def test_rows_that_training_refuses_are_counted_and_the_others_described(tmp_pat
     with pytest.raises(FireflyError, match=r"no row can be learned: .*1 \(empty\)"):
         stats([str(write_rows(tmp_path / "bad.jsonl", bad[:1]))], str(tiny_folder), str(tmp_path / "none"))
     raw = write_rows(tmp_path / "raw.jsonl", [{"text": "问", "label": "答"}])
-    with pytest.raises(FireflyError, match=r"raw\.jsonl:1: fields \['label', 'text'\] are none of the accepted forms"):
+    with pytest.raises(FireflyError, match=r"raw\.jsonl:1: the row is no document, since there is text beside 'text', in label"):
         stats([str(raw)], str(tiny_folder), str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
+
+
+def test_documents_are_counted_with_their_windows(tmp_path, tiny_folder, tokenizer, capsys):
+    texts = ["春风又绿江南岸" * 20, "明月何时照我还"]
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 2 for text in texts]
+    rows = [{"text": text} for text in texts] + [{"kind": "K", "input": "问", "target": "答"}]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    stats([str(source)], str(tiny_folder), str(tmp_path / "out"), max_length=16, stride=4)
+    of = counted(tmp_path / "out")["kinds"]
+    windows = [1 + max(0, -(-(length - 16) // 12)) for length in lengths]
+    assert (of["Text"]["rows"], of["Text"]["tokens"], of["Text"]["windows"]) == (2, sum(lengths), sum(windows))
+    assert (of["Text"]["truncated"], of["Text"]["truncated_tokens"], of["K"]["windows"]) == (0, 0, 0)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert any(line[:1] == ["kind"] and "windows" in line for line in lines)
 
 
 def test_a_kind_of_which_nothing_is_kept_has_no_mean(tmp_path, tiny_folder, capsys):

@@ -40,7 +40,10 @@ FLAGS = {
     "loss": st.sampled_from([True, False]),
 }
 SPEAKERS = [("user", "assistant"), ("human", "gpt"), ("human", "bing")]
-FORMS = [("kind", "input", "target"), ("instruction", "output"), ("conversation",), ("conversations",), ("messages",)]
+DOCUMENT = ("text",)
+FORMS = [
+    ("kind", "input", "target"), ("instruction", "output"), ("conversation",), ("conversations",), ("messages",), DOCUMENT
+]  # fmt: skip
 
 
 def flagged(fields: dict[str, st.SearchStrategy]) -> st.SearchStrategy:
@@ -87,6 +90,9 @@ def spoilt(draw: Any, record: dict[str, Any]) -> dict[str, Any]:
 
 def proper(form: tuple[str, ...]) -> st.SearchStrategy:
     """A row as it should be, in one form, with notes that no form reads."""
+    if form == DOCUMENT:
+        origins = {"title": PROPER, "url": PROPER, "meta": VALUES, "id": VALUES}
+        return st.fixed_dictionaries({"text": PROPER}, optional={"kind": PROPER, **origins})
     texts = st.one_of(PROPER, PROPER, st.sampled_from(["问</s>答", "问</s>答</s>再问"]))
     fields = {name: exchange() if len(form) == 1 else texts for name in form}
     around = {

@@ -1,4 +1,4 @@
-"""The forms that instruction rows are in: by which fields each is recognised, and which turns it holds.
+"""The forms that rows to learn are in: by which fields each is recognised, and which turns it holds.
 
 A form is an entry of ``_FORMS``. A field that a form does not read is named in ``Said.unused`` where it holds text, so
 that nothing a user wrote is passed over in silence.
@@ -14,11 +14,13 @@ from firefly_lightning.data.sources.row_texts import (
     BadRowError,
     Said,
     after_system,
+    document_of,
     has_text,
     names_of,
     printable,
     text_of,
 )
+from firefly_lightning.errors import some
 from firefly_lightning.prompt import Turn
 
 TURN_SEPARATOR = "</s>"
@@ -37,6 +39,7 @@ class Form:
         optional: Fields of the turns that may be missing or null.
         asks: Fields (question, answer) of a row that can be answered though it lacks all but the question; None where
             questions are in a list.
+        beside: Fields beside those of the form that may hold text, without which a row is in the form; None for all.
     """
 
     shown: str
@@ -45,6 +48,7 @@ class Form:
     name: str | None = None
     optional: frozenset[str] = frozenset()
     asks: tuple[str, str] | None = None
+    beside: frozenset[str] | None = None
 
     def kind(self, fields: Mapping[str, Any]) -> str:
         """The kind of a row in this form."""
@@ -68,6 +72,17 @@ class Form:
             said = said._replace(unused=("kind", *said.unused))
         return said
 
+    def fits(self, fields: Mapping[str, Any]) -> bool:
+        """Whether a record has the fields of the form, and no text beside them that would make it another's."""
+        return self.required <= fields.keys() and not self.foreign(fields)
+
+    def foreign(self, fields: Mapping[str, Any]) -> list[str]:
+        """Names of the fields with text that no row in this form has."""
+        if self.beside is None:
+            return []
+        others = fields.keys() - self.known - self.beside
+        return [printable(name) for name in fields if name in others and has_text(fields[name])]
+
     @cached_property
     def known(self) -> frozenset[str]:
         """All fields that the form reads."""
@@ -78,7 +93,7 @@ def form_of(fields: Mapping[str, Any]) -> Form | None:
     """The first form whose fields a record has, preferably none of them null: a table has every column in every row."""
     with_nulls = None
     for form in _FORMS:
-        if form.required <= fields.keys():
+        if form.fits(fields):
             if None not in fields.values() or None not in map(fields.get, form.required):
                 return form
             with_nulls = with_nulls or form
@@ -117,6 +132,11 @@ def no_form(fields: Mapping[str, Any]) -> str:
         missing = form.required - fields.keys()
         if len(missing) == 1 < len(form.required):
             return f"field {next(iter(missing))!r} is missing; the row has {names_of(fields)}; use {forms}"
+    if _DOCUMENT.required <= fields.keys() and (beside := _DOCUMENT.foreign(fields)):
+        return (
+            f"the row is no document, since there is text beside 'text', in {some(beside)}; make instruction rows of "
+            f"such rows with firefly build, or leave that out; else use {forms}"
+        )
     return f"fields {names_of(fields)} are none of the accepted forms; use {forms}"
 
 
@@ -149,7 +169,18 @@ def _history(fields: Mapping[str, Any]) -> Iterator[Turn]:
         yield text_of(both, "question", place), text_of(both, "answer", place)
 
 
+def _document(fields: Mapping[str, Any]) -> Said:
+    return document_of(text_of(fields, "text"))
+
+
 _AROUND = frozenset({"system", "history"})
+
+_ORIGINS = frozenset(
+    "id _id uuid uid url uri link title source source_domain domain site host publisher author path file file_name "
+    "filename file_path date time timestamp created added updated published crawl dump snapshot version dataset subset "
+    "split corpus lang language license licence copyright digest hash meta metadata".split()
+)
+"""Fields in which data sets of texts say where and when a text was found."""
 
 _FIREFLY = Form(
     "{kind, input, target}",
@@ -166,6 +197,7 @@ _BELLE = Form(
     _AROUND | {"input"},
     ("instruction", "output"),
 )
+_DOCUMENT = Form("{text}", frozenset({"text"}), _document, "Text", beside=_ORIGINS)
 _FORMS = (
     _FIREFLY,
     _BELLE,
@@ -177,4 +209,5 @@ _FORMS = (
             ("conversations", "{conversations: [{from, value}, …]}"),
         )
     ),
+    _DOCUMENT,
 )

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from firefly_lightning.data.sources.json_arrays import checked_depth, not_json, read_json_array
 from firefly_lightning.data.sources.text_files import format_of, is_compressed, open_text, read_lines
@@ -15,8 +15,11 @@ from firefly_lightning.errors import FireflyError, describe_os_error, reason, so
 from firefly_lightning.files.hub import NOT_ASKED, hub_problem, patiently
 from firefly_lightning.files.json_object import STRICT_JSON
 
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")
 """What a file of rows is called; it may be compressed, as in ``rows.jsonl.gz``."""
+
+DocumentPer = Literal["line", "file"]
+"""What of a ``.txt`` file is a document: each ``line`` that is not blank, or the whole ``file``."""
 
 
 def find_sources(patterns: Iterable[str]) -> list[str]:
@@ -50,14 +53,14 @@ def is_file(source: str) -> bool:
     return Path(source).is_file()
 
 
-def read_records(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Streams (number, fields) of the records of one file or dataset, unchanged.
+def read_records(source: str, document_per: DocumentPer = "line") -> Iterator[tuple[int, dict[str, Any]]]:
+    """Streams (number, fields) of the records of one file or dataset, unchanged; of a ``.txt`` file, its documents.
 
     Raises:
         FireflyError: If the source cannot be read or a row is not an object; the message names file and line.
     """
     try:
-        for number, fields in _read(source):
+        for number, fields in _read(source, document_per):
             if not isinstance(fields, dict):
                 raise FireflyError(
                     f"{source}:{number}: a row must be a JSON object, this is {type(fields).__name__}; mend the line"
@@ -89,7 +92,7 @@ def load_hub_dataset(name: str) -> Any:
         raise FireflyError(f"{name}: neither a file nor a dataset that could be loaded ({told}); {hint}") from error
 
 
-def _read(source: str) -> Iterator[tuple[int, Any]]:
+def _read(source: str, document_per: DocumentPer) -> Iterator[tuple[int, Any]]:
     if not is_file(source):
         return enumerate(load_hub_dataset(source), 1)
     form = format_of(source)
@@ -97,6 +100,8 @@ def _read(source: str) -> Iterator[tuple[int, Any]]:
         return _read_parquet(source)
     if form in (".csv", ".tsv"):
         return _read_table(source, "\t" if form == ".tsv" else ",")
+    if form == ".txt":
+        return _read_documents(source, document_per)
     if form == ".json" and _first_character(source) == "[":
         return read_json_array(source)
     return _read_json_lines(source)
@@ -106,6 +111,14 @@ def _first_character(source: str) -> str:
     with open_text(source) as file:
         text = codecs.getincrementaldecoder(file.encoding)("replace").decode(file.bytes.read(4096))
         return text.lstrip()[:1]
+
+
+def _read_documents(source: str, document_per: DocumentPer) -> Iterator[tuple[int, dict[str, str]]]:
+    lines = ((number, line.removesuffix("\n").removesuffix("\r")) for number, line in read_lines(source))
+    if document_per == "line":
+        yield from ((number, {"text": line}) for number, line in lines if line.strip())
+    elif (text := "\n".join(line for _, line in lines)).strip():
+        yield 1, {"text": text.strip("\n")}
 
 
 def _read_json_lines(source: str) -> Iterator[tuple[int, Any]]:

@@ -1,4 +1,4 @@
-"""Instruction rows of files and Hugging Face datasets, and two readers of them.
+"""Rows to learn of files and Hugging Face datasets, and two readers of them.
 
 :class:`RowReader` is strict: it gives rows that can be learned, and refuses all others. :func:`read_leniently` says of
 any record what it holds and what is wrong with it.
@@ -11,28 +11,30 @@ from typing import Any, Literal, NamedTuple
 import xxhash
 
 from firefly_lightning.data.sources.known_forms import form_of, no_form, raw_or_firefly, with_open_target
-from firefly_lightning.data.sources.records import read_records
-from firefly_lightning.data.sources.row_texts import BadRowError, Said, text_of
+from firefly_lightning.data.sources.records import DocumentPer, read_records
+from firefly_lightning.data.sources.row_texts import BadRowError, Said, document_of, text_of
 from firefly_lightning.errors import FireflyError, reason
 from firefly_lightning.interrupts import Terminated
 from firefly_lightning.prompt import Turn
 
-RowFormat = Callable[[Mapping[str, Any]], tuple[str, Sequence[Turn]] | None]
-"""A user's reader of rows: gives kind and turns from a row's fields, or None where the row is in another form."""
+RowFormat = Callable[[Mapping[str, Any]], tuple[str, Sequence[Turn] | str] | None]
+"""A user's reader of rows: gives kind and turns from a row's fields, or kind and text of a document; None where the row
+is in another form."""
 
 Learn = Literal["all", "last"]
 """Which targets of a row are learned, of those that the row itself does not leave out: ``all``, or the ``last`` one."""
 
 
 class Row(NamedTuple):
-    """One instruction row.
+    """One row to learn: the turns of an instruction row, or a document.
 
     Attributes:
-        kind: The task, as in the published data; ``Belle`` or ``Conversation`` where the source names none.
+        kind: The task, as in the published data; ``Belle``, ``Conversation`` or ``Text`` where the source names none.
         turns: (input, target) pairs, at least one, no target empty unless the row is to be answered.
         number: The row's line in a ``.jsonl`` file, else its position in the source; from 1.
         unanswered: Whether a last turn without an answer was left out.
         learned: Whether each target is learned; empty where all are.
+        document: Whether the row is a text that is learned as a whole, the target of its one turn, whose input is empty.
     """
 
     kind: str
@@ -40,10 +42,13 @@ class Row(NamedTuple):
     number: int
     unanswered: bool = False
     learned: tuple[bool, ...] = ()
+    document: bool = False
 
     @property
     def identity(self) -> int:
         """A hash of the row's text; neither the form that the row was in nor blanks make a difference."""
+        if self.document:
+            return xxhash.xxh3_64_intdigest("".join(self.turns[0][1].split()).encode())
         text = "\0".join("".join(part.split()) for turn in self.turns for part in turn)
         return xxhash.xxh3_64_intdigest(text.encode())
 
@@ -74,12 +79,14 @@ class RowRules(NamedTuple):
             whose last question is open, that one is asked.
         counting_faults: Whether a row that cannot be learned is counted and passed over, rather than refused; a source
             that begins with a row in no form is refused all the same, as it holds something else.
+        document_per: What of a ``.txt`` file is a document.
     """
 
     row_format: RowFormat | None = None
     learn: Learn = "all"
     answering: bool = False
     counting_faults: bool = False
+    document_per: DocumentPer = "line"
 
 
 class RowReader:
@@ -111,7 +118,7 @@ class RowReader:
         self.unused.clear()
         self.faults.clear()
         number, begun = 0, False
-        for number, fields in read_records(self.source):
+        for number, fields in read_records(self.source, self.rules.document_per):
             try:
                 row = self._read(fields, number)
             except BadRowError as error:
@@ -134,6 +141,9 @@ class RowReader:
             if form is None:
                 raise BadRowError(no_form(fields), "no form")
             kind, said = form.kind(fields), form.read(fields)
+        if said.document and self.rules.answering:
+            message = "a text is learned as it is and asks nothing; name files of questions, as in data.predict_files"
+            raise BadRowError(message, "no question")
         row = _to_answer(kind, said, number) if self.rules.answering else _to_learn(kind, said, number)
         if said.unused:
             self.unused.update(said.unused)
@@ -180,7 +190,7 @@ def _to_learn(kind: str, said: Said, number: int) -> Row:
         if not target.strip():
             turn = f" of turn {index}" if len(said.turns) > 1 else ""
             raise BadRowError(f"the target{turn} is empty, so there is nothing to learn; remove the row", "empty")
-    return Row(kind, said.turns, number, said.question is not None, said.learned)
+    return Row(kind, said.turns, number, said.question is not None, said.learned, said.document)
 
 
 def _to_answer(kind: str, said: Said, number: int) -> Row:
@@ -201,13 +211,17 @@ def _read_own(row_format: RowFormat, fields: Mapping[str, Any]) -> tuple[str, Sa
         found = row_format(fields)
         if found is None:
             return None
-        kind, turns = found[0], [{"input": question, "target": answer} for question, answer in found[1]]
+        kind, said = found[0], found[1]
+        if not isinstance(said, str):
+            turns = [{"input": question, "target": answer} for question, answer in said]
     except Terminated:
         raise
     except (Exception, SystemExit) as error:
         named = f"{type(error).__name__}: {reason(error)}"
         message = f"the function of data.row_format failed, {named} (in {_name_of(row_format)}); mend it or the row"
         raise BadRowError(message, "malformed") from error
+    if isinstance(said, str):
+        return text_of({"kind": kind}, "kind"), document_of(text_of({"text": said}, "text"))
     if not turns:
         raise BadRowError("the function of data.row_format gave no turn; remove the row", "empty")
     texts = tuple((text_of(turn, "input"), text_of(turn, "target")) for turn in turns)

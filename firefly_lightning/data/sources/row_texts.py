@@ -32,12 +32,14 @@ class Said(NamedTuple):
         learned: Whether each target is learned; empty where all are.
         question: A last question that is not answered.
         unused: Names of the fields that hold text and are not read.
+        document: Whether it is a text to learn as a whole, which is then the target of one turn without an input.
     """
 
     turns: tuple[Turn, ...]
     learned: tuple[bool, ...] = ()
     question: str | None = None
     unused: tuple[str, ...] = ()
+    document: bool = False
 
 
 def text_of(fields: Mapping[str, Any], name: str, place: str = "") -> str:
@@ -81,6 +83,17 @@ def printable(text: str) -> str:
 def beside_all(kind: str) -> str:
     """The name of a kind in a report that also has the sums of ``all`` kinds: a kind of that name is told apart."""
     return f"{kind} (a kind)" if kind == "all" else kind
+
+
+def document_of(text: str) -> Said:
+    """What a text says that is learned as a whole.
+
+    Raises:
+        BadRowError: If there is nothing in it.
+    """
+    if not text.strip():
+        raise BadRowError("the text is empty, so there is nothing to learn; remove the row", "empty")
+    return Said((("", text),), document=True)
 
 
 def after_system(system: str, said: Said) -> Said:

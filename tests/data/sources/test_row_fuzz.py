@@ -28,7 +28,7 @@ from firefly_lightning.preparation.clean import clean
 from firefly_lightning.preparation.stats import stats
 from firefly_lightning.prompt import PRESETS, PromptEncoder
 from firefly_lightning.pruning.vocabulary import count_tokens, read_texts
-from tests.support.fuzzed_rows import FORMS, RECORD
+from tests.support.fuzzed_rows import DOCUMENT, FORMS, RECORD
 
 SECONDS = float(os.environ.get("FIREFLY_FUZZ_SECONDS", "0"))
 
@@ -144,12 +144,16 @@ def check_training(path: Path, taken: list[Row | None], folder: Path, tokenizer:
             assert None in taken or not learned or max_length < 4096
             continue
         counts = [sum(of[name] for of in data.val.rows.counts[0].values()) for name in ("rows", "dropped", "no_target")]
-        assert counts[0] == len(taken) == len(data.val.rows) + sum(counts[1:])
+        windows = sum(of["windows"] for of in data.val.rows.counts[0].values())
+        assert counts[0] == len(taken)
+        documents = sum(row.document for row in learned)
+        assert len(taken) - documents + windows == len(data.val.rows) + sum(counts[1:])
         for batches in (data.train, data.val):
             found = [one for index in range(len(batches)) for one in texts_of_batch(batches[index], tokenizer)]
             assert sorted(row for row, _, _ in found) == list(range(len(data.val.rows)))
             if max_length == 4096:
-                assert [texts for _, *texts in sorted(found)] == list(map(texts_to_learn, learned))
+                expected = sorted(learned, key=lambda row: row.document)  # documents follow the other rows of a batch
+                assert [texts for _, *texts in sorted(found)] == list(map(texts_to_learn, expected))
 
 
 def texts_of_batch(batch: Any, tokenizer: Any) -> list[tuple[int, str, str]]:
@@ -168,6 +172,8 @@ def texts_of_batch(batch: Any, tokenizer: Any) -> list[tuple[int, str, str]]:
 
 def texts_to_learn(row: Row) -> list[str]:
     """The whole and the learned text of a row, as the README gives the format."""
+    if row.document:
+        return [f"<s>{row.turns[0][1]}</s>", f"{row.turns[0][1]}</s>"]
     learned = row.learned or (True,) * len(row.turns)
     (question, answer), *later = row.turns
     turns = "".join(f"{asked}</s>{said}</s>" for asked, said in later)
@@ -274,11 +280,10 @@ def test_any_value_in_any_field_is_read_or_told(tmp_path, tokenizer, tiny_folder
 
 def test_forms_of_the_fuzz_are_those_that_are_read(tmp_path):
     """A form without a row in the fuzz would be tested by nobody."""
+    listed = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
     examples = [
-        {name: [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}] if len(form) == 1 else "问"
-         for name in form}
-        for form in FORMS
-    ]  # fmt: skip
+        {name: listed if len(form) == 1 and form != DOCUMENT else "问" for name in form} for form in FORMS
+    ]
     assert {form_of(row).shown for row in examples} == {form.shown for form in all_forms()}
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in examples))
