@@ -64,6 +64,7 @@ def prompt_batch(encoder: PromptEncoder, prompts: Sequence[str]) -> MicroBatch:
         "rows": numbers,
         "kinds": torch.zeros_like(numbers),
         "step": 0,
+        "step_rows": len(rows),
         "step_target_tokens": len(rows),
         "step_micro_batches": 1,
     }

@@ -36,7 +36,7 @@ from firefly_lightning.data.sources import row_forms as rows_module
 from firefly_lightning.data.sources import row_texts as row_texts_module
 from firefly_lightning.data.sources import text_files as text_files_module
 from firefly_lightning.data.sources.records import is_file, load_hub_dataset
-from firefly_lightning.data.sources.row_forms import Row, RowFormat, RowReader, RowRules
+from firefly_lightning.data.sources.row_forms import ReadRecord, Row, RowFormat, RowReader, RowRules
 from firefly_lightning.data.sources.text_files import format_of
 from firefly_lightning.data.tokenized_rows import COUNTED, REPORT_FILE, ROWS_FILE
 from firefly_lightning.errors import FireflyError, describe_os_error
@@ -105,16 +105,18 @@ def tokenize(
 
 
 def _key(source: str, encoder: PromptEncoder, max_length: int, too_long: TooLong, rules: RowRules | None = None) -> str:
-    row_format, *how = rules or RowRules()
+    rules = rules or RowRules()
+    functions = [one for one in (rules.row_format, rules.read) if one]
+    how = list(rules._replace(row_format=None, read=None))
     settings = json.dumps([vars(encoder.prompt), max_length, too_long, how], sort_keys=True)
     parts = [settings, encoder.backend.to_str(), _hash_content(source), _hash_files(_CODE)]
-    if row_format:
-        parts += [getattr(row_format, "__qualname__", ""), _hash_files([_file_of(row_format)])]
+    for function in functions:
+        parts += [getattr(function, "__qualname__", ""), _hash_files([_file_of(function)])]
     return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
 
 
-def _file_of(row_format: RowFormat) -> str:
-    """The source file of a row format; when it changes, token ids are made anew."""
+def _file_of(row_format: RowFormat | ReadRecord) -> str:
+    """The source file of a function that reads rows; when it changes, token ids are made anew."""
     file = inspect.getsourcefile(row_format) if inspect.isfunction(row_format) else None
     if file is None or not Path(file).is_file():
         raise FireflyError(
@@ -170,12 +172,13 @@ def _write(
     rules: RowRules,
 ) -> dict[str, Any]:
     counts: defaultdict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(COUNTED, 0))
-    reader = RowReader(source, rules)
+    reader, size = RowReader(source, rules), ROWS_PER_BATCH // rules.together * rules.together
     progress = tqdm(reader, desc=f"tokenising {Path(source).name}", unit=" rows", delay=2)
     with _no_garbage_collection(), pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-        for rows, texts in _encode_ahead(_chunks(progress, ROWS_PER_BATCH), encoder):
+        for rows, texts in _encode_ahead(_chunks(progress, size), encoder):
             whole = join_rows(texts, [len(row.turns) for row in rows], encoder.controls, _learned(rows))
-            writer.write_batch(_count_and_cut(rows, whole, counts, max_length, too_long, len(encoder.controls.start)))
+            start = len(encoder.controls.start)
+            writer.write_batch(_count_and_cut(rows, whole, counts, max_length, too_long, start, rules.together))
     left = {"unused": reader.unused, "faults": reader.faults}
     return {"source": source, "kinds": list(counts), "counts": counts, **left}
 
@@ -224,26 +227,33 @@ def _count_and_cut(
     max_length: int,
     too_long: TooLong,
     start: int,
+    together: int,
 ) -> pa.RecordBatch:
-    """The rows as they will be learned, without those of which nothing can be learned; adds them to ``counts``."""
-    for row in rows:
+    """The rows as they will be learned, without those of which nothing can be learned; adds them to ``counts``.
+
+    Of rows that are kept ``together``, none is left out alone.
+    """
+    for row in rows[::together]:
         counts[row.kind]["rows"] += 1
         counts[row.kind]["unanswered"] += row.unanswered
     numbers = {kind: number for number, kind in enumerate(counts)}
     kinds = np.array([numbers[row.kind] for row in rows], np.int32)
 
+    def of_any(flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        return np.repeat(flags.reshape(-1, together).any(1), together)
+
     def add(name: str, kinds: npt.NDArray[np.int32], amounts: npt.NDArray[np.integer] | None = None) -> None:
         for kind, amount in zip(counts, np.bincount(kinds, amounts, len(counts)), strict=True):
             counts[kind][name] += int(amount)
 
-    longer = whole.lengths > max_length
+    longer = of_any(whole.lengths > max_length)
     dropped = longer & (too_long == "drop")
-    cut = cut_rows(whole, max_length, too_long, start)
-    taught = cut.target_tokens > 0
+    cut = cut_rows(whole.only(~dropped), max_length, too_long, start)
+    taught = ~of_any(cut.target_tokens == 0)
     at = np.flatnonzero(~dropped)
-    add("dropped", kinds[dropped])
-    add("truncated", kinds[longer & ~dropped])
-    add("no_target", kinds[at[~taught]])
+    add("dropped", kinds[dropped][::together])
+    add("truncated", kinds[longer & ~dropped][::together])
+    add("no_target", kinds[at[~taught]][::together])
     kept, at = cut.only(taught), at[taught]
     add("tokens", kinds[at], kept.lengths)
     add("target_tokens", kinds[at], kept.target_tokens)

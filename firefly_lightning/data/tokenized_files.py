@@ -19,6 +19,7 @@ def tokenized_files(
     too_long: TooLong,
     cache_dir: Path,
     rules: RowRules,
+    kind: type[TokenizedRows] = TokenizedRows,
 ) -> TokenizedRows:
     """The rows of files, tokenised where the cache lacks them.
 
@@ -29,12 +30,13 @@ def tokenized_files(
         too_long: What is done with a longer row.
         cache_dir: The folder of all cache folders.
         rules: How rows are read.
+        kind: Class of the result.
 
     Raises:
         FireflyError: If a file cannot be read, or nothing of any row can be learned.
     """
     sources = find_sources(files)
-    rows = TokenizedRows([tokenize(one, encoder, max_length, too_long, cache_dir, rules) for one in sources], sources)
+    rows = kind([tokenize(one, encoder, max_length, too_long, cache_dir, rules) for one in sources], sources)
     if len(rows):
         return rows
     names, lost = ", ".join(sources), sum(of["no_target"] for counts in rows.counts for of in counts.values())
