@@ -55,6 +55,10 @@ from firefly_lightning.strategies.catalogue import BY_NAME
 from firefly_lightning.strategies.registration import load_classes
 
 
+BY_LAST_NAME = (FireflyModule, FireflyDataModule, PreferenceModule, PreferenceDataModule)
+"""Classes that ``--model`` and ``--data`` take by their last names, since they are imported here."""
+
+
 class _Parser(OneLineErrors, LightningArgumentParser):
     pass
 
