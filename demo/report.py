@@ -1,6 +1,6 @@
 """Prints the figures of one run of the demo as a table; fails if training did not teach anything.
 
-``python -m demo.report FOLDER``
+``python -m demo.report FOLDER [--preference]``
 """
 
 import argparse
@@ -16,6 +16,9 @@ from firefly_lightning.errors import FireflyError, one_line_errors
 
 LEAST_IMPROVEMENT = 20
 """How many times lower the validation perplexity must be after training than before."""
+
+LEAST_ACCURACY = 0.6
+"""Share of the validation pairs of whose answers the right one must be rewarded more after preference tuning."""
 
 
 def report(folder: Path) -> None:
@@ -48,6 +51,30 @@ def report(folder: Path) -> None:
         raise FireflyError(f"{folder}: validation perplexity is not {LEAST_IMPROVEMENT} times lower after training")
 
 
+def report_preference(folder: Path) -> None:
+    """Prints the table of a run of the demo of preferences.
+
+    Args:
+        folder: Folder of the run of the demo.
+
+    Raises:
+        FireflyError: If too few of the validation pairs are judged rightly after training.
+    """
+    root = folder / "preference"
+    run = root / "lightning_logs" / "version_0"
+    losses = _values(run, "train_loss")
+    table = Table(box=SIMPLE, show_header=False)
+    table.add_row("loss, first and last step", f"{losses[0]:.3f} → {losses[-1]:.3f}")
+    for name in ("val_loss", "val_reward_accuracy", "val_reward_margin"):
+        before, after = (_metric(root / part, name) for part in ("before", "after"))
+        table.add_row(name.replace("_", " ").replace("val", "validation"), f"{before:.3f} → {after:.3f}")
+    table.add_row("target tokens per second", f"{_median(run, 'target_tokens_per_second'):,.0f}")
+    table.add_row("rewards by step", str(run / "pairs.png"))
+    Console(width=120).print(table)
+    if _metric(root / "after", "val_reward_accuracy") < LEAST_ACCURACY:
+        raise FireflyError(f"{root}: fewer than {LEAST_ACCURACY:.0%} of the validation pairs are judged rightly")
+
+
 def _metric(root: Path, name: str) -> float:
     return _values(root / "lightning_logs" / "version_0", name)[-1]
 
@@ -65,5 +92,7 @@ def _values(run: Path, name: str) -> list[float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--preference", action="store_true", help="of bin/demo-preference")
+    arguments = parser.parse_args()
     with one_line_errors("demo"):
-        report(parser.parse_args().folder)
+        (report_preference if arguments.preference else report)(arguments.folder)

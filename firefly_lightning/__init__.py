@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from firefly_lightning.data.mixing import Source
     from firefly_lightning.data.plan import StepPlan
     from firefly_lightning.module import FireflyModule
+    from firefly_lightning.preference.datamodule import PreferenceDataModule
+    from firefly_lightning.preference.module import PreferenceModule
     from firefly_lightning.prompt import PromptEncoder, PromptFormat
     from firefly_lightning.strategies.hooks import StrategyHooks
 
@@ -30,6 +32,8 @@ __all__ = [
     "FireflyDataModule",
     "FireflyError",
     "FireflyModule",
+    "PreferenceDataModule",
+    "PreferenceModule",
     "PromptEncoder",
     "PromptFormat",
     "Source",
@@ -42,6 +46,8 @@ _HOMES = {
     "AtomicCheckpointIO": "checkpoints.io_plugin",
     "FireflyDataModule": "data.datamodule",
     "FireflyModule": "module",
+    "PreferenceDataModule": "preference.datamodule",
+    "PreferenceModule": "preference.module",
     "PromptEncoder": "prompt",
     "PromptFormat": "prompt",
     "Source": "data.mixing",

@@ -49,8 +49,14 @@ from firefly_lightning.data.datamodule import FireflyDataModule
 from firefly_lightning.errors import FireflyError, one_line_errors
 from firefly_lightning.interrupts import ends_on_signals
 from firefly_lightning.module import FireflyModule
+from firefly_lightning.preference.datamodule import PreferenceDataModule
+from firefly_lightning.preference.module import PreferenceModule
 from firefly_lightning.strategies.catalogue import BY_NAME
 from firefly_lightning.strategies.registration import load_classes
+
+
+BY_LAST_NAME = (FireflyModule, FireflyDataModule, PreferenceModule, PreferenceDataModule)
+"""Classes that ``--model`` and ``--data`` take by their last names, since they are imported here."""
 
 
 class _Parser(OneLineErrors, LightningArgumentParser):

@@ -5,9 +5,9 @@ Longer than 300 lines, since all hooks of a run are read together.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -53,6 +53,20 @@ from firefly_lightning.strategies.step_guard import StepGuard
 from firefly_lightning.strategies.unsuited_callbacks import check_callbacks
 
 
+class Summed(NamedTuple):
+    """What a micro-batch adds to the loss of its step.
+
+    Attributes:
+        loss: Sum of the losses of what is counted, a scalar.
+        count: Number of what is counted in the whole step, over all its micro-batches and ranks.
+        figures: Further sums by name; their means over the step are logged as ``train_NAME``.
+    """
+
+    loss: Tensor
+    count: int
+    figures: Mapping[str, Tensor] = {}  # noqa: RUF012  (never changed)
+
+
 class FireflyModule(L.LightningModule):
     """Trains a Bloom on the targets of instruction rows.
 
@@ -81,7 +95,14 @@ class FireflyModule(L.LightningModule):
         quantize: How the frozen weights under an adapter are kept: ``nf4`` in 4 bits, ``int8`` in 8; as they are where
             not given.
         neftune_noise_alpha: Strength of the noise that NEFTune adds to the embeddings of training rows; 0 for none.
+
+    Attributes:
+        totals: Class that adds up the metrics of an evaluation; that of a subclass may be another.
+        shown_metrics: Names of those that the progress bar shows.
     """
+
+    totals: type[EvaluationTotals] = EvaluationTotals
+    shown_metrics: tuple[str, ...] = ("loss", "perplexity")
 
     def __init__(
         self,
@@ -189,22 +210,40 @@ class FireflyModule(L.LightningModule):
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """A micro-batch's loss, scaled so that the mean over micro-batches and ranks is the loss of the step."""
-        with self._noise.on(batch["lengths"]):
-            loss = self._pass.target_loss(batch) * (batch["step_micro_batches"] / batch["step_target_tokens"])
-        self.step_guard.add(self, loss)
+        with self._noise.on(self.computed_lengths(batch)):
+            summed = self.summed_loss(batch)
+        scale = batch["step_micro_batches"] / summed.count
+        loss = summed.loss * scale
+        self.step_guard.add(self, loss, {name: figure * scale for name, figure in summed.figures.items()})
         return loss
 
+    def summed_loss(self, batch: MicroBatch) -> Summed:
+        """The loss of a micro-batch, and the number that it is divided by; a subclass that learns something else says so.
+
+        The strategy, the sums over micro-batches and ranks, and the checks of every step are the same for every loss.
+        """
+        return Summed(self.forward_pass.target_loss(batch), batch["step_target_tokens"])
+
+    def computed_lengths(self, batch: MicroBatch) -> list[int]:
+        """Number of tokens of each row as the model computes it."""
+        return batch["lengths"]
+
+    @property
+    def forward_pass(self) -> FastBloom | StockPass:
+        """What computes the model on a micro-batch: the fast pass or Hugging Face's own."""
+        return self._pass
+
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        """Adds a micro-batch to the metrics of target tokens."""
-        self._evaluation_step(batch)
+        """Adds a micro-batch to the metrics."""
+        self.add_to_totals(batch, self._totals)
 
     def test_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, list[Prediction]]:
         """Adds a micro-batch to the metrics, with answers as ``predict_step`` gives them if its kinds are known."""
-        self._evaluation_step(batch)
+        self.add_to_totals(batch, self._totals)
         if self._totals.kinds is None:
             return {"predictions": []}
         more = _more_follow(self.trainer.num_test_batches, batch_idx)
-        predictions = self._answers(batch, self._totals.kinds, last=not more)
+        predictions = self._answers(self.asked(batch), self._totals.kinds, last=not more)
         self._totals.add_answers(predictions)
         return {"predictions": predictions}
 
@@ -219,7 +258,7 @@ class FireflyModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Starts new totals for a validation."""
-        self._totals = EvaluationTotals(self.trainer.val_dataloaders, self.device)
+        self._totals = self.totals(self.trainer.val_dataloaders, self.device)
 
     def on_predict_epoch_start(self) -> None:
         """Forgets rows of a prediction that ended early."""
@@ -228,7 +267,7 @@ class FireflyModule(L.LightningModule):
     def on_test_epoch_start(self) -> None:
         """Starts new totals for a test."""
         self._predictor = None
-        self._totals = EvaluationTotals(self.trainer.test_dataloaders, self.device)
+        self._totals = self.totals(self.trainer.test_dataloaders, self.device)
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``val_loss``; and over all and by kind ``val_perplexity``, ``val_accuracy`` and ``val_eos_accuracy``."""
@@ -319,12 +358,17 @@ class FireflyModule(L.LightningModule):
         check_same_format(checkpoint.get(DESCRIPTION_KEY), self._trainer)
         set_progress(checkpoint, getattr(data_of(self._trainer), "train", None))
 
-    def _evaluation_step(self, batch: MicroBatch) -> None:
-        self._totals.add_targets(batch, self._pass.target_scores(batch), self.encoder.eos_token_id)
+    def add_to_totals(self, batch: MicroBatch, totals: Any) -> None:
+        """Adds a micro-batch to the totals of an evaluation, which are of the class ``totals``."""
+        totals.add_targets(batch, self.forward_pass.target_scores(batch), self.encoder.eos_token_id)
+
+    def asked(self, batch: MicroBatch) -> MicroBatch:
+        """The rows of a micro-batch of a test that are answered."""
+        return batch
 
     def _log_evaluation(self, stage: str) -> None:
         metrics = self._totals.target_metrics()
-        shown = {f"{stage}_{name}": metrics.pop(name) for name in ("loss", "perplexity") if name in metrics}
+        shown = {f"{stage}_{name}": metrics.pop(name) for name in self.shown_metrics if name in metrics}
         self.log_dict(shown, prog_bar=True)
         self.log_dict({f"{stage}_{name}": value for name, value in metrics.items()})
 

@@ -1,4 +1,4 @@
-"""The metrics that a run has logged, and its two figures: losses, and the perplexity of each kind."""
+"""The metrics that a run has logged, and its figures: losses, the perplexity of each kind, and what became of pairs."""
 
 import csv
 import itertools
@@ -83,7 +83,8 @@ def draw_losses(metrics: Metrics, path: Path) -> None:
     axes.plot(done, means, color=BLUE, label=f"training, mean of {window} steps")
     if validated := metrics.get("val_loss"):
         axes.plot(*_by_step(validated), "o-", color=RED, label="validation")
-    axes.set(xlabel="optimizer step", ylabel="loss per target token (nats)")
+    counted = "pair" if "train_reward_accuracy" in metrics else "target token"
+    axes.set(xlabel="optimizer step", ylabel=f"loss per {counted} (nats)")
     if rates := metrics.get("lr"):
         right = axes.twinx()
         right.plot(*_by_step(rates), "--", color=GREY, linewidth=1)
@@ -95,6 +96,41 @@ def draw_losses(metrics: Metrics, path: Path) -> None:
     _finish(axes)
     axes.legend()
     figure.savefig(path, dpi=150)
+
+
+PAIRS = {
+    "share of pairs rewarded rightly": ("reward_accuracy",),
+    "reward of chosen minus rejected": ("reward_margin",),
+    "log-probability of answers (nats)": ("chosen_log_prob", "rejected_log_prob"),
+}
+"""What a panel of the figure of pairs shows, and the metrics in it."""
+
+
+def draw_pairs(metrics: Metrics, path: Path) -> None:
+    """Draws rewards and log-probabilities of a preference training by step as a PNG, a panel for each of ``PAIRS``."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    for axes, (label, names) in zip(figure.subplots(1, len(PAIRS)), PAIRS.items(), strict=True):
+        for name, color in zip(names, (BLUE, GREY), strict=False):
+            which = f"{name.partition('_')[0]}, " if len(names) > 1 else ""
+            steps = metrics.get(f"train_{name}", {})
+            axes.plot(*_by_step(steps), color=color, alpha=0.35)
+            axes.plot(*_by_step(_running_mean(steps)), color=color, label=f"{which}training")
+            if validated := metrics.get(f"val_{name}"):
+                line = "o-" if color == BLUE else "s--"
+                axes.plot(*_by_step(validated), line, color=RED, label=f"{which}validation")
+        axes.set(xlabel="optimizer step", title=label)
+        axes.title.set_fontsize(9)
+        _finish(axes)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def _running_mean(values: Mapping[int, float]) -> dict[int, float]:
+    """Means of the values of the last fiftieth of all steps, up to each step."""
+    steps = sorted(values)
+    window = max(1, len(steps) // 50)
+    before = [steps[max(0, index - window + 1) : index + 1] for index in range(len(steps))]
+    return {step: sum(map(values.__getitem__, taken)) / len(taken) for step, taken in zip(steps, before, strict=True)}
 
 
 def kind_perplexities(metrics: Metrics) -> Metrics:

@@ -1,4 +1,4 @@
-"""What a run leaves for people to read: loss.png, kinds.png and report.md beside its metrics.csv."""
+"""What a run leaves for people to read: loss.png, kinds.png or pairs.png, and report.md beside its metrics.csv."""
 
 import platform
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,14 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.table import Table
 
-from firefly_lightning.callbacks.run_figures import Metrics, draw_kinds, draw_losses, kind_perplexities, read_metrics
+from firefly_lightning.callbacks.run_figures import (
+    Metrics,
+    draw_kinds,
+    draw_losses,
+    draw_pairs,
+    kind_perplexities,
+    read_metrics,
+)
 from firefly_lightning.callbacks.run_folder import csv_folders, csv_loggers
 from firefly_lightning.callbacks.run_history import PACKAGES, installed
 from firefly_lightning.console import markdown, render
@@ -22,6 +29,9 @@ from firefly_lightning.files.atomic import new_file
 
 SPEED = ("target_tokens_per_second", "data_wait", "memory_gb", "mfu")
 """Metrics that are logged of every step; the report gives the median of each."""
+
+OF_PAIRS = ("train_reward_accuracy", "train_reward_margin")
+"""Metrics of a preference training of which the report gives the first and the last."""
 
 
 class Report(Callback):
@@ -43,6 +53,8 @@ class Report(Callback):
             draw_losses(metrics, folder / "loss.png")
             if perplexities := kind_perplexities(metrics):
                 draw_kinds(perplexities, folder / "kinds.png")
+            if "train_reward_accuracy" in metrics:
+                draw_pairs(metrics, folder / "pairs.png")
             _write(
                 folder, trainer, [*training_results(metrics), *last_values(metrics, "val", _rows_of(trainer, "val"))]
             )
@@ -81,6 +93,10 @@ def training_results(metrics: Metrics) -> Iterator[Table]:
     if validated:
         best = min(validated, key=lambda step: validated[step])
         rows.append(("lowest validation loss", f"{validated[best]:.4f} at step {best + 1:,}"))
+    for name in (name for name in OF_PAIRS if metrics.get(name)):
+        values = metrics[name]
+        ends = f"{shown(values[min(values)])}, {shown(values[max(values)])}"
+        rows.append((f"{name.removeprefix('train_').replace('_', ' ')} in training, first and last", ends))
     rows += [(f"{name}, median", shown(median(metrics[name].values()))) for name in SPEED if metrics.get(name)]
     yield filled_table(("training", ""), rows)
 
@@ -93,7 +109,7 @@ def _rows_of(trainer: L.Trainer, stage: str) -> dict[str, int]:
 
 
 def _write(folder: Path, trainer: L.Trainer, results: Iterable[Table]) -> None:
-    figures = [f"![{name}]({name})\n" for name in ("loss.png", "kinds.png") if (folder / name).is_file()]
+    figures = [f"![{name}]({name})\n" for name in ("loss.png", "kinds.png", "pairs.png") if (folder / name).is_file()]
     configuration = folder / "config.yaml"
     parts = [
         f"# {folder.name}\n",

@@ -65,6 +65,7 @@ def prompt_batch(encoder: PromptEncoder, prompts: Sequence[str]) -> MicroBatch:
         "kinds": torch.zeros_like(numbers),
         "asks": torch.ones_like(numbers, dtype=torch.bool),
         "step": 0,
+        "step_rows": len(rows),
         "step_target_tokens": len(rows),
         "step_micro_batches": 1,
     }

@@ -14,10 +14,14 @@ from firefly_lightning.data.protocol import PlannedData, data_of
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.model.metric_names import of_kind
 from firefly_lightning.module import FireflyModule
+from firefly_lightning.preference.objective import FIGURES
+from firefly_lightning.preference.pairs import PlannedPairs
 
 OF_STEPS = ("train_loss", "lr", "grad_norm", "target_tokens_per_second", "data_wait", "memory_gb", "mfu")
 OF_VALIDATIONS = ("val_loss", "val_perplexity", "val_accuracy", "val_eos_accuracy")
-"""Metrics that every run logs, of steps and of validations; those of kinds are called ``val_perplexity_of/KIND``."""
+OF_PAIRS = tuple(f"val_{name}" for name in FIGURES)
+"""Metrics that every run logs, of steps and of validations, and those of pairs in place of the last of them; those of kinds
+are called ``val_perplexity_of/KIND``."""
 
 
 class StartChecks(Callback):
@@ -97,7 +101,10 @@ def _of_validation(trainer: L.Trainer, data: PlannedData) -> Iterator[str]:
 def _of_monitors(trainer: L.Trainer, data: PlannedData) -> Iterator[str]:
     """Names that callbacks wait for and no run logs, where one that is logged is nearly the same."""
     kinds = data.val.rows.kinds if data.val else []
-    known = {*OF_STEPS, *OF_VALIDATIONS, *(of_kind(name, kind) for name in OF_VALIDATIONS[1:] for kind in kinds)}
+    of_pairs = isinstance(data.val, PlannedPairs)
+    of_val = ("val_loss", *OF_PAIRS) if of_pairs else OF_VALIDATIONS
+    of_steps = (*OF_STEPS, *(f"train_{name}" for name in FIGURES)) if of_pairs else OF_STEPS
+    known = {*of_steps, *of_val, *(of_kind(name, kind) for name in of_val[1:] for kind in kinds)}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name: Any = getattr(callback, "monitor", None)
         if isinstance(name, str) and name not in known and (near := difflib.get_close_matches(name, known, 1, 0.8)):

@@ -64,7 +64,8 @@ class Throughput(Callback):
         told = batch if isinstance(batch, dict) else {}
         config = getattr(getattr(pl_module, "model", None), "config", None)
         if isinstance(config, BloomConfig) and "lengths" in told:
-            self._flops += training_flops(config, told["lengths"], len(told["target_ids"]), self._frozen)
+            lengths = getattr(pl_module, "computed_lengths", _lengths)(told)
+            self._flops += training_flops(config, lengths, len(told["target_ids"]), self._frozen)
         if (batch_idx + 1) % trainer.accumulate_grad_batches or self._since is None:
             return
         seconds = time.perf_counter() - self._since
@@ -167,6 +168,11 @@ def _most_memory(device: torch.device) -> float:
         return float(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def _lengths(batch: Any) -> list[int]:
+    lengths: list[int] = batch["lengths"]
+    return lengths
 
 
 def _seconds_waited(trainer: L.Trainer) -> float | None:

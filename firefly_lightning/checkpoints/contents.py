@@ -13,6 +13,7 @@ from firefly_lightning.checkpoints.layout import (
     FILES_KEY,
     LAST_STEP_KEY,
     NAMES_KEY,
+    REFERENCE_KEY,
     SCALARS_KEY,
     SCALER_KEY,
     SETTINGS_KEY,
@@ -170,5 +171,6 @@ _CHECKS: dict[str, Check] = {
     LAST_STEP_KEY: (_are_numbers, "numbers by name"),
     FILES_KEY: (_of(list, str), "a list of names"),
     WRITER_KEY: (_of(dict), "settings by name"),
-    "FireflyDataModule": (_is_place, "the rows that come next"),
+    REFERENCE_KEY: (_of(dict, Tensor), "log-probabilities by digest"),
+    **dict.fromkeys(("FireflyDataModule", "PreferenceDataModule"), (_is_place, "the rows that come next")),
 }

@@ -100,6 +100,9 @@ WRITER_KEY = "written_by"
 DIGESTED_KEY = "digests"
 """Key, beside the settings of the writer, that says that there are digests: an older release wrote none."""
 
+REFERENCE_KEY = "reference_log_probs"
+"""Key of the log-probabilities that a run tunes preferences against: (pairs, 2) by the digest of the pairs."""
+
 FILES_KEY = "tensor_files"
 """Key of the names of the files of tensors in a portable checkpoint, none of which may be missing."""
 

@@ -47,6 +47,7 @@ class MicroBatch(PaddedRows):
         kinds: (rows,) number of each row's kind.
         asks: (rows,) whether each row asks something; a document does not.
         step: Optimizer step that the micro-batch belongs to.
+        step_rows: Number of rows of the whole step, over all its micro-batches and ranks.
         step_target_tokens: Number of learned tokens of the whole step, over all its micro-batches and ranks.
         step_micro_batches: Number of micro-batches of the whole step, over all ranks.
     """
@@ -55,6 +56,7 @@ class MicroBatch(PaddedRows):
     kinds: Tensor
     asks: Tensor
     step: int
+    step_rows: int
     step_target_tokens: int
     step_micro_batches: int
 
@@ -93,14 +95,19 @@ class PlannedBatches(Dataset[MicroBatch]):
         step, position = divmod(index, self.micro_batches_per_step)
         rows = self.plan.micro_batches(step, self.world_size, self.micro_batch_size)[self.rank][position]
         return {
-            **collate([self.rows[row] for row in rows], self.pad_id),
+            **self.collated(rows),
             "rows": torch.from_numpy(rows),
             "kinds": torch.from_numpy(self.rows.kind_ids[rows].astype(np.int64)),
             "asks": torch.from_numpy(self.rows.windows[rows] == NO_WINDOW),
             "step": step,
+            "step_rows": len(self.plan.rows(step)),
             "step_target_tokens": self.plan.target_tokens(step),
             "step_micro_batches": self.micro_batches_per_step * self.world_size,
         }
+
+    def collated(self, rows: Rows) -> PaddedRows:
+        """Rows, by their numbers, as tensors; a subclass whose rows are something else makes others of them."""
+        return collate([self.rows[row] for row in rows], self.pad_id)
 
     def count_kinds(self) -> dict[str, int]:
         """Number of rows of each kind in the plan, each counted once."""

@@ -51,12 +51,12 @@ def ensure_folder(folder: Path, fill: Callable[[Path], None], what: str) -> None
     Raises:
         FireflyError: If ``fill`` raises one, or the folder cannot be written.
     """
-    if _is_whole(folder):
+    if is_whole(folder):
         return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_name(f"{folder.name}.lock"), what):
-            if not _is_whole(folder, says=True):
+            if not is_whole(folder, says=True):
                 with whole_folder(folder, durable=False) as partial:
                     fill(partial)
                     entries = {file.name: entry_of(file, durable=False) for file in partial.iterdir()}
@@ -70,8 +70,8 @@ def ensure_folder(folder: Path, fill: Callable[[Path], None], what: str) -> None
         raise FireflyError(f"{folder.parent}: {answer}; {cure}") from error
 
 
-def _is_whole(folder: Path, says: bool = False) -> bool:
-    """Whether a folder is there and undamaged; with ``says``, a line tells what is damaged."""
+def is_whole(folder: Path, says: bool = False) -> bool:
+    """Whether a folder of the cache is there and undamaged; with ``says``, a line tells what is damaged."""
     if not folder.is_dir():
         return False
     try:

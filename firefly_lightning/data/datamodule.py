@@ -62,9 +62,16 @@ class FireflyDataModule(L.LightningDataModule):
         stride: Tokens with which a window of a document longer than ``max_length`` repeats the end of the window before,
             as context that is not learned again.
 
+    Attributes:
+        token_rows: Class of the tokenised rows that are learned or evaluated; that of a subclass may be another.
+        batches: Class of their micro-batches.
+
     Raises:
         FireflyError: If an argument is out of its range.
     """
+
+    token_rows: type[TokenizedRows] = TokenizedRows
+    batches: type[PlannedBatches] = PlannedBatches
 
     def __init__(
         self,
@@ -126,25 +133,45 @@ class FireflyDataModule(L.LightningDataModule):
     def _encoder(self) -> PromptEncoder:
         return PromptEncoder(self.tokenizer, self.prompt)
 
+    def rules(self, answering: bool) -> RowRules:
+        """How rows are read; a subclass that reads others says so here.
+
+        Args:
+            answering: Whether the rows are to be answered, rather than learned.
+        """
+        return RowRules(self.row_format, self.learn, answering, document_per=self.document_per)
+
+    def tokenized(self, files: Sequence[str], answering: bool = False) -> TokenizedRows:
+        """The rows of files as token ids, of the class ``token_rows``, tokenised where the cache lacks them.
+
+        Args:
+            files: Files, globs and names of datasets.
+            answering: Whether the rows are to be answered; they are then instruction rows, and none is cut.
+
+        Raises:
+            FireflyError: If a file cannot be read, or nothing of any row can be learned.
+        """
+        max_length, kind = (WHOLE, TokenizedRows) if answering else (self.max_length, self.token_rows)
+        rules, encoder = self.rules(answering), self._encoder
+        return tokenized_files(files, encoder, max_length, self.too_long, self.cache_dir, rules, self.stride, kind)
+
     def prepare_data(self) -> None:
         """Tokenises what the cache lacks, once per machine, and prints what was kept of every kind."""
-        encoder = self._encoder
         train_files = [source["path"] for source in self.train_sources]
         answered = self._files_to_answer() if getattr(self.trainer, "predicting", False) else []
         needed = [answered] if answered else [train_files, self.val_files, self.test_files]
         find_sources([file for files in needed for file in files])  # a mistyped name is told before rows are read
         for files in needed:
             if files:
-                rank_zero_info(row_summary(self._tokenized(files, encoder, answering=bool(answered))))
+                rank_zero_info(row_summary(self.tokenized(files, answering=bool(answered))))
 
     def setup(self, stage: str) -> None:
         """Maps the token ids, plans the steps and tells the trainer how many micro-batches make a step."""
         self._stage, self._resumed_step = stage, 0
-        encoder = self._encoder
         self.world_size, self.rank = data_parallel_share(self.trainer.strategy if self.trainer else None)
         micro_batch_size = check_shares(self.batch_size, self.world_size, self.micro_batch_size)
         if stage == "predict" and (answered := self._files_to_answer()):
-            rows = self._tokenized(answered, encoder, answering=True)
+            rows = self.tokenized(answered, answering=True)
             self.answered = self._prompted(rows, np.arange(len(rows)), micro_batch_size)
             return
         val_rows = None
@@ -152,14 +179,14 @@ class FireflyDataModule(L.LightningDataModule):
             if not self.train_sources:
                 raise FireflyError("data.train_files: nothing to train on; name at least one file")
             files = [(file, source) for source in self.train_sources for file in find_sources([source["path"]])]
-            train_rows = self._tokenized([file for file, _ in files], encoder)
+            train_rows = self.tokenized([file for file, _ in files])
             taken, held_out = split(
                 train_rows, [source for _, source in files], self.kinds, self.val_fraction, self.seed
             )
             self.train = self._planned(train_rows, taken, self.batch_size, micro_batch_size, shuffle=True)
             val_rows = self._planned(train_rows, held_out, 0, micro_batch_size) if self.val_fraction else None
-        self.val = self._evaluated(self.val_files, encoder, micro_batch_size) or val_rows
-        self.test = self._evaluated(self.test_files, encoder, micro_batch_size) or self.val
+        self.val = self._evaluated(self.val_files, micro_batch_size) or val_rows
+        self.test = self._evaluated(self.test_files, micro_batch_size) or self.val
         if stage == "validate" and not self.val:
             raise FireflyError("data.val_files: nothing to validate on; name a file there, or set data.val_fraction")
         if stage == "predict":
@@ -234,18 +261,13 @@ class FireflyDataModule(L.LightningDataModule):
         for kind, share in self.kinds.items():
             check_share(share, "data.kinds", kind)
 
-    def _tokenized(self, files: Sequence[str], encoder: PromptEncoder, answering: bool = False) -> TokenizedRows:
-        max_length = WHOLE if answering else self.max_length
-        rules = RowRules(self.row_format, self.learn, answering, document_per=self.document_per)
-        return tokenized_files(files, encoder, max_length, self.too_long, self.cache_dir, rules, self.stride)
-
     def _files_to_answer(self) -> list[str]:
         return self.predict_files or self.test_files or self.val_files
 
-    def _evaluated(self, files: Sequence[str], encoder: PromptEncoder, micro_batch_size: int) -> PlannedBatches | None:
+    def _evaluated(self, files: Sequence[str], micro_batch_size: int) -> PlannedBatches | None:
         if not files:
             return None
-        rows = self._tokenized(files, encoder)
+        rows = self.tokenized(files)
         return self._planned(rows, [WeightedRows(np.arange(len(rows)))], 0, micro_batch_size)
 
     def _prompted(self, rows: TokenizedRows, taken: Rows, micro_batch_size: int) -> PlannedBatches:
@@ -253,7 +275,7 @@ class FireflyDataModule(L.LightningDataModule):
         prompts, taken = rows.lengths - rows.target_tokens, taken[rows.windows[taken] == NO_WINDOW]
         if not len(taken):
             raise FireflyError("data.predict_files: nothing to answer among texts; name a file of questions there")
-        return self._planned(rows, [WeightedRows(taken)], 0, micro_batch_size, lengths=prompts)
+        return self._planned(rows, [WeightedRows(taken)], 0, micro_batch_size, prompts, PlannedBatches)
 
     def _planned(
         self,
@@ -261,8 +283,9 @@ class FireflyDataModule(L.LightningDataModule):
         sources: list[WeightedRows],
         batch_size: int,
         micro_batch_size: int,
-        shuffle: bool = False,
         lengths: npt.NDArray[np.int32] | None = None,
+        made: type[PlannedBatches] | None = None,
+        shuffle: bool = False,
     ) -> PlannedBatches:
         lengths = rows.lengths if lengths is None else lengths
         if not shuffle:  # evaluation: each row once, like lengths together, one micro-batch a step and rank
@@ -271,7 +294,8 @@ class FireflyDataModule(L.LightningDataModule):
             taken = taken[: limited_rows(self.trainer, self._stage, len(taken), self.batch_size)]
             sources = [WeightedRows(taken[np.argsort(-lengths[taken], kind="stable")])]
         plan = StepPlan(lengths, rows.target_tokens, sources, batch_size, self.seed, shuffle)
-        return PlannedBatches(rows, plan, micro_batch_size, self.world_size, self.rank, self.tokenizer.pad_token_id)
+        make, pad_id = made or self.batches, self.tokenizer.pad_token_id
+        return make(rows, plan, micro_batch_size, self.world_size, self.rank, pad_id)
 
     def _loader(self, batches: PlannedBatches, **how: Any) -> DataLoader[MicroBatch]:
         return make_loader(batches, self.num_workers, self.pin_memory, **how)

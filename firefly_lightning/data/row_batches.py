@@ -47,13 +47,14 @@ class RowBatches:
     Args:
         encoder: Has the control tokens to put around texts.
         cut: What becomes of long rows.
+        together: Rows of a record, which are kept, left out and counted as one.
 
     Attributes:
         counts: The numbers that ``COUNTED`` names of the rows so far, by kind; kinds in the order of their numbers.
     """
 
-    def __init__(self, encoder: PromptEncoder, cut: Cut) -> None:
-        self._encoder, self._cut = encoder, cut
+    def __init__(self, encoder: PromptEncoder, cut: Cut, together: int = 1) -> None:
+        self._encoder, self._cut, self._together = encoder, cut, together
         self.counts: defaultdict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(COUNTED, 0))
 
     def made_of(self, rows: Sequence[Row], texts: Sequence[Sequence[int]]) -> Iterator[pa.RecordBatch]:
@@ -76,14 +77,14 @@ class RowBatches:
         controls = self._encoder.controls
         whole = join_rows(texts, [len(row.turns) for row in rows], controls, _learned(rows))
         kinds = self._count(rows)
-        longer = whole.lengths > max_length
+        longer = self._of_any(whole.lengths > max_length)
         dropped = longer & (too_long == "drop")
-        cut = cut_rows(whole, max_length, too_long, len(controls.start))
-        taught = cut.target_tokens > 0
-        at = np.flatnonzero(~dropped)
-        self._add("dropped", kinds[dropped])
-        self._add("truncated", kinds[longer & ~dropped])
-        self._add("no_target", kinds[at[~taught]])
+        cut = cut_rows(whole.only(~dropped), max_length, too_long, len(controls.start))
+        taught = ~self._of_any(cut.target_tokens == 0)
+        at, each = np.flatnonzero(~dropped), self._together
+        self._add("dropped", kinds[dropped][::each])
+        self._add("truncated", kinds[longer & ~dropped][::each])
+        self._add("no_target", kinds[at[~taught]][::each])
         kept, at = cut.only(taught), at[taught]
         return self._batch(kept, kinds[at], [rows[index] for index in at.tolist()], np.full(len(at), NO_WINDOW))
 
@@ -100,11 +101,15 @@ class RowBatches:
 
     def _count(self, rows: Sequence[Row]) -> npt.NDArray[np.int32]:
         """(rows,) the number of each row's kind; counts them."""
-        for row in rows:
+        for row in rows[:: self._together]:
             self.counts[row.kind]["rows"] += 1
             self.counts[row.kind]["unanswered"] += row.unanswered
         numbers = {kind: number for number, kind in enumerate(self.counts)}
         return np.array([numbers[row.kind] for row in rows], np.int32)
+
+    def _of_any(self, flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """(rows,) whether it is true of any row of the same record."""
+        return np.repeat(flags.reshape(-1, self._together).any(1), self._together)
 
     def _add(
         self, name: str, kinds: npt.NDArray[np.int32], amounts: npt.NDArray[np.integer] | None = None

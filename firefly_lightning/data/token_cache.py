@@ -37,7 +37,7 @@ from firefly_lightning.data.sources import row_forms as rows_module
 from firefly_lightning.data.sources import row_texts as row_texts_module
 from firefly_lightning.data.sources import text_files as text_files_module
 from firefly_lightning.data.sources.records import is_file, load_hub_dataset
-from firefly_lightning.data.sources.row_forms import Row, RowFormat, RowReader, RowRules
+from firefly_lightning.data.sources.row_forms import ReadRecord, Row, RowFormat, RowReader, RowRules
 from firefly_lightning.data.sources.text_files import format_of
 from firefly_lightning.data.tokenized_rows import REPORT_FILE, ROWS_FILE
 from firefly_lightning.errors import FireflyError, describe_os_error
@@ -102,16 +102,17 @@ def tokenize(
 
 
 def _key(source: str, encoder: PromptEncoder, cut: Cut, rules: RowRules) -> str:
-    row_format, *how = rules
+    functions = [one for one in (rules.row_format, rules.read) if one]
+    how = list(rules._replace(row_format=None, read=None))
     settings = json.dumps([vars(encoder.prompt), *cut, how], sort_keys=True)
     parts = [settings, encoder.backend.to_str(), _hash_content(source), _hash_files(_CODE)]
-    if row_format:
-        parts += [getattr(row_format, "__qualname__", ""), _hash_files([_file_of(row_format)])]
+    for function in functions:
+        parts += [getattr(function, "__qualname__", ""), _hash_files([_file_of(function)])]
     return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
 
 
-def _file_of(row_format: RowFormat) -> str:
-    """The source file of a row format; when it changes, token ids are made anew."""
+def _file_of(row_format: RowFormat | ReadRecord) -> str:
+    """The source file of a function that reads rows; when it changes, token ids are made anew."""
     file = inspect.getsourcefile(row_format) if inspect.isfunction(row_format) else None
     if file is None or not Path(file).is_file():
         raise FireflyError(
@@ -159,11 +160,11 @@ def _hash_files(paths: Sequence[str]) -> str:
 
 
 def _write(path: Path, source: str, encoder: PromptEncoder, cut: Cut, rules: RowRules) -> dict[str, Any]:
-    batches = RowBatches(encoder, cut)
+    batches = RowBatches(encoder, cut, rules.together)
     reader = RowReader(source, rules)
     progress = tqdm(reader, desc=f"tokenising {Path(source).name}", unit=" rows", delay=2)
     with _no_garbage_collection(), pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-        for rows, texts in _encode_ahead(_chunks(progress, ROWS_PER_BATCH), encoder):
+        for rows, texts in _encode_ahead(_chunks(progress, rules.together), encoder):
             for batch in batches.made_of(rows, texts):
                 writer.write_batch(batch)
     left = {"unused": reader.unused, "faults": reader.faults}
@@ -200,16 +201,17 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+def _chunks(rows: Iterable[Row], together: int) -> Iterator[list[Row]]:
     stream = iter(rows)  # made once, since a progress bar that is iterated anew for every chunk ends with the second
-    while chunk := list(_at_most(stream, size)):
+    while chunk := list(_at_most(stream, together)):
         yield chunk
 
 
-def _at_most(rows: Iterator[Row], size: int) -> Iterator[Row]:
+def _at_most(rows: Iterator[Row], together: int) -> Iterator[Row]:
+    """The rows of a batch; those of one record are not parted."""
     characters = 0
-    for row in itertools.islice(rows, size):
+    for count, row in enumerate(itertools.islice(rows, ROWS_PER_BATCH // together * together), 1):
         yield row
         characters += sum(len(text) for turn in row.turns for text in turn)
-        if characters > CHARACTERS_PER_BATCH:
+        if characters > CHARACTERS_PER_BATCH and count % together == 0:
             return

@@ -20,6 +20,7 @@ def tokenized_files(
     cache_dir: Path,
     rules: RowRules,
     stride: int = 1,
+    kind: type[TokenizedRows] = TokenizedRows,
 ) -> TokenizedRows:
     """The rows of files, tokenised where the cache lacks them.
 
@@ -31,13 +32,14 @@ def tokenized_files(
         cache_dir: The folder of all cache folders.
         rules: How rows are read.
         stride: Tokens that two windows of a longer document share.
+        kind: Class of the result.
 
     Raises:
         FireflyError: If a file cannot be read, or nothing of any row can be learned.
     """
     sources = find_sources(files)
     folders = [tokenize(one, encoder, max_length, too_long, cache_dir, rules, stride) for one in sources]
-    rows = TokenizedRows(folders, sources)
+    rows = kind(folders, sources)
     if len(rows):
         return rows
     names, lost = ", ".join(sources), sum(of["no_target"] for counts in rows.counts for of in counts.values())

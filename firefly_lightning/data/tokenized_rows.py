@@ -80,7 +80,15 @@ class TokenizedRows:
         return int(self._starts[-1])
 
     def __getitem__(self, row: int) -> TokenizedRow:
-        batch, index = self._locate(row)
+        return self.stored(self.place(row))
+
+    def place(self, row: int) -> int:
+        """Which of the stored rows a row is; a subclass may keep several together as one."""
+        return row
+
+    def stored(self, place: int) -> TokenizedRow:
+        """One of the rows that the folders hold, counted through all of them."""
+        batch, index = self._locate(place)
         ids, mask = batch.column("input_ids"), batch.column("target_mask")
         first, last = ids.offsets[index].as_py(), ids.offsets[index + 1].as_py()
         return TokenizedRow(_numbers(ids.values[first:last]), _booleans(mask.values[first:last]))
@@ -91,7 +99,7 @@ class TokenizedRows:
 
     def describe(self, row: int) -> str:
         """Where a row came from: source, line and kind."""
-        batch, index = self._locate(row)
+        batch, index = self._locate(self.place(row))
         source = self.names[int(np.searchsorted(self.ends, row, side="right"))]
         window = f", window {self.windows[row] + 1}" if self.windows[row] > 0 else ""
         return f"{source}:{batch.column('number')[index].as_py()} ({self.kinds[self.kind_ids[row]]}{window})"

@@ -7,6 +7,7 @@ is imported only where a run asks for an adapter.
 import json
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,6 +154,22 @@ def put(bloom: BloomForCausalLM, config: Any, seed: int = 0) -> None:
             inject_adapter_in_model(deepcopy(config), bloom)
     except Exception as error:  # of many types, by the method
         raise FireflyError(f"model.adapter: peft cannot put it into a Bloom ({reason(error)})") from error
+
+
+@contextmanager
+def without_adapter(bloom: BloomForCausalLM) -> Iterator[None]:
+    """Has a model compute what its base does, while the context lasts; nothing that trains changes.
+
+    peft's own way would also freeze the adapter's weights and free them again, which engines watch.
+    """
+    switched = [module for module in bloom.modules() if getattr(module, "_disable_adapters", None) is False]
+    for module in switched:
+        vars(module)["_disable_adapters"] = True
+    try:
+        yield
+    finally:
+        for module in switched:
+            vars(module)["_disable_adapters"] = False
 
 
 def fields_of(config: Any) -> dict[str, Any]:

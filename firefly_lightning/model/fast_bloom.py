@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +30,39 @@ from firefly_lightning.model.loss import (
     computing_dtype,
     embed_tied,
     fused_target_cross_entropy,
+    fused_target_log_probs,
     target_cross_entropy,
+    target_log_probs,
     target_scores,
 )
 from firefly_lightning.model.low_rank import apply
+
+
+class Packing(Protocol):
+    """Tokens that are computed one after another without padding, and which of them attend to which."""
+
+    @property
+    def positions(self) -> Tensor:
+        """(tokens,) place of each token in padded, flattened rows (rows · length)."""
+
+    @property
+    def targets(self) -> Tensor:
+        """(targets,) which of the tokens are followed by a learned token; one may be named twice."""
+
+    def one_by_one(
+        self, split: Tensor, bias: "AlibiBias", scores: "Scores", kept: torch.dtype | None
+    ) -> Sequence[Tensor]:
+        """The contexts of all tokens in order, each part (1, heads, its tokens, head_dim), by a call or two for a row.
+
+        Args:
+            split: (tokens, heads, 3, head_dim) queries, keys and values.
+            bias: What ALiBi and causality add to the scores.
+            scores: Computes attention.
+            kept: The narrower type in which autograd keeps queries, keys and values; None for their own.
+        """
+
+    def padded(self, split: Tensor, bias: "AlibiBias", scores: "Scores") -> Sequence[Tensor]:
+        """One context of padded rows, (rows, heads, length, head_dim), by one call; arguments as above."""
 
 
 class PackedRows(NamedTuple):
@@ -48,6 +77,16 @@ class PackedRows(NamedTuple):
     lengths: list[int]
     positions: Tensor
     targets: Tensor
+
+    def one_by_one(
+        self, split: Tensor, bias: "AlibiBias", scores: "Scores", kept: torch.dtype | None
+    ) -> Sequence[Tensor]:
+        """See :class:`Packing`."""
+        return _attend_row_by_row(split, self.lengths, bias, scores, kept)
+
+    def padded(self, split: Tensor, bias: "AlibiBias", scores: "Scores") -> Sequence[Tensor]:
+        """See :class:`Packing`."""
+        return _attend_padded(split, self, bias, scores)
 
 
 class Keeping(NamedTuple):
@@ -74,6 +113,9 @@ Attended = tuple[Any, Callable[[Any], Tensor]]
 
 Attend = Callable[[Any, Tensor], Attended]
 """Computes attention from the module and its fused queries, keys and values, (tokens, heads · 3 · head_dim)."""
+
+Scores = Callable[..., Tensor]
+"""PyTorch's fused attention with the settings of a module: of query, key, value and ``attn_mask``."""
 
 ENGINES = ("torch.distributed", "deepspeed", "colossalai", "accelerate")
 """Packages whose hooks on a module do not look at attention weights."""
@@ -120,17 +162,30 @@ class FastBloom:
 
     def target_loss(self, batch: MicroBatch) -> Tensor:
         """Summed negative log-likelihood of a micro-batch's targets, a scalar in float32."""
-        hidden, weight = self._hidden_and_head(batch)
+        hidden, weight = self._hidden_and_head(*_packed(batch))
         if weight is None:
             return target_cross_entropy(hidden, self._model.lm_head, batch["target_ids"])
         return fused_target_cross_entropy(hidden, weight, batch["target_ids"])
 
     def target_scores(self, batch: MicroBatch) -> TargetScores:
         """How each target of a micro-batch was predicted, without gradients."""
-        hidden, weight = self._hidden_and_head(batch)
+        hidden, weight = self._hidden_and_head(*_packed(batch))
         if weight is None:
             return target_scores(hidden, self._model.lm_head, batch["target_ids"])
         return chunked_target_scores(hidden, weight, batch["target_ids"])
+
+    def target_log_probs(self, batch: MicroBatch, packed: tuple[Tensor, Packing] | None = None) -> Tensor:
+        """Log-probability of each target of a micro-batch, (targets,) in float32, with gradients.
+
+        Args:
+            batch: The micro-batch.
+            packed: (tokens,) ids of the tokens to compute and how they lie, with targets in the order of the
+                micro-batch's; its rows one after another by default.
+        """
+        hidden, weight = self._hidden_and_head(*(packed or _packed(batch)))
+        if weight is None:
+            return target_log_probs(hidden, self._model.lm_head, batch["target_ids"])
+        return fused_target_log_probs(hidden, weight, batch["target_ids"])
 
     @property
     def heads(self) -> int:
@@ -156,11 +211,8 @@ class FastBloom:
         logits: Tensor = self._model.lm_head(hidden)
         return logits
 
-    def _hidden_and_head(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+    def _hidden_and_head(self, input_ids: Tensor, rows: Packing) -> tuple[Tensor, Tensor | None]:
         """Last hidden states, (targets, hidden_size), and the head's weight; None if the head must be called."""
-        positions = batch["token_positions"]
-        input_ids = batch["input_ids"].flatten().index_select(0, positions)
-        rows = PackedRows(batch["lengths"], positions, batch["packed_targets"])
         embedding, head = self._model.transformer.word_embeddings, self._model.lm_head
         if not (self._whole_weights and type(embedding) is nn.Embedding and type(head) is nn.Linear):
             return self._hidden(embedding(input_ids), rows), None
@@ -170,7 +222,7 @@ class FastBloom:
             embedded, weight = embedding(input_ids), head.weight
         return self._hidden(embedded, rows), weight
 
-    def _hidden(self, embedded: Tensor, rows: PackedRows) -> Tensor:
+    def _hidden(self, embedded: Tensor, rows: Packing) -> Tensor:
         """Last hidden states, (targets, hidden_size), computed from word embeddings, (tokens, hidden_size)."""
         transformer = self._model.transformer
         recomputed = bool(getattr(transformer, "gradient_checkpointing", False)) and transformer.training
@@ -190,6 +242,13 @@ class FastBloom:
             hidden = block(hidden, attend=attend, only=taken, keeping=keeping, recompute=recompute)
         output: Tensor = transformer.ln_f(hidden)
         return output
+
+
+def _packed(batch: MicroBatch) -> tuple[Tensor, Packing]:
+    """The tokens of a micro-batch's rows, one row after another."""
+    positions = batch["token_positions"]
+    input_ids = batch["input_ids"].flatten().index_select(0, positions)
+    return input_ids, PackedRows(batch["lengths"], positions, batch["packed_targets"])
 
 
 def _recomputes(block: nn.Module) -> bool:
@@ -366,7 +425,7 @@ def _dropout(block: Any, hidden: Tensor) -> Tensor:
     return F.dropout(hidden, rate) if block.training and rate else hidden
 
 
-def _attend(attention: Any, fused: Tensor, rows: PackedRows, bias: AlibiBias, spares: bool) -> Attended:
+def _attend(attention: Any, fused: Tensor, rows: Packing, bias: AlibiBias, spares: bool) -> Attended:
     """Attention within packed rows."""
     split = fused.view(len(fused), -1, 3, attention.head_dim)
     dropout = attention.attention_dropout.p if attention.training else 0.0
@@ -374,13 +433,13 @@ def _attend(attention: Any, fused: Tensor, rows: PackedRows, bias: AlibiBias, sp
     if fused.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
             # The gradient of the fused kernel is slower in bfloat16 than in float32 on processors.
-            contexts = _attend_row_by_row(split.float(), rows.lengths, bias, scores, fused.dtype if spares else None)
+            contexts = rows.one_by_one(split.float(), bias, scores, fused.dtype if spares else None)
         return contexts, partial(_join_rows, dtype=fused.dtype)
-    return _attend_padded(split, rows, bias, scores), partial(_join_padded, positions=rows.positions)
+    return rows.padded(split, bias, scores), partial(_join_padded, positions=rows.positions)
 
 
 def _attend_row_by_row(
-    split: Tensor, lengths: list[int], bias: AlibiBias, scores: Any, kept: torch.dtype | None
+    split: Tensor, lengths: list[int], bias: AlibiBias, scores: Scores, kept: torch.dtype | None
 ) -> list[Tensor]:
     """The context of each row, by a call for each: on a CPU a call costs little, and padding much.
 
@@ -389,12 +448,12 @@ def _attend_row_by_row(
     contexts = []
     for row, length in zip(torch.split(split, lengths), lengths, strict=True):
         query, key, value = row.permute(2, 1, 0, 3).unsqueeze(1).unbind()  # each (1, heads, length, head_dim)
-        with _kept_as(kept, query, key, value):
+        with kept_as(kept, query, key, value):
             contexts.append(scores(query, key, value, attn_mask=bias(length, query)))
     return contexts
 
 
-def _kept_as(dtype: torch.dtype | None, *tensors: Tensor) -> AbstractContextManager[Any]:
+def kept_as(dtype: torch.dtype | None, *tensors: Tensor) -> AbstractContextManager[Any]:
     """Lets autograd keep float32 tensors in the narrower type that their values come from."""
     if dtype in (None, torch.float32):
         return nullcontext()
@@ -406,7 +465,7 @@ def _join_rows(contexts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat([context[0].transpose(0, 1).flatten(1) for context in contexts]).to(dtype)
 
 
-def _attend_padded(split: Tensor, rows: PackedRows, bias: AlibiBias, scores: Any) -> list[Tensor]:
+def _attend_padded(split: Tensor, rows: PackedRows, bias: AlibiBias, scores: Scores) -> list[Tensor]:
     """The contexts of all rows by one call, as is fastest on a GPU.
 
     Padding follows the last token of a row, so that no query of the row sees it.

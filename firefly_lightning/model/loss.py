@@ -1,4 +1,4 @@
-"""The loss: cross-entropy on target tokens, and on nothing else."""
+"""The loss: cross-entropy on target tokens, and on nothing else; and log-probabilities of them, with gradients."""
 
 from typing import Any, NamedTuple
 
@@ -88,6 +88,45 @@ def fused_target_cross_entropy(hidden: Tensor, weight: Tensor, target_ids: Tenso
     return loss
 
 
+def target_log_probs(hidden: Tensor, head: nn.Module, target_ids: Tensor) -> Tensor:
+    """Log-probability of each target, by calling the head as a module.
+
+    This plain function defines what :func:`fused_target_log_probs` computes.
+
+    Args:
+        hidden: (targets, hidden_size) last hidden states where a target comes next.
+        head: Module that maps hidden_size to the vocabulary.
+        target_ids: (targets,) token ids of the targets.
+
+    Returns:
+        (targets,) in nats, in float32; in float64 where the logits are.
+    """
+    scores = F.log_softmax(at_least_float32(head(hidden)), -1)
+    return scores.gather(1, target_ids[:, None])[:, 0]
+
+
+def fused_target_log_probs(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
+    """:func:`target_log_probs` in little memory, for a head that is a weight alone.
+
+    Logits exist for one chunk of targets at a time. The gradient of ``hidden`` is computed right after them, for a
+    coefficient of 1, by which the backward pass scales it; logits are computed a second time only for the gradient of a
+    head that learns, since that is a sum over targets whose coefficients are not known before.
+
+    Args:
+        hidden: (targets, hidden_size) last hidden states where a target comes next.
+        weight: (vocabulary, hidden_size) weight of the head, which this process holds as a whole.
+        target_ids: (targets,) token ids of the targets.
+    """
+    dtype = computing_dtype(hidden)
+    found: Tensor = _FusedTargetLogProbs.apply(hidden, weight, target_ids, dtype)  # type: ignore[no-untyped-call]
+    return found
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Values in float32 where their own type is narrower."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def chunked_target_scores(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> TargetScores:
     """:func:`target_scores` in little memory and without gradients, for a head that is a weight alone."""
     dtype = computing_dtype(hidden)
@@ -173,6 +212,56 @@ class _FusedTargetCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         scaled = None if d_hidden is None else d_hidden * scale
         return scaled, None if d_weight is None else d_weight.mul_(scale), None, None
+
+
+class _FusedTargetLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        learns_hidden, learns_weight = ctx.needs_input_grad[:2]
+        inputs, head = hidden.to(dtype), weight.to(dtype)
+        found = hidden.new_empty(len(hidden), dtype=torch.promote_types(dtype, torch.float32))
+        d_hidden = torch.empty_like(inputs) if learns_hidden else None
+        chunk = chunk_size(len(weight), weight.device.type)
+        for start in range(0, len(inputs), chunk):
+            part, ids = inputs[start : start + chunk], target_ids[start : start + chunk, None]
+            scores = F.log_softmax(at_least_float32(part @ head.t()), -1)
+            found[start : start + chunk] = scores.gather(1, ids)[:, 0]
+            if d_hidden is not None:
+                d_logits = _of_one(scores, ids).to(dtype)
+                del scores  # or they would be in memory together with the product and the next scores
+                torch.mm(d_logits, head, out=d_hidden[start : start + chunk])
+                del d_logits
+            else:
+                del scores
+        of_weight = (hidden, weight, target_ids) if learns_weight else (None, None, None)
+        ctx.save_for_backward(None if d_hidden is None else d_hidden.to(hidden.dtype), *of_weight)
+        ctx.dtype = dtype
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, coefficients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        d_hidden, hidden, weight, target_ids = ctx.saved_tensors
+        scaled = None if d_hidden is None else (d_hidden * coefficients[:, None]).to(d_hidden.dtype)
+        if weight is None:
+            return scaled, None, None, None
+        inputs, head = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+        # The sum is at least in float32: in half precision it would lose small products.
+        d_weight = torch.zeros_like(weight, dtype=torch.promote_types(ctx.dtype, torch.float32))
+        chunk = chunk_size(len(weight), weight.device.type)
+        for start in range(0, len(inputs), chunk):
+            part, ids = inputs[start : start + chunk], target_ids[start : start + chunk, None]
+            scores = F.log_softmax(at_least_float32(part @ head.t()), -1)
+            d_logits = _of_one(scores, ids).mul_(coefficients[start : start + chunk, None]).to(ctx.dtype)
+            del scores
+            _add_product(d_weight, d_logits.t(), part)
+            del d_logits
+        return scaled, d_weight.to(weight.dtype), None, None
+
+
+def _of_one(scores: Tensor, ids: Tensor) -> Tensor:
+    """Gradient of the logits of each target for the target's log-probability; ``scores`` are overwritten."""
+    return scores.exp_().neg_().scatter_add_(1, ids, scores.new_ones((1, 1)).expand_as(ids))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

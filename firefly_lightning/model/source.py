@@ -49,7 +49,7 @@ class ModelSource:
     """
 
     def __init__(self, path: str, from_scratch: bool, adapter: Any, quantize: Quantize | None) -> None:
-        self.path, self._from_scratch, self.quantize = path, from_scratch, quantize
+        self.path, self.from_scratch, self.quantize = path, from_scratch, quantize
         self.adapter = as_config(adapter)
         if self.adapter is None and quantize:
             raise FireflyError(
@@ -67,7 +67,7 @@ class ModelSource:
         Raises:
             FireflyError: If the folder holds no whole Bloom, or the adapter does not fit it.
         """
-        config = check_model(self.path, self._from_scratch)
+        config = check_model(self.path, self.from_scratch)
         if self.adapter is not None:
             if base_of(self.path):
                 raise FireflyError(
@@ -86,7 +86,7 @@ class ModelSource:
         Raises:
             FireflyError: If the model cannot be loaded.
         """
-        if self._from_scratch:
+        if self.from_scratch:
             return random_bloom(load_config(self.path), dtype)
         return load_bloom(self.path, dtype, self.quantize, compute_dtype)
 

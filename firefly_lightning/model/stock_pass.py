@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from firefly_lightning.data.batches import MicroBatch
-from firefly_lightning.model.loss import TargetScores, target_cross_entropy, target_scores
+from firefly_lightning.model.loss import TargetScores, target_cross_entropy, target_log_probs, target_scores
 
 
 class StockPass:
@@ -26,6 +26,10 @@ class StockPass:
     def target_scores(self, batch: MicroBatch) -> TargetScores:
         """How each target of a micro-batch was predicted, without gradients."""
         return target_scores(self._at_targets(batch), self._module.model.lm_head, batch["target_ids"])
+
+    def target_log_probs(self, batch: MicroBatch) -> Tensor:
+        """Log-probability of each target of a micro-batch, (targets,) in float32, with gradients."""
+        return target_log_probs(self._at_targets(batch), self._module.model.lm_head, batch["target_ids"])
 
     def _at_targets(self, batch: MicroBatch) -> Tensor:
         hidden: Tensor = self._module(batch["input_ids"], batch["attention_mask"]).flatten(0, 1)

@@ -1,6 +1,7 @@
 """Watches the optimizer steps of a training: logs them, and ends the run before a bad step does harm."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -29,6 +30,7 @@ class StepGuard:
 
     def __init__(self) -> None:
         self._losses: list[Tensor] = []
+        self._figures: list[Mapping[str, Tensor]] = []
         self._step, self._loss = 0, 0.0
         self._released: ReleasedGradients | None = None
 
@@ -42,17 +44,19 @@ class StepGuard:
             self._released.stop()
         self._released = ReleasedGradients(optimizer)
 
-    def add(self, module: L.LightningModule, loss: Tensor) -> None:
+    def add(self, module: L.LightningModule, loss: Tensor, figures: Mapping[str, Tensor] | None = None) -> None:
         """Notes the loss of a micro-batch.
 
         Args:
             module: The module that trains.
             loss: Scaled so that the mean of all micro-batches of all ranks is the loss of the step.
+            figures: Further numbers by name, scaled in the same way; that of the step is logged as ``train_NAME``.
 
         Raises:
             FireflyError: If the loss is not finite and its backward pass would touch the weights.
         """
         self._losses.append(loss.detach())
+        self._figures.append(figures or {})
         if self._released:
             self._step, self._loss = module.global_step, float(loss.detach())
             self._check(module, grad_norm=0.0, weights=_BEFORE)
@@ -60,6 +64,7 @@ class StepGuard:
     def forget(self) -> None:
         """Forgets the losses of a step that was begun and will not be finished."""
         self._losses.clear()
+        self._figures.clear()
 
     def before_step(self, module: L.LightningModule, optimizer: Optimizer) -> None:
         """Logs the loss of the step, the learning rate and, where it is known, the gradient's norm before clipping.
@@ -76,10 +81,15 @@ class StepGuard:
         strategy = trainer.strategy
         if strategy.handles_gradient_accumulation and len(self._losses) < trainer.accumulate_grad_batches:
             return  # Lightning asks such an engine to step after each micro-batch; it knows which is last
-        loss = strategy.reduce(torch.stack(self._losses).mean(), reduce_op="mean")
-        self._losses.clear()
+        names = [*self._figures[0]]
+        gathered = [self._losses, *([one[name] for one in self._figures] for name in names)]
+        means = strategy.reduce(torch.stack([torch.stack(one).mean() for one in gathered]), reduce_op="mean")
+        loss, *figures = means.unbind()
+        self.forget()
         self._step, self._loss = module.global_step, float(loss.detach())
         module.log("train_loss", loss, prog_bar=True)
+        for name, figure in zip(names, figures, strict=True):
+            module.log(f"train_{name}", figure)
         module.log("lr", torch.tensor(float(optimizer.param_groups[0]["lr"]), dtype=torch.float64))
         if hooks_of(strategy).norm_follows_step:
             self._check(module, grad_norm=0.0, weights=_BEFORE)

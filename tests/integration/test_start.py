@@ -27,6 +27,7 @@ ORDER = [
     ["checkpoints", "data"],
     ["preparation", "pruning", "model", "evaluation", "strategies"],
     ["module", "chat"],
+    ["preference"],
     ["callbacks"],
     ["cli_errors"],
     ["cli"],

@@ -89,7 +89,7 @@ def lean(args: Sequence[str]) -> Iterator[None]:
     with (
         mock.patch.object(throughput, "measure_peak", return_value=1e11),
         mock.patch.object(errors, "_parent_ends", return_value=False),
-        mock.patch.multiple(report, draw_losses=mock.DEFAULT, draw_kinds=mock.DEFAULT),
+        mock.patch.multiple(report, draw_losses=mock.DEFAULT, draw_kinds=mock.DEFAULT, draw_pairs=mock.DEFAULT),
         mock.patch.object(cli.FireflyCLI, "subcommands", return_value=own),
         mock.patch.object(cli.FireflyCLI, "_setup_parser_kwargs", return_value=({}, {})),  # texts of others
         mock.patch.object(cli.FireflyCLI, "_prepare_subcommand_parser", _parser_of),

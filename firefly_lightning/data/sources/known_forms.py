@@ -145,15 +145,15 @@ def _firefly_turns(fields: Mapping[str, Any]) -> Said:
     while len(pieces) > 2 and not pieces[-1].strip():
         pieces.pop()  # a closing </s> written out, or nothing after it
     question = pieces.pop() if len(pieces) % 2 else None
-    return Said((*_history(fields), *zip(pieces[0::2], pieces[1::2], strict=True)), (), question)
+    return Said((*earlier_turns(fields), *zip(pieces[0::2], pieces[1::2], strict=True)), (), question)
 
 
 def _belle_turns(fields: Mapping[str, Any]) -> Said:
     parts = [text_of(fields, "instruction"), "" if fields.get("input") is None else text_of(fields, "input")]
-    return Said((*_history(fields), ("\n".join(filter(None, parts)), text_of(fields, "output"))))
+    return Said((*earlier_turns(fields), ("\n".join(filter(None, parts)), text_of(fields, "output"))))
 
 
-def _history(fields: Mapping[str, Any]) -> Iterator[Turn]:
+def earlier_turns(fields: Mapping[str, Any]) -> Iterator[Turn]:
     """Earlier turns of a row: a list of [question, answer]; null and an empty text, as of a table, mean none."""
     history = fields.get("history")
     if not history and (history is None or history == "" or history == []):

@@ -53,6 +53,22 @@ class Row(NamedTuple):
         return xxhash.xxh3_64_intdigest(text.encode())
 
 
+class Record(NamedTuple):
+    """The rows of one record, where a user of this package reads records that hold several.
+
+    Attributes:
+        rows: The rows.
+        unused: Names of the fields that hold text and are not read.
+    """
+
+    rows: tuple[Row, ...]
+    unused: tuple[str, ...] = ()
+
+
+ReadRecord = Callable[[Mapping[str, Any], int], Record | None]
+"""Gives the rows of a record from its fields and its number, or None where it is in one of the known forms."""
+
+
 class Reading(NamedTuple):
     """What a record says, whatever is wrong with it.
 
@@ -80,6 +96,8 @@ class RowRules(NamedTuple):
         counting_faults: Whether a row that cannot be learned is counted and passed over, rather than refused; a source
             that begins with a row in no form is refused all the same, as it holds something else.
         document_per: What of a ``.txt`` file is a document.
+        read: Function that is asked for the rows of every record, in the place of ``row_format`` and the known forms.
+        together: Rows of a record, which are kept, left out and counted as one; ``read`` gives so many.
     """
 
     row_format: RowFormat | None = None
@@ -87,6 +105,8 @@ class RowRules(NamedTuple):
     answering: bool = False
     counting_faults: bool = False
     document_per: DocumentPer = "line"
+    read: ReadRecord | None = None
+    together: int = 1
 
 
 class RowReader:
@@ -120,16 +140,23 @@ class RowReader:
         number, begun = 0, False
         for number, fields in read_records(self.source, self.rules.document_per):
             try:
-                row = self._read(fields, number)
+                rows = self._rows(fields, number)
             except BadRowError as error:
                 if not self.rules.counting_faults or (error.fault == "no form" and not begun):
                     raise FireflyError(f"{self.source}:{number}{error.place}: {error}") from error
                 self.faults[error.fault] += 1
             else:
-                yield row
+                yield from rows
             begun = True
         if not number:
             raise FireflyError(f"{self.source}: has no rows; remove it from the list or fill it")
+
+    def _rows(self, fields: Mapping[str, Any], number: int) -> Sequence[Row]:
+        record = self.rules.read(fields, number) if self.rules.read else None
+        if record is None:
+            return [self._read(fields, number)]
+        self.unused.update(record.unused)
+        return record.rows
 
     def _read(self, fields: Mapping[str, Any], number: int) -> Row:
         own = self.rules.row_format and _read_own(self.rules.row_format, fields)

@@ -1,0 +1,1 @@
+"""Preference tuning: a model learns which of two answers to a prompt is better, by DPO or IPO."""
