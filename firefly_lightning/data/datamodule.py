@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from firefly_lightning.data.batches import MicroBatch, PlanLoader, PlannedBatches, data_parallel_share, make_loader
 from firefly_lightning.data.counts_table import row_summary
 from firefly_lightning.data.limits import count_steps, limited_rows
-from firefly_lightning.data.mixing import Share, Source, check_share, split
+from firefly_lightning.data.mixing import Share, Source, as_source, check_share, listed, split
 from firefly_lightning.data.plan import Rows, StepPlan, WeightedRows, check_shares
 from firefly_lightning.data.prompt_choice import choose_format
 from firefly_lightning.data.row_arrays import TooLong
@@ -98,9 +98,9 @@ class FireflyDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.tokenizer_path = tokenizer
-        self.train_sources = [_as_source(item) for item in _listed(train_files)]
+        self.train_sources = [as_source(item) for item in listed(train_files)]
         self.kinds = dict(kinds or {})
-        self.val_files, self.test_files, self.predict_files = map(_listed, (val_files, test_files, predict_files))
+        self.val_files, self.test_files, self.predict_files = map(listed, (val_files, test_files, predict_files))
         self.val_fraction = val_fraction
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.max_length = max_length
@@ -299,11 +299,3 @@ class FireflyDataModule(L.LightningDataModule):
 
     def _loader(self, batches: PlannedBatches, **how: Any) -> DataLoader[MicroBatch]:
         return make_loader(batches, self.num_workers, self.pin_memory, **how)
-
-
-def _as_source(source: str | Source) -> Source:
-    return {"path": source} if isinstance(source, str) else source
-
-
-def _listed(files: Any) -> list[Any]:
-    return [files] if isinstance(files, str) else list(files or [])

@@ -47,6 +47,16 @@ class Source(_Path, Share, total=False):
     # No dataclass, since jsonargparse would then take the file of rows for a configuration and read it.
 
 
+def as_source(source: str | Source) -> Source:
+    """A source as a user may write it, plain or with its share."""
+    return {"path": source} if isinstance(source, str) else source
+
+
+def listed(files: Any) -> list[Any]:
+    """What a user may write as one or as a list of them, or leave out, as a list."""
+    return [files] if isinstance(files, str) else list(files or [])
+
+
 def check_share(share: Mapping[str, Any], key: str, name: str) -> None:
     """Checks the share that a user wrote for a source or a kind.
 

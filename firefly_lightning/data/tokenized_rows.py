@@ -14,7 +14,7 @@ REPORT_FILE = "report.json"
 was not read: by the name of a field, in how many rows it held text, and by fault, how many rows were passed over."""
 
 ROWS_FILE = "rows.arrow"
-"""File of a cache folder: the rows, in batches whose schema :mod:`firefly_lightning.data.token_cache` defines."""
+"""File of a cache folder: the rows, in batches whose schema :mod:`firefly_lightning.data.row_batches` defines."""
 
 Counts = dict[str, dict[str, int]]
 """The numbers that ``COUNTED`` names, for each kind: rows read, windows of documents, rows cut, left out or without a last
