@@ -109,8 +109,7 @@ class FireflyDataModule(L.LightningDataModule):
         self.checkpoint: str | None = None  # that the run begins with; it is told before the format is asked for
         self.seed, self.row_format = seed, row_format
         self.learn: Learn = learn
-        self.document_per: DocumentPer = document_per
-        self.stride = stride
+        self.document_per, self.stride = document_per, stride
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.train: PlannedBatches = None  # type: ignore[assignment]  # until it is set up to train
