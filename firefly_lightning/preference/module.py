@@ -16,6 +16,7 @@ from firefly_lightning.module import FireflyModule, Summed
 from firefly_lightning.preference.metrics import PairTotals
 from firefly_lightning.preference.objective import (
     AnswerLogProbs,
+    PairScores,
     PreferenceLoss,
     answer_log_probs,
     figures_of,
@@ -114,6 +115,15 @@ class PreferenceModule(FireflyModule):
             found = forward.target_log_probs(batch)
         return answer_log_probs(found, batch["target_rows"], len(batch["rows"]))
 
+    def scores(self, policy: AnswerLogProbs, reference: Tensor) -> PairScores:
+        """Losses and rewards of pairs; a subclass with another loss has its own.
+
+        Args:
+            policy: Log-probabilities under the model that learns.
+            reference: (pairs, 2) sums of log-probabilities under the reference.
+        """
+        return pair_scores(policy, reference, self.loss, self.beta, self.label_smoothing)
+
     def on_fit_start(self) -> None:
         """Has the reference's log-probabilities computed, unless the run goes on from a checkpoint that has them."""
         super().on_fit_start()
@@ -168,7 +178,7 @@ class PreferenceModule(FireflyModule):
             raise FireflyError("data: the loaders have no pairs; take those of firefly_lightning.PreferenceDataModule")
         policy = self.log_probs(batch)
         reference = self.reference.of(planned.rows, batch["rows"])
-        scores = pair_scores(policy, reference, self.loss, self.beta, self.label_smoothing)
+        scores = self.scores(policy, reference)
         return scores.losses, figures_of(policy, scores)
 
     def _ensure(self, *parts: str, resumed: bool = False) -> None:

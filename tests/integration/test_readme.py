@@ -23,6 +23,7 @@ from firefly_lightning.data.sources.row_forms import read_rows
 from tests.conftest import write_rows
 from tests.support.helpers import ROOT, forked, logged, run, run_forked
 from tests.support.llama import llama_folder
+from tests.support.pair_runs import made_pairs
 from tests.support.ranks import run_rank
 from tests.support.readme import NOT_HERE, READMES, Block, commands, pages, read_blocks, write_file
 
@@ -48,6 +49,7 @@ def full_box(box, model_folder, reviews, monkeypatch):
     shutil.copytree(ROOT / "configs", box / "configs")
     weather = [{"weather": name, "advice": f"{name}天要小心。"} for name in ("下雨", "下雪", "刮风", "炎热")]
     write_rows(box / "raw" / "weather.jsonl", weather)
+    write_rows(box / "raw" / "pairs.jsonl", made_pairs(reviews, 40))
     said = ["在吗？", "在，请讲。"]
     write_rows(box / "raw" / "dialogs.jsonl", [{"dialog": said}, {"kind": "Greeting", "dialog": said * 2}])
     corpus = box / "corpus.txt"
@@ -58,7 +60,7 @@ def full_box(box, model_folder, reviews, monkeypatch):
         shutil.copy(box / "smaller" / name, box / "small-tokenizer")
     monkeypatch.syspath_prepend(str(box))
     yield box
-    for name in ("my_project", "my_rows", "my_strategy"):
+    for name in ("my_project", "my_hinge", "my_rows", "my_strategy"):
         sys.modules.pop(name, None)
 
 
@@ -69,7 +71,7 @@ def test_every_command_of_the_readme(box, monkeypatch):
 def test_every_command_and_snippet_of_the_documentation(full_box, monkeypatch):
     """The pages are one running example, in the order of the navigation; `tests/chat/test_serving.py` runs one page."""
     blocks = [block for page in pages("en") if page.stem != "serving" for block in read_blocks(page)]
-    assert run_blocks(blocks, CHECKS, full_box, monkeypatch) == (48, 4, 7)
+    assert run_blocks(blocks, CHECKS, full_box, monkeypatch) == (51, 4, 8)
 
 
 def run_blocks(blocks: list[Block], checks: dict, box: Path, monkeypatch) -> tuple[int, int, int]:
@@ -365,6 +367,9 @@ CHECKS = {
     "firefly-fit fit .*runs/back$": check_moved("back", range(7, 9)),
     "firefly-fit validate": check_evaluation("val"),
     "firefly-fit test": check_evaluation("test", *(f"{name}_of/Weather" for name in ("bleu", "chrf", "rouge_l"))),
+    "firefly export .*--out tuned-model$": check_exported("tuned-model"),
+    "firefly-fit fit .*--model.path tuned-model": check_run("preferred", range(3)),
+    "PYTHONPATH=. firefly-fit fit .*my_hinge": check_run("hinge", range(3)),
     "firefly export .*--out chat-model$": check_exported("chat-model"),
     "firefly export .*--gguf": check_gguf,
     "npx node-llama-cpp chat": check_answer_of_node,
