@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from benchmarks import answers, full_size, lora, pretrain
+from benchmarks import answers, full_size, lora, preference, pretrain
 
 Lines = Sequence[dict[str, Any]]
 
@@ -173,6 +173,15 @@ PARTS = {
          "share_of_floor", "loss"],
         pretrain.compared,
     ),
+    "preference": Part(
+        "Preference tuning", "DPO on pairs made from real rows, a row's target against another's of the same kind, beside "
+        "TRL's DPOTrainer with the reference's log-probabilities computed before. Tokens are prompt and answer of both "
+        "rows of a pair, for all systems; `twice` is this project without the shared prompt.",
+        ["--dtypes", "fp32", "bf16", "--batch_size", "8"],
+        ["system", "dtype", "tokens_per_second", "target_tokens_per_second", "peak_rss_gb", "libraries_gb",
+         "computed_share", "loss"],
+        preference.compared,
+    ),
     "full_size": Part(
         "Published sizes", "1b4 and 2b6 with random weights, real rows of up to 512 tokens, on two cores and 24 GiB. "
         "Peaks of resident memory, each of its own: loading, the steps, saving, and resuming. Taken is what the steps "
@@ -223,7 +232,7 @@ PARTS = {
     ),
 }  # fmt: skip
 
-ROWS = ("start", "throughput", "lora", "pretrain", "full_size", "answers", "ladder", "growth")
+ROWS = ("start", "throughput", "lora", "pretrain", "preference", "full_size", "answers", "ladder", "growth")
 """Scripts that take ``--rows`` to train on; the others make their own rows or need none."""
 
 

@@ -228,6 +228,13 @@ class FireflyModule(L.LightningModule):
         """Number of tokens of each row as the model computes it."""
         return batch["lengths"]
 
+    def initial_weights(self) -> str | None:
+        """What identifies the weights that the run begins with, without an adapter; None where they are random.
+
+        All processes call this together; the first one reads the weights' files.
+        """
+        return self._source.identity(self.trainer.strategy.broadcast, self.trainer.is_global_zero)
+
     @property
     def forward_pass(self) -> FastBloom | StockPass:
         """What computes the model on a micro-batch: the fast pass or Hugging Face's own."""

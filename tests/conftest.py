@@ -42,6 +42,7 @@ OF_ONE_STACK = {
         "integration/test_hub.py::test_a_run_and", "integration/test_hub.py::test_a_pushed_adapter",
         "integration/test_hub.py::test_what_cannot",
         "integration/test_moving", "integration/test_optimizers", "integration/test_outputs",
+        "integration/test_preference", "preference", "model/test_shared_prompts", "model/test_log_probs",
         "integration/test_predict.py::test_answers_are_those_of_stock_hugging_face[ddp",
         "integration/test_predict.py::test_answers_are_those_of_stock_hugging_face[native_tp",
         "integration/test_prompt_formats", "integration/test_readme",

@@ -49,7 +49,7 @@ class ModelSource:
     """
 
     def __init__(self, path: str, from_scratch: bool, adapter: Any, quantize: Quantize | None) -> None:
-        self.path, self.from_scratch, self.quantize = path, from_scratch, quantize
+        self.path, self._from_scratch, self.quantize = path, from_scratch, quantize
         self.adapter = as_config(adapter)
         if self.adapter is None and quantize:
             raise FireflyError(
@@ -67,7 +67,7 @@ class ModelSource:
         Raises:
             FireflyError: If the folder holds no whole Bloom, or the adapter does not fit it.
         """
-        config = check_model(self.path, self.from_scratch)
+        config = check_model(self.path, self._from_scratch)
         if self.adapter is not None:
             if base_of(self.path):
                 raise FireflyError(
@@ -86,7 +86,7 @@ class ModelSource:
         Raises:
             FireflyError: If the model cannot be loaded.
         """
-        if self.from_scratch:
+        if self._from_scratch:
             return random_bloom(load_config(self.path), dtype)
         return load_bloom(self.path, dtype, self.quantize, compute_dtype)
 
@@ -112,6 +112,18 @@ class ModelSource:
         """
         if self.adapter is not None:
             self._digest = share(digest_of_weights(self.path) if first else None)
+
+    def identity(self, share: Callable[[Any], Any], first: bool) -> str | None:
+        """What identifies the weights that a model begins with, without its adapter; None where they are random.
+
+        Args:
+            share: Gives every process what the first one calls it with.
+            first: Whether this is the first process, which reads the weights' files.
+        """
+        if self._from_scratch:
+            return None
+        digest = self._digest or share(digest_of_weights(self.path) if first else None)
+        return f"{digest} {self.quantize or 'as they are'}"
 
     def record(self) -> dict[str, Any] | None:
         """What a checkpoint says of the adapter and its base, in plain values; None where all weights are trained."""

@@ -9,13 +9,13 @@ from firefly_lightning.checkpoints.layout import REFERENCE_KEY
 from firefly_lightning.data.batches import MicroBatch
 from firefly_lightning.data.protocol import batches_of, data_of
 from firefly_lightning.errors import FireflyError, check_number
-from firefly_lightning.huggingface import digest_of_weights
 from firefly_lightning.model.adapters import without_adapter
 from firefly_lightning.model.fast_bloom import FastBloom
 from firefly_lightning.module import FireflyModule, Summed
 from firefly_lightning.preference.metrics import PairTotals
 from firefly_lightning.preference.objective import (
     AnswerLogProbs,
+    PairScores,
     PreferenceLoss,
     answer_log_probs,
     figures_of,
@@ -23,6 +23,8 @@ from firefly_lightning.preference.objective import (
 )
 from firefly_lightning.preference.pairs import PairBatch, PlannedPairs, chosen_rows, shared_prompts
 from firefly_lightning.preference.reference import Compute, ReferenceCache, ReferenceLogProbs, computed_by, ensure_reference
+
+from firefly_lightning.strategies.hooks import hooks_of
 
 
 class PreferenceModule(FireflyModule):
@@ -114,6 +116,15 @@ class PreferenceModule(FireflyModule):
             found = forward.target_log_probs(batch)
         return answer_log_probs(found, batch["target_rows"], len(batch["rows"]))
 
+    def scores(self, policy: AnswerLogProbs, reference: Tensor) -> PairScores:
+        """Losses and rewards of pairs; a subclass with another loss has its own.
+
+        Args:
+            policy: Log-probabilities under the model that learns.
+            reference: (pairs, 2) sums of log-probabilities under the reference.
+        """
+        return pair_scores(policy, reference, self.loss, self.beta, self.label_smoothing)
+
     def on_fit_start(self) -> None:
         """Has the reference's log-probabilities computed, unless the run goes on from a checkpoint that has them."""
         super().on_fit_start()
@@ -168,7 +179,7 @@ class PreferenceModule(FireflyModule):
             raise FireflyError("data: the loaders have no pairs; take those of firefly_lightning.PreferenceDataModule")
         policy = self.log_probs(batch)
         reference = self.reference.of(planned.rows, batch["rows"])
-        scores = pair_scores(policy, reference, self.loss, self.beta, self.label_smoothing)
+        scores = self.scores(policy, reference)
         return scores.losses, figures_of(policy, scores)
 
     def _ensure(self, *parts: str, resumed: bool = False) -> None:
@@ -188,13 +199,18 @@ class PreferenceModule(FireflyModule):
         missing = [one for one in wanted.values() if not self.reference.fits(one.rows)]
         if not missing:
             return
-        cache, compute = self._cache(), None if begins_with and self.adapter is None else self._compute()
+        too_early = fits and not hooks_of(trainer.strategy).evaluates_first
+        trained = bool(begins_with) and self.adapter is None
+        cache, compute = self._cache(), None if trained or too_early else self._compute()
         for batches in missing:
             if not ensure_reference(self.reference, batches, cache, compute):
+                names = ", ".join(batches.rows.names)
+                why = "this strategy cannot measure them before the first step"
+                if trained:
+                    why = f"the weights of {begins_with} are not the reference any more"
                 raise FireflyError(
-                    f"{begins_with}: has no reference log-probabilities of these validation or test pairs, and its "
-                    f"weights are not the reference; give those of its training, or first run firefly-fit validate with "
-                    "them and without ckpt_path"
+                    f"{names}: no reference log-probabilities of these pairs are known, and {why}; first run firefly-fit "
+                    "validate without ckpt_path, with the first model and these pairs as data.val_files"
                 )
 
     def _compute(self) -> Compute:
@@ -218,10 +234,6 @@ class PreferenceModule(FireflyModule):
 
     def _cache(self) -> ReferenceCache:
         """The cache of this model's log-probabilities; none of random weights, which no file has."""
-        strategy, first, data = self.trainer.strategy, self.trainer.is_global_zero, cast(Any, data_of(self.trainer))
-        model = None
-        if not self._source.from_scratch:
-            digest = strategy.broadcast(digest_of_weights(self.path) if first else None)
-            passed = type(self.forward_pass).__name__
-            model = "\0".join(map(str, (digest, self._source.quantize, self.trainer.precision, passed)))
-        return ReferenceCache(data.cache_dir, model, strategy.broadcast, first)
+        trainer, data, weights = self.trainer, cast(Any, data_of(self.trainer)), self.initial_weights()
+        model = weights and f"{weights}, {trainer.precision}, {type(self.forward_pass).__name__}"
+        return ReferenceCache(data.cache_dir, model, trainer.strategy.broadcast, trainer.is_global_zero)

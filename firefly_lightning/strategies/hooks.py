@@ -25,6 +25,7 @@ class StrategyHooks:
         trains_adapters: Whether some weights may be trained while all others are frozen.
         whole_states: Whether a process holds the states of the optimizer as the optimizer made them.
         splits_states: Whether the optimizer updates parts of weights, so that it must update each number by itself.
+        evaluates_first: Whether a run that trains can evaluate before its first step.
     """
 
     norm_follows_step = False
@@ -33,6 +34,7 @@ class StrategyHooks:
     trains_adapters = False
     whole_states = False
     splits_states = False
+    evaluates_first = True
 
     def check_model(self, config: BloomConfig) -> None:
         """Refuses a model that this strategy cannot train; called before weights are loaded.

@@ -13,7 +13,7 @@ from firefly_lightning import PreferenceModule
 from tests.integration.test_adapter_strategies import ABLE, ADAPTER, LORA
 from tests.integration.test_parity import REFUSED, SPELLED_OUT, STRATEGIES, ran, relative, weights_apart
 from tests.support.choice import DIVIDED
-from tests.support.helpers import fit, logged
+from tests.support.helpers import fit, logged, run, run_ranks
 from tests.support.pair_runs import PREFERENCE, TrainedOnPairs
 from tests.support.strategies import BATCH_SIZE, STEPS
 
@@ -117,6 +117,19 @@ def test_an_adapter_trains_like_one_of_peft(strategy, pair_args, odd_folder, pai
     if ran(strategy, STRATEGIES[strategy][0], command(pair_args, strategy, tmp_path, *own)) is None:
         return
     assert apart(tmp_path, expected) < TOLERANCES["32-true"]
+
+
+def test_an_engine_that_cannot_evaluate_first_takes_the_reference_of_the_cache(pair_args, odd_folder, pairs_file, tmp_path):
+    """Gemini's `auto` learns from the first step what fits."""
+    options = {"class_path": "firefly_lightning.strategies.GeminiStrategy", "init_args": {"placement_policy": "auto"}}
+    auto = ["--trainer.strategy", json.dumps(options), "--trainer.devices", 1, "--trainer.max_steps", 2]
+    cache = ["--data.cache_dir", tmp_path / "cache"]
+    with pytest.raises(AssertionError, match="this strategy cannot measure them before the first step"):
+        run_ranks(1, pair_args(tmp_path / "refused", *auto, *cache))
+    validated = ["--model.path", odd_folder, "--data.val_files", pairs_file, "--trainer.accelerator", "cpu"]
+    run("firefly-fit", "validate", *PREFERENCE, *validated, *cache, "--trainer.default_root_dir", tmp_path / "before")
+    run_ranks(1, pair_args(tmp_path / "taken", *auto, *cache))
+    assert sorted(logged(tmp_path / "taken")) == [0, 1]
 
 
 ARGS = [

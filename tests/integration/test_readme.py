@@ -23,6 +23,7 @@ from firefly_lightning.data.sources.row_forms import read_rows
 from tests.conftest import write_rows
 from tests.support.helpers import ROOT, forked, logged, run, run_forked
 from tests.support.llama import llama_folder
+from tests.support.pair_runs import made_pairs
 from tests.support.ranks import run_rank
 from tests.support.readme import NOT_HERE, READMES, Block, commands, pages, read_blocks, write_file
 
@@ -48,6 +49,7 @@ def full_box(box, model_folder, reviews, monkeypatch):
     shutil.copytree(ROOT / "configs", box / "configs")
     weather = [{"weather": name, "advice": f"{name}天要小心。"} for name in ("下雨", "下雪", "刮风", "炎热")]
     write_rows(box / "raw" / "weather.jsonl", weather)
+    write_rows(box / "raw" / "pairs.jsonl", made_pairs(reviews, 40))
     said = ["在吗？", "在，请讲。"]
     write_rows(box / "raw" / "dialogs.jsonl", [{"dialog": said}, {"kind": "Greeting", "dialog": said * 2}])
     corpus = box / "corpus.txt"
@@ -58,7 +60,7 @@ def full_box(box, model_folder, reviews, monkeypatch):
         shutil.copy(box / "smaller" / name, box / "small-tokenizer")
     monkeypatch.syspath_prepend(str(box))
     yield box
-    for name in ("my_project", "my_rows", "my_strategy"):
+    for name in ("my_project", "my_hinge", "my_rows", "my_strategy"):
         sys.modules.pop(name, None)
 
 
@@ -69,7 +71,7 @@ def test_every_command_of_the_readme(box, monkeypatch):
 def test_every_command_and_snippet_of_the_documentation(full_box, monkeypatch):
     """The pages are one running example, in the order of the navigation; `tests/chat/test_serving.py` runs one page."""
     blocks = [block for page in pages("en") if page.stem != "serving" for block in read_blocks(page)]
-    assert run_blocks(blocks, CHECKS, full_box, monkeypatch) == (49, 4, 7)
+    assert run_blocks(blocks, CHECKS, full_box, monkeypatch) == (59, 4, 8)
 
 
 def run_blocks(blocks: list[Block], checks: dict, box: Path, monkeypatch) -> tuple[int, int, int]:
@@ -342,11 +344,10 @@ CHECKS = {
     "firefly plan .*firefly-2b6.*--precision": check_sizes("2,478,435,840"),
     "firefly plan .*firefly-1b4.*--memory": check_sizes("1,303,111,680"),
     "firefly plan .*firefly-2b6.*--memory": check_sizes("2,478,435,840"),
-    "firefly prune .*--corpus": check_pruned("bloom-1b4-zh", verified=True),
+    "firefly prune .*--corpus .*--out bloom-1b4-zh": check_pruned("bloom-1b4-zh", verified=True),
     "firefly prune .*--tokenizer": check_pruned("bloom-small", verified=False),
     "firefly-fit fit --config train.yaml$": check_run("first", range(3)),
     "firefly-fit fit .*configs/firefly-1b4.yaml": check_run("firefly-1b4", range(3)),
-    "firefly-fit fit .*pretrain-1b4.yaml": check_run("pretrain-1b4", range(3)),
     "firefly-fit fit .*ddp": check_run("two", range(3)),
     "firefly-fit fit .*runs/watched$": check_watched,
     "firefly-fit fit .*zero2$": check_run("zero2", range(3)),
@@ -366,6 +367,17 @@ CHECKS = {
     "firefly-fit fit .*runs/back$": check_moved("back", range(7, 9)),
     "firefly-fit validate": check_evaluation("val"),
     "firefly-fit test": check_evaluation("test", *(f"{name}_of/Weather" for name in ("bleu", "chrf", "rouge_l"))),
+    "firefly export .*--out tuned-model$": check_exported("tuned-model"),
+    "firefly-fit fit .*--model.path tuned-model": check_run("preferred", range(3)),
+    "firefly prune .*--out stages/pruned$": check_pruned("stages/pruned", verified=False),
+    "firefly-fit fit .*runs/stage-2$": check_run("stage-2", range(3)),
+    "firefly export .*--out stages/pretrained$": check_exported("stages/pretrained"),
+    "firefly-fit fit .*runs/stage-3$": check_run("stage-3", range(3)),
+    "firefly export .*--out stages/tuned$": check_exported("stages/tuned"),
+    "firefly-fit fit .*runs/stage-4$": check_run("stage-4", range(3)),
+    "firefly export .*--out stages/preferred$": check_exported("stages/preferred"),
+    "firefly chat --model stages/preferred": check_answer,
+    "PYTHONPATH=. firefly-fit fit .*my_hinge": check_run("hinge", range(3)),
     "firefly export .*--out chat-model$": check_exported("chat-model"),
     "firefly export .*--gguf": check_gguf,
     "npx node-llama-cpp chat": check_answer_of_node,

@@ -81,6 +81,11 @@ class GeminiStrategy(BoosterStrategy):
         self.simulated_memory = int(simulated_memory_gb * 1e9) if simulated_memory_gb else None
         self._check_arguments(tp_size)
 
+    @property
+    def evaluates_first(self) -> bool:  # type: ignore[override]
+        """False where the engine learns from the first training step what fits on the device."""
+        return self.placement_policy != "auto"
+
     @override
     def plugin_class(self) -> Any:
         from firefly_lightning.strategies.colossalai.fixes import FixedGeminiPlugin
@@ -112,8 +117,8 @@ class GeminiStrategy(BoosterStrategy):
 
     @override
     def setup(self, trainer: L.Trainer) -> None:
-        if self.placement_policy == "auto":
-            trainer.num_sanity_val_steps = 0  # `auto` learns from the first step what fits, and evaluates after it
+        if not self.evaluates_first:
+            trainer.num_sanity_val_steps = 0
         super().setup(trainer)
 
     @override
