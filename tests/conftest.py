@@ -29,13 +29,19 @@ os.environ["COLUMNS"] = "120"
 # As many as the processes that tests start have: another number sums in another order, and last digits differ.
 torch.set_num_threads(1)
 
-pytest_plugins = ["tests.support.strategies", "tests.support.queue", "tests.support.small_runs", "tests.support.pair_runs"]
+pytest_plugins = [
+    "tests.support.strategies",
+    "tests.support.queue",
+    "tests.support.small_runs",
+    "tests.support.pair_runs",
+]
 
 OF_ONE_STACK = {
     "current": (
         "callbacks", "chat", "checkpoints/test_damage",
         "checkpoints/test_io_plugin.py::test_a_full_disk", "checkpoints/test_portable", "checkpoints/test_saved_config",
         "data", "demo", "evaluation/test_answer", "evaluation/test_metric_names", "evaluation/test_predictions",
+        "evaluation/test_rows_in_flight", "checkpoints/test_forged_states", "model/test_adapters",
         "files", "gguf", "integration/test_adapter",
         "integration/test_clipping.py::test_what_names_no_limit_is_not_clipped[z",
         "integration/test_docs", "integration/test_interrupts",
@@ -49,7 +55,7 @@ OF_ONE_STACK = {
         "integration/test_resume.py::test_a_stopped_run_goes_on", "integration/test_resume.py::test_a_run_counted",
         "integration/test_resume.py::test_a_resumed_run", "integration/test_resume.py::test_the_best",
         "optim/test_groups", "optim/test_rehearsal", "optim/test_released", "optim/test_settings", "optim/test_states",
-        "integration/test_start", "model/test_target_metrics", "planning", "preparation", "pruning",
+        "integration/test_start", "model/test_target_metrics", "planning", "preparation", "pruning", "publishing",
         "strategies/deepspeed", "strategies/native", "strategies/test_registration", "test_cli", "test_console",
         "test_interrupts", "test_moved", "test_prompt",
     ),

@@ -59,8 +59,8 @@ class FireflyDataModule(L.LightningDataModule):
             kind and (input, target) turns, or None where the row is in one of the known forms.
         learn: Which targets of a row are learned: ``all``, or only the ``last`` one, which answers all turns before it.
         document_per: What of a ``.txt`` file is a document to learn: each ``line``, or the whole ``file``.
-        stride: Tokens with which a window of a document longer than ``max_length`` repeats the end of the window before,
-            as context that is not learned again.
+        stride: Tokens of a window with which the next one of a document longer than ``max_length`` begins, as context
+            that is not learned again.
 
     Attributes:
         token_rows: Class of the tokenised rows that are learned or evaluated; that of a subclass may be another.

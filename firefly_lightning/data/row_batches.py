@@ -1,4 +1,4 @@
-"""Rows with the token ids of their texts as batches of an Arrow file: joined, cut or in windows, and counted by kind."""
+"""Rows with the token ids of their texts as batches of an Arrow file: joined, cut or windowed, and counted by kind."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -111,9 +111,7 @@ class RowBatches:
         """(rows,) whether it is true of any row of the same record."""
         return np.repeat(flags.reshape(-1, self._together).any(1), self._together)
 
-    def _add(
-        self, name: str, kinds: npt.NDArray[np.int32], amounts: npt.NDArray[np.integer] | None = None
-    ) -> None:
+    def _add(self, name: str, kinds: npt.NDArray[np.int32], amounts: npt.NDArray[np.integer] | None = None) -> None:
         for kind, amount in zip(self.counts, np.bincount(kinds, amounts, len(self.counts)), strict=True):
             self.counts[kind][name] += int(amount)
 

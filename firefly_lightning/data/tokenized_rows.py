@@ -17,8 +17,8 @@ ROWS_FILE = "rows.arrow"
 """File of a cache folder: the rows, in batches whose schema :mod:`firefly_lightning.data.row_batches` defines."""
 
 Counts = dict[str, dict[str, int]]
-"""The numbers that ``COUNTED`` names, for each kind: rows read, windows of documents, rows cut, left out or without a last
-answer, tokens kept."""
+"""The numbers that ``COUNTED`` names, for each kind: rows read, windows of documents, rows cut, left out or without a
+last answer, tokens kept."""
 
 COUNTED = ("rows", "windows", "truncated", "dropped", "no_target", "unanswered", "tokens", "target_tokens")
 
@@ -44,7 +44,7 @@ class TokenizedRows:
         counts: What each source holds, by kind.
         unused: Of each source, by the name of a field that is not read: in how many rows it holds text.
         faults: Of each source, by fault: how many rows were passed over, where they are counted and not refused.
-        windows: (rows,) number of each row among the windows of its document, from 0; ``NO_WINDOW`` for an instruction row.
+        windows: (rows,) number of each row among the windows of its document, from 0; ``NO_WINDOW`` for other rows.
     """
 
     def __init__(self, folders: Sequence[Path], names: Sequence[str]) -> None:

@@ -47,8 +47,8 @@ def clean(
     """Leaves out rows that would spoil a training: broken, empty, repeated, or in the validation rows.
 
     Takes instruction rows and documents in any accepted form, also several forms in one file, and raw task rows; rows
-    that are kept are written as they were, documents of ``.txt`` files as ``{"text": …}``. Of duplicates the first is kept. Rows that are left out are counted by kind and reason,
-    with examples in the report.
+    that are kept are written as they were, documents of ``.txt`` files as ``{"text": …}``. Of duplicates the first is
+    kept. Rows that are left out are counted by kind and reason, with examples in the report.
 
     Args:
         files: Files to clean (.jsonl, .json, .csv, .tsv, .parquet, .txt), globs, or datasets of the Hugging Face hub.
@@ -227,8 +227,6 @@ def _name(duplicate: Duplicate) -> str:
     return "duplicate" if duplicate.exact else "near duplicate"
 
 
-def _progress(
-    sources: Sequence[str], name: str, document_per: DocumentPer
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _progress(sources: Sequence[str], name: str, document_per: DocumentPer) -> Iterator[tuple[str, dict[str, Any]]]:
     records = ((f"{source}:{line}", row) for source in sources for line, row in read_records(source, document_per))
     yield from tqdm(records, desc=name, unit=" rows", delay=2)

@@ -37,7 +37,9 @@ def _describe(
     lengths = whole.lengths[_of_kind(whole, kind)]
     kept = _of_kind(cut, kind)
     tokens, padded = int(cut.lengths[kept].sum()), int(padding[kept].sum())
-    before, after = (int(rows.lengths[_of_kind(rows, kind) & (rows.windows == NO_WINDOW)].sum()) for rows in (whole, cut))
+    before, after = (
+        int(rows.lengths[_of_kind(rows, kind) & (rows.windows == NO_WINDOW)].sum()) for rows in (whole, cut)
+    )
     counts = [numbers for source in cut.counts for name, numbers in source.items() if kind in (None, name)]
     return {
         "rows": len(lengths),
@@ -79,7 +81,8 @@ def _of_kind(rows: TokenizedRows, kind: str | None) -> npt.NDArray[np.bool_]:
     """(rows,) which rows are of a kind; all for None."""
     if kind is None:
         return np.ones(len(rows), bool)
-    return rows.kind_ids == (rows.kinds.index(kind) if kind in rows.kinds else -1)
+    found: npt.NDArray[np.bool_] = rows.kind_ids == (rows.kinds.index(kind) if kind in rows.kinds else -1)
+    return found
 
 
 def histogram(lengths: npt.NDArray[np.int32], width: int = 16) -> dict[str, Any]:

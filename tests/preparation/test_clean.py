@@ -114,7 +114,8 @@ def test_documents_are_cleaned_by_their_text(tmp_path):
     kept, report = cleaned(tmp_path, rows)
     assert kept == [rows[0], rows[2]]
     assert report["counts"] == {
-        kind: {"read": 5, "kept": 2, "near duplicate": 1, "broken characters": 1, "empty": 1} for kind in ("all", "Text")
+        kind: {"read": 5, "kept": 2, "near duplicate": 1, "broken characters": 1, "empty": 1}
+        for kind in ("all", "Text")
     }
     val = write_rows(tmp_path / "val.jsonl", [{"text": OTHER}, row("", "没有问题的回答")])
     lines = tmp_path / "texts.txt"

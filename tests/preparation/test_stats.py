@@ -123,7 +123,9 @@ def test_rows_that_training_refuses_are_counted_and_the_others_described(tmp_pat
     with pytest.raises(FireflyError, match=r"no row can be learned: .*1 \(empty\)"):
         stats([str(write_rows(tmp_path / "bad.jsonl", bad[:1]))], str(tiny_folder), str(tmp_path / "none"))
     raw = write_rows(tmp_path / "raw.jsonl", [{"text": "问", "label": "答"}])
-    with pytest.raises(FireflyError, match=r"raw\.jsonl:1: the row is no document, since there is text beside 'text', in label"):
+    with pytest.raises(
+        FireflyError, match=r"raw\.jsonl:1: the row is no document, since there is text beside 'text', in label"
+    ):
         stats([str(raw)], str(tiny_folder), str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 

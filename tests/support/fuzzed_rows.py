@@ -42,7 +42,8 @@ FLAGS = {
 SPEAKERS = [("user", "assistant"), ("human", "gpt"), ("human", "bing")]
 DOCUMENT = ("text",)
 FORMS = [
-    ("kind", "input", "target"), ("instruction", "output"), ("conversation",), ("conversations",), ("messages",), DOCUMENT
+    ("kind", "input", "target"), ("instruction", "output"), ("conversation",), ("conversations",), ("messages",),
+    DOCUMENT,
 ]  # fmt: skip
 
 

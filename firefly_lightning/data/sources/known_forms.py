@@ -176,10 +176,13 @@ def _document(fields: Mapping[str, Any]) -> Said:
 _AROUND = frozenset({"system", "history"})
 
 _ORIGINS = frozenset(
-    "id _id uuid uid url uri link title source source_domain domain site host publisher author path file file_name "
-    "filename file_path date time timestamp created added updated published crawl dump snapshot version dataset subset "
-    "split corpus lang language license licence copyright digest hash meta metadata".split()
-)
+    (
+        "id", "_id", "uuid", "uid", "url", "uri", "link", "title", "source", "source_domain", "domain", "site", "host",
+        "publisher", "author", "path", "file", "file_name", "filename", "file_path", "date", "time", "timestamp",
+        "created", "added", "updated", "published", "crawl", "dump", "snapshot", "version", "dataset", "subset",
+        "split", "corpus", "lang", "language", "license", "licence", "copyright", "digest", "hash", "meta", "metadata",
+    )
+)  # fmt: skip
 """Fields in which data sets of texts say where and when a text was found."""
 
 _FIREFLY = Form(

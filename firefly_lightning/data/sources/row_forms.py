@@ -34,7 +34,7 @@ class Row(NamedTuple):
         number: The row's line in a ``.jsonl`` file, else its position in the source; from 1.
         unanswered: Whether a last turn without an answer was left out.
         learned: Whether each target is learned; empty where all are.
-        document: Whether the row is a text that is learned as a whole, the target of its one turn, whose input is empty.
+        document: Whether the row is a text that is learned as a whole, the target of its one turn; the input is empty.
     """
 
     kind: str

@@ -281,9 +281,7 @@ def test_any_value_in_any_field_is_read_or_told(tmp_path, tokenizer, tiny_folder
 def test_forms_of_the_fuzz_are_those_that_are_read(tmp_path):
     """A form without a row in the fuzz would be tested by nobody."""
     listed = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
-    examples = [
-        {name: listed if len(form) == 1 and form != DOCUMENT else "问" for name in form} for form in FORMS
-    ]
+    examples = [{name: listed if len(form) == 1 and form != DOCUMENT else "问" for name in form} for form in FORMS]
     assert {form_of(row).shown for row in examples} == {form.shown for form in all_forms()}
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in examples))
