@@ -182,7 +182,9 @@ def sequential() -> dict[str, Any]:
     from transformers import TrainingArguments
 
     known = inspect.signature(TrainingArguments).parameters
-    return {"train_sampling_strategy": "sequential"} if "train_sampling_strategy" in known else {"group_by_length": False}
+    return (
+        {"train_sampling_strategy": "sequential"} if "train_sampling_strategy" in known else {"group_by_length": False}
+    )
 
 
 def compared(lines: Sequence[dict[str, Any]]) -> list[str]:

@@ -64,7 +64,7 @@ class Summed(NamedTuple):
 
     loss: Tensor
     count: int
-    figures: Mapping[str, Tensor] = {}  # noqa: RUF012  (never changed)
+    figures: Mapping[str, Tensor] = {}
 
 
 class FireflyModule(L.LightningModule):

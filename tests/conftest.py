@@ -29,7 +29,12 @@ os.environ["COLUMNS"] = "120"
 # As many as the processes that tests start have: another number sums in another order, and last digits differ.
 torch.set_num_threads(1)
 
-pytest_plugins = ["tests.support.strategies", "tests.support.queue", "tests.support.small_runs", "tests.support.pair_runs"]
+pytest_plugins = [
+    "tests.support.strategies",
+    "tests.support.queue",
+    "tests.support.small_runs",
+    "tests.support.pair_runs",
+]
 
 OF_ONE_STACK = {
     "current": (

@@ -22,8 +22,13 @@ from firefly_lightning.preference.objective import (
     pair_scores,
 )
 from firefly_lightning.preference.pairs import PairBatch, PlannedPairs, chosen_rows, shared_prompts
-from firefly_lightning.preference.reference import Compute, ReferenceCache, ReferenceLogProbs, computed_by, ensure_reference
-
+from firefly_lightning.preference.reference import (
+    Compute,
+    ReferenceCache,
+    ReferenceLogProbs,
+    computed_by,
+    ensure_reference,
+)
 from firefly_lightning.strategies.hooks import hooks_of
 
 
@@ -59,7 +64,9 @@ class PreferenceModule(FireflyModule):
         if not 0 <= label_smoothing < 0.5:
             raise FireflyError(f"model.label_smoothing is {label_smoothing}; it must be at least 0 and below 0.5")
         if label_smoothing and loss == "ipo":
-            raise FireflyError("model.label_smoothing is of the sigmoid loss only; leave it out, or set model.loss: sigmoid")
+            raise FireflyError(
+                "model.label_smoothing is of the sigmoid loss only; leave it out, or set model.loss: sigmoid"
+            )
         self.loss: PreferenceLoss = loss
         self.beta, self.label_smoothing, self.share_prompts = beta, label_smoothing, share_prompts
         self.reference = ReferenceLogProbs()

@@ -85,7 +85,9 @@ def test_the_way_of_gpus_is_the_same_on_a_processor(stock, pairs, monkeypatch):
                 SharedPrompts, "one_by_one", lambda self, split, bias, scores, kept: self.padded(split, bias, scores)
             )
             places = batch["shared_positions"]
-            monkeypatch.setattr(fast, "_join_rows", lambda contexts, dtype: fast._join_padded(contexts, places).to(dtype))
+            monkeypatch.setattr(
+                fast, "_join_rows", lambda contexts, dtype: fast._join_padded(contexts, places).to(dtype)
+            )
         model = copy.deepcopy(stock)
         values = FastBloom(model).target_log_probs(batch, shared_prompts(batch))
         (values * coefficients(batch)).sum().backward()
