@@ -1,4 +1,4 @@
-"""Loss and every gradient of a step are those of stock Bloom in plain PyTorch, pair by pair, however a step is cut up."""
+"""Loss and every gradient of a step are those of stock Bloom in plain PyTorch, however a step is cut up."""
 
 import csv
 import json
@@ -128,7 +128,7 @@ def test_other_losses(loss, smoothing, model_folder, pairs_file, tmp_path):
 
 
 def test_the_last_short_step_of_an_epoch(model_folder, pairs_file, tmp_path):
-    """36 pairs make four steps of 8 and one of 4; shared by two ranks with two micro-batches of 2, some hold one pair."""
+    """36 pairs make four steps of 8 and one of 4; of two ranks with two micro-batches of 2, some hold one pair."""
     losses = []
     for name, own in {"one": [], "two": CUTS["2 ranks of 2 micro-batches"]}.items():
         fit(model_folder, pairs_file, tmp_path / name, *PREFERENCE, *DESCENT, *own, "--trainer.max_steps", 5)
