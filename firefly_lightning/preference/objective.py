@@ -33,7 +33,7 @@ class PairScores(NamedTuple):
     Attributes:
         losses: (pairs,) loss of each pair.
         rewards: (pairs, 2) rewards of the chosen and of the rejected answer, without gradients: ``beta`` times by how
-            much the answer's log-probability is higher than the reference's; with ``ipo`` those are means over tokens.
+            much the sum of the answer's log-probabilities is higher than the reference's.
     """
 
     losses: Tensor
@@ -71,11 +71,10 @@ def pair_scores(
     """
     ratios = policy.sums - reference
     if loss == "ipo":
-        ratios = ratios / policy.tokens
-    apart = ratios[:, 0] - ratios[:, 1]
-    if loss == "ipo":
-        losses = (apart - 1 / (2 * beta)).square()
+        chosen, rejected = (ratios / policy.tokens).unbind(1)
+        losses = (chosen - rejected - 1 / (2 * beta)).square()
     else:
+        apart = ratios[:, 0] - ratios[:, 1]
         losses = -(1 - label_smoothing) * F.logsigmoid(beta * apart) - label_smoothing * F.logsigmoid(-beta * apart)
     return PairScores(losses, beta * ratios.detach())
 

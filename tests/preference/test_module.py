@@ -61,7 +61,7 @@ def descended(folder, pairs_file, loss="sigmoid", smoothing=0.0):
     for numbers in steps_of(folder, pairs_file, 2):
         model.zero_grad()
         step, known = [pairs[number] for number in numbers], [reference[number] for number in numbers]
-        figures = figures_of(model, step, known, loss)
+        figures = figures_of(model, step, known)
         value = pair_backward(model, step, known, loss, BETA, smoothing)
         found.append((value, {name: one.grad.clone() for name, one in model.named_parameters()}, figures))
         with torch.no_grad():
@@ -71,12 +71,11 @@ def descended(folder, pairs_file, loss="sigmoid", smoothing=0.0):
 
 
 @torch.no_grad()
-def figures_of(model, pairs, reference, loss="sigmoid") -> dict[str, float]:
+def figures_of(model, pairs, reference) -> dict[str, float]:
     rows = []
     for pair, known in zip(pairs, reference, strict=True):
-        (chosen, longer), (rejected, shorter) = (row_log_prob(model, row) for row in pair)
-        per = (longer, shorter) if loss == "ipo" else (1, 1)
-        rewards = [BETA * float(of - was) / n for of, was, n in zip((chosen, rejected), known, per, strict=True)]
+        chosen, rejected = (row_log_prob(model, row)[0] for row in pair)
+        rewards = [BETA * float(of - was) for of, was in zip((chosen, rejected), known, strict=True)]
         rows.append((rewards[0] > rewards[1], rewards[0] - rewards[1], float(chosen), float(rejected)))
     return {name: sum(values) / len(pairs) for name, values in zip(FIGURES, zip(*rows, strict=True), strict=True)}
 
