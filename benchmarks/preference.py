@@ -1,8 +1,8 @@
 """Compares preference tuning with what a user would run instead: python -m benchmarks.preference --help.
 
-Every system learns the same pairs by DPO, in a process of its own, from the same random Bloom, which is its own reference.
-Pairs are made from real rows: a row's target against another's of the same kind. A line gives the tokens a second, counted
-as prompt and answer of both rows of a pair for every system, peak memory, and the loss of the last step.
+Every system learns the same pairs by DPO, in a process of its own, from the same random Bloom, which is its own
+reference. Pairs are made from real rows: a row's target against another's of the same kind. A line gives the tokens a
+second, counted as prompt and answer of both rows of a pair for every system, peak memory, and the last step's loss.
 
     firefly   PreferenceModule and PreferenceDataModule under Lightning's Trainer
     twice     the same, with the prompt of a pair computed for each of its answers
@@ -182,11 +182,13 @@ def sequential() -> dict[str, Any]:
     from transformers import TrainingArguments
 
     known = inspect.signature(TrainingArguments).parameters
-    return {"train_sampling_strategy": "sequential"} if "train_sampling_strategy" in known else {"group_by_length": False}
+    return (
+        {"train_sampling_strategy": "sequential"} if "train_sampling_strategy" in known else {"group_by_length": False}
+    )
 
 
 def compared(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """Sentences that hold speed and memory against the goals, and say what a shared prompt brings, by type of numbers."""
+    """Sentences that hold speed and memory against the goals, and say what a shared prompt brings."""
     remarks = []
     for ours in (line for line in lines if line.get("system") == "firefly"):
         here = {line["system"]: line for line in lines if line.get("dtype") == ours["dtype"]}
@@ -194,8 +196,8 @@ def compared(lines: Sequence[dict[str, Any]]) -> list[str]:
             speed = ours["tokens_per_second"] / trl["tokens_per_second"]
             memory = ours["peak_rss_gb"] / trl["peak_rss_gb"]
             remarks.append(
-                f"{ours['dtype']}: {speed:.1f} times the tokens/s of TRL's DPOTrainer (goal {SPEED}) in {memory:.2f} of "
-                f"its memory (goal {MEMORY})."
+                f"{ours['dtype']}: {speed:.1f} times the tokens/s of TRL's DPOTrainer (goal {SPEED}) in {memory:.2f} "
+                f"of its memory (goal {MEMORY})."
             )
         if twice := here.get("twice"):
             speed = ours["tokens_per_second"] / twice["tokens_per_second"]

@@ -174,9 +174,9 @@ PARTS = {
         pretrain.compared,
     ),
     "preference": Part(
-        "Preference tuning", "DPO on pairs made from real rows, a row's target against another's of the same kind, beside "
-        "TRL's DPOTrainer with the reference's log-probabilities computed before. Tokens are prompt and answer of both "
-        "rows of a pair, for all systems; `twice` is this project without the shared prompt.",
+        "Preference tuning", "DPO on pairs made from real rows, a row's target against another's of the same kind, "
+        "beside TRL's DPOTrainer with the reference's log-probabilities computed before. Tokens are prompt and answer "
+        "of both rows of a pair, for all systems; `twice` is this project without the shared prompt.",
         ["--dtypes", "fp32", "bf16", "--batch_size", "8"],
         ["system", "dtype", "tokens_per_second", "target_tokens_per_second", "peak_rss_gb", "libraries_gb",
          "computed_share", "loss"],

@@ -54,7 +54,6 @@ from firefly_lightning.preference.module import PreferenceModule
 from firefly_lightning.strategies.catalogue import BY_NAME
 from firefly_lightning.strategies.registration import load_classes
 
-
 BY_LAST_NAME = (FireflyModule, FireflyDataModule, PreferenceModule, PreferenceDataModule)
 """Classes that ``--model`` and ``--data`` take by their last names, since they are imported here."""
 

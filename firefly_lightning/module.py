@@ -64,7 +64,7 @@ class Summed(NamedTuple):
 
     loss: Tensor
     count: int
-    figures: Mapping[str, Tensor] = {}  # noqa: RUF012  (never changed)
+    figures: Mapping[str, Tensor] = {}
 
 
 class FireflyModule(L.LightningModule):
@@ -218,9 +218,10 @@ class FireflyModule(L.LightningModule):
         return loss
 
     def summed_loss(self, batch: MicroBatch) -> Summed:
-        """The loss of a micro-batch, and the number that it is divided by; a subclass that learns something else says so.
+        """The loss of a micro-batch, and the number that it is divided by.
 
-        The strategy, the sums over micro-batches and ranks, and the checks of every step are the same for every loss.
+        A subclass that learns something else says so here: the strategy, the sums over micro-batches and ranks, and the
+        checks of every step are the same for every loss.
         """
         return Summed(self.forward_pass.target_loss(batch), batch["step_target_tokens"])
 

@@ -20,8 +20,8 @@ from firefly_lightning.preference.pairs import PlannedPairs
 OF_STEPS = ("train_loss", "lr", "grad_norm", "target_tokens_per_second", "data_wait", "memory_gb", "mfu")
 OF_VALIDATIONS = ("val_loss", "val_perplexity", "val_accuracy", "val_eos_accuracy")
 OF_PAIRS = tuple(f"val_{name}" for name in FIGURES)
-"""Metrics that every run logs, of steps and of validations, and those of pairs in place of the last of them; those of kinds
-are called ``val_perplexity_of/KIND``."""
+"""Metrics that every run logs, of steps and of validations, and those of pairs in place of the last of them; those of
+kinds are called ``val_perplexity_of/KIND``."""
 
 
 class StartChecks(Callback):

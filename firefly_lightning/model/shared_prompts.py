@@ -1,7 +1,7 @@
 """Pairs of rows that begin alike: the common beginning is computed once, and each ending sees it and itself alone.
 
-A pair lies as ``beginning, ending of the first row, ending of the second row``. All layers but attention work on each token
-by itself, so that they do not see the difference; attention and ALiBi go by the place of a token in its own row.
+A pair lies as ``beginning, ending of the first row, ending of the second row``. All layers but attention work on each
+token by itself, so that they do not see the difference; attention and ALiBi go by the place of a token in its own row.
 """
 
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ class SharedPrompts(NamedTuple):
 
     Attributes:
         spans: The parts of each pair.
-        positions: (tokens,) place of each token in the padded, flattened rows (2 · pairs · length), of which the first and
-            the second row of a pair follow one another; of the common beginning its place in the first row.
-        targets: (targets,) which of the tokens are followed by a learned token of their row; a token of the beginning is
-            named for each of the two rows.
+        positions: (tokens,) place of each token in the padded, flattened rows (2 · pairs · length), of which the first
+            and the second row of a pair follow one another; of the common beginning its place in the first row.
+        targets: (targets,) which of the tokens are followed by a learned token of their row; a token of the beginning
+            is named for each of the two rows.
         sources: (2 · pairs · length,) which token is at each place of the padded rows; the first one in padding.
     """
 

@@ -14,8 +14,8 @@ from firefly_lightning.preference.pairs import PlannedPairs, TokenizedPairs
 class PreferenceDataModule(FireflyDataModule):
     """Pairs of a chosen and a rejected answer as micro-batches whose steps do not depend on the number of devices.
 
-    ``batch_size``, ``micro_batch_size``, weights, caps and fractions count pairs. Each answer, with the prompt before it,
-    is a row of at most ``max_length`` tokens; a pair is left out where nothing is left of one of its answers.
+    ``batch_size``, ``micro_batch_size``, weights, caps and fractions count pairs. Each answer, with the prompt before
+    it, is a row of at most ``max_length`` tokens; a pair is left out where nothing is left of one of its answers.
 
     Args:
         args: Arguments of :class:`FireflyDataModule`.

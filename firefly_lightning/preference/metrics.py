@@ -44,7 +44,7 @@ class PairMetrics(Metric):  # type: ignore[misc]
             getattr(self, name).index_add_(0, kinds, values.detach().to(torch.float64))
 
     def compute(self) -> dict[str, Tensor]:
-        """``loss`` over all pairs, and the figures over all and of each kind with pairs: ``reward_margin_of/Couplet``."""
+        """``loss`` over all pairs, and the figures over all and of each kind: ``reward_margin_of/Couplet``."""
         found = {"loss": self.losses.sum() / self.pairs.sum()}
         for name in FIGURES:
             sums = getattr(self, name)

@@ -22,22 +22,27 @@ from firefly_lightning.preference.objective import (
     pair_scores,
 )
 from firefly_lightning.preference.pairs import PairBatch, PlannedPairs, chosen_rows, shared_prompts
-from firefly_lightning.preference.reference import Compute, ReferenceCache, ReferenceLogProbs, computed_by, ensure_reference
-
+from firefly_lightning.preference.reference import (
+    Compute,
+    ReferenceCache,
+    ReferenceLogProbs,
+    computed_by,
+    ensure_reference,
+)
 from firefly_lightning.strategies.hooks import hooks_of
 
 
 class PreferenceModule(FireflyModule):
     """Trains a Bloom on pairs of a chosen and a rejected answer, by DPO or IPO.
 
-    The loss of an optimizer step is the mean over its pairs, over all ranks and micro-batches. The reference is the model
-    before the first step; with an adapter it is the base.
+    The loss of an optimizer step is the mean over its pairs, over all ranks and micro-batches. The reference is the
+    model before the first step; with an adapter it is the base.
 
     Args:
         args: Arguments of :class:`FireflyModule`.
         loss: Loss of a pair: ``sigmoid`` is that of DPO, ``ipo`` that of IPO.
         beta: Strength with which the model is held to the reference, above 0; rewards are so many times log-ratios.
-        label_smoothing: Probability that the two answers of a pair are exchanged by mistake, below 0.5; ``sigmoid`` only.
+        label_smoothing: Probability that the two answers of a pair are exchanged by mistake; for ``sigmoid``.
         share_prompts: Whether the common beginning of a pair's two rows is computed once by the fast pass.
         kwargs: Arguments of :class:`FireflyModule`.
     """
@@ -59,7 +64,9 @@ class PreferenceModule(FireflyModule):
         if not 0 <= label_smoothing < 0.5:
             raise FireflyError(f"model.label_smoothing is {label_smoothing}; it must be at least 0 and below 0.5")
         if label_smoothing and loss == "ipo":
-            raise FireflyError("model.label_smoothing is of the sigmoid loss only; leave it out, or set model.loss: sigmoid")
+            raise FireflyError(
+                "model.label_smoothing is of the sigmoid loss only; leave it out, or set model.loss: sigmoid"
+            )
         self.loss: PreferenceLoss = loss
         self.beta, self.label_smoothing, self.share_prompts = beta, label_smoothing, share_prompts
         self.reference = ReferenceLogProbs()
@@ -91,7 +98,7 @@ class PreferenceModule(FireflyModule):
         return [sum(span) for span in cast(PairBatch, batch)["spans"]] if shares else batch["lengths"]
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> Any:
-        """Adds a micro-batch to the metrics; while the reference is measured, gives its log-probabilities, (pairs, 2)."""
+        """Adds a micro-batch to the metrics; while the reference is measured, gives log-probabilities, (pairs, 2)."""
         if self._measures:
             return self.log_probs(cast(PairBatch, batch)).sums
         return super().validation_step(batch, batch_idx)
@@ -139,7 +146,7 @@ class PreferenceModule(FireflyModule):
         self._ensure("test")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the reference's log-probabilities, so that a resumed run needs neither the first weights nor the cache."""
+        """Adds the reference's log-probabilities: a resumed run needs neither the first weights nor the cache."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[REFERENCE_KEY] = dict(self.reference.known)
 
@@ -157,13 +164,13 @@ class PreferenceModule(FireflyModule):
             return
         if REFERENCE_KEY not in checkpoint:
             raise FireflyError(
-                f"{trainer.ckpt_path}: was saved by a training that has no reference; to tune its model by preferences, "
-                "write a folder with firefly export and name that as model.path"
+                f"{trainer.ckpt_path}: was saved by a training that has no reference; to tune its model by "
+                "preferences, write a folder with firefly export and name that as model.path"
             )
         if isinstance(data.train, PlannedPairs) and not self.reference.fits(data.train.rows):
             raise FireflyError(
-                f"{trainer.ckpt_path}: its reference log-probabilities are of other pairs than data.train_files; resume "
-                "with the same rows, data.max_length and data.too_long"
+                f"{trainer.ckpt_path}: its reference log-probabilities are of other pairs than data.train_files; "
+                "resume with the same rows, data.max_length and data.too_long"
             )
         if trainer.strategy.restore_checkpoint_after_setup:  # on_fit_start has come before
             self._ensure("train", "val", resumed=True)
@@ -209,8 +216,8 @@ class PreferenceModule(FireflyModule):
                 if trained:
                     why = f"the weights of {begins_with} are not the reference any more"
                 raise FireflyError(
-                    f"{names}: no reference log-probabilities of these pairs are known, and {why}; first run firefly-fit "
-                    "validate without ckpt_path, with the first model and these pairs as data.val_files"
+                    f"{names}: no reference log-probabilities of these pairs are known, and {why}; first run "
+                    "firefly-fit validate without ckpt_path, with the first model and these pairs as data.val_files"
                 )
 
     def _compute(self) -> Compute:

@@ -1,8 +1,8 @@
 """What is learned of a pair: the losses of DPO and IPO, from log-probabilities of both answers.
 
 Sources: Rafailov et al., "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", 2023 (DPO);
-Mitchell, "A note on DPO with noisy preferences and relationship to IPO", 2023 (label smoothing); Azar et al., "A General
-Theoretical Paradigm to Understand Learning from Human Preferences", 2023 (IPO).
+Mitchell, "A note on DPO with noisy preferences and relationship to IPO", 2023 (label smoothing); Azar et al., "A
+General Theoretical Paradigm to Understand Learning from Human Preferences", 2023 (IPO).
 """
 
 from typing import Literal, NamedTuple
@@ -32,8 +32,8 @@ class PairScores(NamedTuple):
 
     Attributes:
         losses: (pairs,) loss of each pair.
-        rewards: (pairs, 2) rewards of the chosen and of the rejected answer, without gradients: ``beta`` times by how much
-            the answer's log-probability is higher than the reference's; with ``ipo`` those are means over tokens.
+        rewards: (pairs, 2) rewards of the chosen and of the rejected answer, without gradients: ``beta`` times by how
+            much the sum of the answer's log-probabilities is higher than the reference's.
     """
 
     losses: Tensor
@@ -59,8 +59,8 @@ def pair_scores(
     """Losses and rewards of pairs.
 
     With r the chosen answer's log-ratio of policy and reference minus the rejected one's, DPO's loss is
-    -(1 - s) log sigmoid(beta r) - s log sigmoid(-beta r), s being ``label_smoothing``. With log-ratios that are means over
-    an answer's tokens, as TRL takes them, IPO's is (r - 1 / (2 beta))².
+    -(1 - s) log sigmoid(beta r) - s log sigmoid(-beta r), s being ``label_smoothing``. With log-ratios that are means
+    over an answer's tokens, as TRL takes them, IPO's is (r - 1 / (2 beta))².
 
     Args:
         policy: Log-probabilities under the model that learns.
@@ -71,11 +71,10 @@ def pair_scores(
     """
     ratios = policy.sums - reference
     if loss == "ipo":
-        ratios = ratios / policy.tokens
-    apart = ratios[:, 0] - ratios[:, 1]
-    if loss == "ipo":
-        losses = (apart - 1 / (2 * beta)).square()
+        chosen, rejected = (ratios / policy.tokens).unbind(1)
+        losses = (chosen - rejected - 1 / (2 * beta)).square()
     else:
+        apart = ratios[:, 0] - ratios[:, 1]
         losses = -(1 - label_smoothing) * F.logsigmoid(beta * apart) - label_smoothing * F.logsigmoid(-beta * apart)
     return PairScores(losses, beta * ratios.detach())
 

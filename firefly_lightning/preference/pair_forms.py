@@ -1,7 +1,7 @@
 """The forms that pairs are in, a prompt with a chosen and a rejected answer, and the two rows that each of them gives.
 
-The forms are ``{input, chosen, rejected}`` with ``history`` and ``system`` as instruction rows have them, and those of TRL:
-``{prompt, chosen, rejected}`` as texts or as lists of messages, and ``{chosen, rejected}`` as whole conversations.
+The forms are ``{input, chosen, rejected}`` with ``history`` and ``system`` as instruction rows have them, and those of
+TRL: ``{prompt, chosen, rejected}`` as texts or as lists of messages, and ``{chosen, rejected}`` as whole conversations.
 """
 
 from collections.abc import Mapping, Sequence

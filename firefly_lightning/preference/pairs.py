@@ -19,8 +19,8 @@ class PairBatch(MicroBatch):
     """The pairs that one rank works on at a time.
 
     What :class:`PaddedRows` has are the two rows of each pair, prompt and answer, one after the other, the chosen one
-    first: 2 · pairs rows. ``rows`` and ``kinds`` are those of pairs, and ``step_rows`` counts pairs. A micro-batch of no
-    pairs holds two rows of padding.
+    first: 2 · pairs rows. ``rows`` and ``kinds`` are those of pairs, and ``step_rows`` counts pairs. A micro-batch of
+    no pairs holds two rows of padding.
 
     Attributes:
         target_rows: (targets,) which of the 2 · pairs rows each target belongs to.
@@ -49,8 +49,8 @@ class TokenizedPair(NamedTuple):
 class TokenizedPairs(TokenizedRows):
     """Pairs of several cache folders, in which the two rows of a pair follow one another.
 
-    All that :class:`TokenizedRows` says of a row is said of a pair here: ``lengths`` and ``target_tokens`` are the sums of
-    its two rows. As a row, a pair is that of its chosen answer.
+    All that :class:`TokenizedRows` says of a row is said of a pair here: ``lengths`` and ``target_tokens`` are the sums
+    of its two rows. As a row, a pair is that of its chosen answer.
 
     Args:
         folders: Cache folders of pairs.

@@ -135,7 +135,7 @@ def ensure_reference(
 
 
 Compute = Callable[[PlannedPairs, Rows, str], Tensor]
-"""Computes the log-probabilities of pairs, (those, 2), from their micro-batches, numbers and the name of their source."""
+"""Computes the log-probabilities of pairs, (those, 2), from micro-batches, numbers and the name of their source."""
 
 
 def computed_by(trainer: Any, evaluate: Callable[[PairBatch], Tensor]) -> Compute:
@@ -143,7 +143,7 @@ def computed_by(trainer: Any, evaluate: Callable[[PairBatch], Tensor]) -> Comput
 
     Args:
         trainer: The trainer, whose strategy is set up.
-        evaluate: Gives (pairs, 2) of a micro-batch, as a step of the strategy: every rank makes the same number of calls.
+        evaluate: Gives (pairs, 2) of a micro-batch, as a step of the strategy; all ranks make as many calls.
     """
 
     def compute(batches: PlannedPairs, numbers: Rows, name: str) -> Tensor:

@@ -18,7 +18,6 @@ from tests.support.pair_runs import PREFERENCE, TrainedOnPairs
 from tests.support.strategies import BATCH_SIZE, STEPS
 
 
-
 class Stopping(PreferenceModule):
     """A module that asks the trainer to stop in the middle of a step, as a time limit does."""
 
@@ -119,7 +118,9 @@ def test_an_adapter_trains_like_one_of_peft(strategy, pair_args, odd_folder, pai
     assert apart(tmp_path, expected) < TOLERANCES["32-true"]
 
 
-def test_an_engine_that_cannot_evaluate_first_takes_the_reference_of_the_cache(pair_args, odd_folder, pairs_file, tmp_path):
+def test_an_engine_that_cannot_evaluate_first_takes_the_reference_of_the_cache(
+    pair_args, odd_folder, pairs_file, tmp_path
+):
     """Gemini's `auto` learns from the first step what fits."""
     options = {"class_path": "firefly_lightning.strategies.GeminiStrategy", "init_args": {"placement_policy": "auto"}}
     auto = ["--trainer.strategy", json.dumps(options), "--trainer.devices", 1, "--trainer.max_steps", 2]

@@ -1,4 +1,4 @@
-"""Preference tuning as it must be: pairs of real text, and stock Bloom that learns them in plain PyTorch, row by row."""
+"""Preference tuning as it must be: pairs of real text, and stock Bloom that learns them in plain PyTorch."""
 
 import json
 from collections.abc import Callable, Sequence
