@@ -58,12 +58,12 @@ class Summed(NamedTuple):
 
     Attributes:
         loss: Sum of the losses of what is counted, a scalar.
-        count: Number of what is counted in the whole step, over all its micro-batches and ranks.
+        counted: Number of what is counted in the whole step, over all its micro-batches and ranks.
         figures: Further sums by name; their means over the step are logged as ``train_NAME``.
     """
 
     loss: Tensor
-    count: int
+    counted: int
     figures: Mapping[str, Tensor] = {}
 
 
@@ -212,7 +212,7 @@ class FireflyModule(L.LightningModule):
         """A micro-batch's loss, scaled so that the mean over micro-batches and ranks is the loss of the step."""
         with self._noise.on(self.computed_lengths(batch)):
             summed = self.summed_loss(batch)
-        scale = batch["step_micro_batches"] / summed.count
+        scale = batch["step_micro_batches"] / summed.counted
         loss = summed.loss * scale
         self.step_guard.add(self, loss, {name: figure * scale for name, figure in summed.figures.items()})
         return loss

@@ -62,6 +62,6 @@ class SharedPrompts(NamedTuple):
         Padding follows the last token of a row, so that no query of the row sees it.
         """
         rows = 2 * len(self.spans)
-        gathered = split.index_select(0, self.sources).unflatten(0, (rows, -1))
+        gathered = split.index_select(0, self.sources).view(rows, -1, *split.shape[1:])
         query, key, value = gathered.permute(3, 0, 2, 1, 4).unbind()
         return [scores(query, key, value, attn_mask=bias(gathered.shape[1], query))]

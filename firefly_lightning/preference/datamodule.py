@@ -26,7 +26,8 @@ class PreferenceDataModule(FireflyDataModule):
     batches = PlannedPairs
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, row_format=None, learn="last", **kwargs)
+        # jsonargparse leaves out of the keys what is given here.
+        super().__init__(*args, row_format=None, learn="last", **kwargs)  # type: ignore[misc]
 
     def rules(self, answering: bool) -> RowRules:
         """Both rows of a pair are read to be learned; a prompt that is to be answered is one row, whatever its form."""

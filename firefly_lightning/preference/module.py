@@ -225,8 +225,8 @@ class PreferenceModule(FireflyModule):
 
         def evaluate(batch: PairBatch) -> Tensor:
             with without_adapter(self.model):
-                found: Tensor = trainer.strategy.validation_step(batch, 0)
-            return found
+                found = trainer.strategy.validation_step(batch, 0)
+            return cast(Tensor, found)
 
         compute = computed_by(trainer, evaluate)
 
