@@ -14,6 +14,7 @@ import yaml
 from transformers import BloomConfig, BloomForCausalLM
 
 from firefly_lightning.data.sources.row_forms import read_rows
+from firefly_lightning.preference.pair_forms import rows_of_pair
 from firefly_lightning.preparation.templates.reader import TEMPLATE_FOLDER
 from tests.conftest import write_rows
 from tests.integration.test_start import ORDER
@@ -36,7 +37,7 @@ def test_both_languages_hold_the_same_blocks_page_by_page():
         assert pair[0] == pair[1], english
     found = [block.language for block in blocks_of("en") + blocks_of("zh")]
     assert {language: found.count(language) for language in set(found)} == {
-        "bash": 2 * 56, "python": 2 * 8, "yaml": 2 * 6, "json": 2 * 11, "text": 2 * 7,
+        "bash": 2 * 59, "python": 2 * 9, "yaml": 2 * 6, "json": 2 * 15, "text": 2 * 7,
     }  # fmt: skip
 
 
@@ -151,6 +152,9 @@ def test_keys_that_are_documented_exist():
     told = [document for document in documents("en") if document.stem != "surprises"]  # of Lightning's own attributes
     text = "\n".join(document.read_text("utf-8") for document in told)
     defaults = yaml.safe_load(run("firefly-fit", "fit", "--model.path", "x", "--print_config").stdout)
+    of_pairs = ["--model", "firefly_lightning.PreferenceModule", "--model.path", "x", "--print_config"]
+    more = yaml.safe_load(run("firefly-fit", "fit", *of_pairs).stdout)
+    defaults["model"]["init_args"] |= more["model"]["init_args"]
     keys = set(
         re.findall(
             r"`((?:model|data|trainer|checkpoint|best_checkpoint|throughput|samples)\.(?!py`|json`|ckpt`)\w+)`", text
@@ -242,6 +246,9 @@ def unique_parameters(vocab_size: int, hidden: int, layers: int, heads: int) -> 
 
 def test_rows_that_are_documented_are_read(tmp_path):
     readme, raw, *rows = [json.loads(block.code) for block in blocks_of("en") if block.language == "json"]
+    pairs, rows = ([row for row in rows if ("chosen" in row) is paired] for paired in (True, False))
+    assert [len(rows_of_pair(pair, 1).rows) for pair in pairs] == [2] * 4
+    assert rows_of_pair(pairs[2], 1) == rows_of_pair(pairs[3], 1)
     assert readme == raw
     assert raw.keys() == {"text", "label"}
     read = [next(read_rows(str(write_rows(tmp_path / f"{at}.jsonl", [row])))) for at, row in enumerate(rows)]
@@ -263,7 +270,7 @@ def test_commands_that_are_not_run_here_run_in_continuous_integration():
     assert len(vllm) == 3, "run by hand, as the page says"
     assert written == [
         "bin/demo", "bin/test", install, 'pip install -e ".[docs]"', "mkdocs build",
-        install, f"pip install --no-deps -r {no_deps}", 'pip install -e ".[adapters]"',
+        install, f"pip install --no-deps -r {no_deps}", 'pip install -e ".[adapters]"', "bin/demo-preference",
         'pip install -e ".[serving]"', *vllm, 'pip install -e ".[gguf]"', "npm install node-llama-cpp",
         "hf auth login", *pushes, *hub, "pip install modelscope",
         next(one for one in written if "modelscope import snapshot_download" in one),
@@ -273,7 +280,7 @@ def test_commands_that_are_not_run_here_run_in_continuous_integration():
     assert no_deps in made
     assert "mkdocs build --strict" in made
     ran = [line for line in (ROOT / ".ci" / "run").read_text("utf-8").splitlines() if not line.startswith("#")]
-    for script in ("bin/demo", "bin/test", ".ci/run", "bin/make-env"):
+    for script in ("bin/demo", "bin/demo-preference", "bin/test", ".ci/run", "bin/make-env"):
         assert os.access(ROOT / script, os.X_OK), script
         assert subprocess.run(["bash", "-n", ROOT / script], check=False).returncode == 0, script
     assert {"bin/demo", "bin/test"} <= set(" ".join(ran).split())
