@@ -158,8 +158,8 @@ def computed_by(trainer: Any, evaluate: Callable[[PairBatch], Tensor]) -> Comput
                 sums.index_add_(0, batch["rows"], torch.cat([found, torch.ones_like(found[:, :1])], 1).to(sums.dtype))
         # Ranks that split a model have all worked on the same pairs, which are then there more than once.
         values = strategy.reduce(sums, reduce_op="sum")[torch.from_numpy(numbers).to(sums.device)]
-        found: Tensor = (values[:, :-1] / values[:, -1:]).cpu()
-        return found
+        means: Tensor = (values[:, :-1] / values[:, -1:]).cpu()
+        return means
 
     return compute
 

@@ -159,7 +159,8 @@ def test_a_killed_run_resumes_digit_for_digit(model_folder, pairs_file, tmp_path
 
 def test_the_configuration_trains(model_folder, pairs_file, val_pairs_file, tmp_path):
     own = ["--config", "configs/dpo.yaml", "--data.val_files", val_pairs_file, "--data.batch_size", 8]
-    short = ["--trainer.max_steps", 2, "--trainer.val_check_interval", 2, "--trainer.precision", "32-true"]
+    short = ["--trainer.max_steps", 2, "--trainer.val_check_interval", 2, "--trainer.precision", "32-true",
+             "--trainer.default_root_dir", tmp_path]  # fmt: skip
     fit(model_folder, pairs_file, tmp_path, *own, *short)
     assert sorted(logged(tmp_path, "train_reward_accuracy")) == [0, 1]
     saved = json.dumps(sorted(path.name for path in (tmp_path / "checkpoints").iterdir()))
