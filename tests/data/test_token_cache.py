@@ -14,6 +14,7 @@ import pytest
 
 from firefly_lightning.data import token_cache as tokenized
 from firefly_lightning.data.counts_table import unused_fields
+from firefly_lightning.data.row_batches import Cut
 from firefly_lightning.data.sources.row_forms import RowRules
 from firefly_lightning.data.token_cache import tokenize
 from firefly_lightning.data.tokenized_rows import TokenizedRows
@@ -111,20 +112,26 @@ def test_everything_that_matters_changes_the_key(tokenizer, encoder, rows_file, 
     other_tokenizer = load_tokenizer(tokenizer.name_or_path)
     other_tokenizer.add_tokens(["酒店"])
     keys = [
-        tokenized._key(str(rows_file), encoder, 512, "truncate"),
-        tokenized._key(str(other_file), encoder, 512, "truncate"),
-        tokenized._key(str(rows_file), PromptEncoder(other_tokenizer, encoder.prompt), 512, "truncate"),
-        tokenized._key(str(rows_file), PromptEncoder(tokenizer, PRESETS["firefly_single"]), 512, "truncate"),
-        tokenized._key(str(rows_file), encoder, 511, "truncate"),
-        tokenized._key(str(rows_file), encoder, 512, "drop"),
-        tokenized._key(str(rows_file), encoder, 512, "truncate", RowRules(learn="last")),
-        tokenized._key(str(rows_file), encoder, 512, "truncate", RowRules(answering=True)),
+        tokenized._key(str(rows_file), encoder, Cut(512, "truncate"), RowRules()),
+        tokenized._key(str(other_file), encoder, Cut(512, "truncate"), RowRules()),
+        tokenized._key(
+            str(rows_file), PromptEncoder(other_tokenizer, encoder.prompt), Cut(512, "truncate"), RowRules()
+        ),
+        tokenized._key(
+            str(rows_file), PromptEncoder(tokenizer, PRESETS["firefly_single"]), Cut(512, "truncate"), RowRules()
+        ),
+        tokenized._key(str(rows_file), encoder, Cut(511, "truncate"), RowRules()),
+        tokenized._key(str(rows_file), encoder, Cut(512, "drop"), RowRules()),
+        tokenized._key(str(rows_file), encoder, Cut(512, "truncate"), RowRules(learn="last")),
+        tokenized._key(str(rows_file), encoder, Cut(512, "truncate"), RowRules(answering=True)),
+        tokenized._key(str(rows_file), encoder, Cut(512, "truncate"), RowRules(document_per="file")),
+        tokenized._key(str(rows_file), encoder, Cut(512, "truncate", 2), RowRules()),
     ]
     code = tmp_path / "code.py"
     code.write_text("changed = True\n")
     monkeypatch.setattr(tokenized, "_CODE", [*tokenized._CODE, str(code)])
-    keys.append(tokenized._key(str(rows_file), encoder, 512, "truncate"))
-    assert len(set(keys)) == 9
+    keys.append(tokenized._key(str(rows_file), encoder, Cut(512, "truncate"), RowRules()))
+    assert len(set(keys)) == 11
 
 
 def test_a_file_is_read_for_its_key_again_when_it_has_changed(encoder, rows_file, tmp_path, monkeypatch):
@@ -136,7 +143,7 @@ def test_a_file_is_read_for_its_key_again_when_it_has_changed(encoder, rows_file
     for content in (text, None, text.replace("评论", "点评")):  # as many bytes
         if content:
             source.write_text(content, "utf-8")
-        keys.append(tokenized._key(str(source), encoder, 512, "truncate"))
+        keys.append(tokenized._key(str(source), encoder, Cut(512, "truncate"), RowRules()))
     assert keys[0] == keys[1] != keys[2]
     assert hashed.count(str(source)) == 2
 
@@ -144,7 +151,9 @@ def test_a_file_is_read_for_its_key_again_when_it_has_changed(encoder, rows_file
 def test_a_moved_file_keeps_its_key(encoder, rows_file, tmp_path):
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes(rows_file.read_bytes())
-    assert tokenized._key(str(moved), encoder, 512, "drop") == tokenized._key(str(rows_file), encoder, 512, "drop")
+    assert tokenized._key(str(moved), encoder, Cut(512, "drop"), RowRules()) == tokenized._key(
+        str(rows_file), encoder, Cut(512, "drop"), RowRules()
+    )
 
 
 def test_an_unfinished_entry_is_never_read(encoder, tmp_path):
@@ -157,7 +166,7 @@ def test_an_unfinished_entry_is_never_read(encoder, tmp_path):
 
 
 def test_what_a_killed_process_left_is_cleared(encoder, rows_file, tmp_path):
-    key = tokenized._key(str(rows_file), encoder, 512, "truncate")
+    key = tokenized._key(str(rows_file), encoder, Cut(512, "truncate"), RowRules())
     left_over = partial_path(tmp_path / key)
     left_over.mkdir()
     (left_over / "rows.arrow").write_bytes(b"half")

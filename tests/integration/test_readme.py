@@ -174,7 +174,11 @@ def check_pruned(name: str, verified: bool):
     return check
 
 
-def check_run(name: str, steps: range, version: int = 0, **columns: int):
+OF_ROWS = ("val_perplexity", "val_accuracy", "val_eos_accuracy")
+OF_PAIRS = ("val_reward_accuracy", "val_reward_margin", "val_chosen_log_prob", "val_rejected_log_prob")
+
+
+def check_run(name: str, steps: range, version: int = 0, pairs: bool = False, **columns: int):
     def check(box: Path, out: str) -> None:
         root = box / "runs" / name
         assert sorted(logged(root, version=version)) == list(steps)
@@ -182,16 +186,13 @@ def check_run(name: str, steps: range, version: int = 0, **columns: int):
             assert logged(root, column, version).keys() >= set(steps), column
         for column, count in {
             "val_loss": 1,
-            "val_perplexity": 1,
-            "val_accuracy": 1,
-            "val_eos_accuracy": 1,
+            **dict.fromkeys(OF_PAIRS if pairs else OF_ROWS, 1),
             **columns,
         }.items():
             assert len(logged(root, column, version)) == count, column
         folder = root / "lightning_logs" / f"version_{version}"
-        assert {"config.yaml", "loss.png", "kinds.png", "report.md", "metrics.csv"} <= {
-            file.name for file in folder.iterdir()
-        }
+        files = {"config.yaml", "loss.png", "pairs.png" if pairs else "kinds.png", "report.md", "metrics.csv"}
+        assert files <= {file.name for file in folder.iterdir()}
         assert list(folder.glob("events.out.tfevents.*"))
         assert find_checkpoint(str(root / "checkpoints")).name == "last.ckpt"
         assert list((root / "checkpoints").glob("best-step=*-val_loss=*.ckpt"))
@@ -368,16 +369,16 @@ CHECKS = {
     "firefly-fit validate": check_evaluation("val"),
     "firefly-fit test": check_evaluation("test", *(f"{name}_of/Weather" for name in ("bleu", "chrf", "rouge_l"))),
     "firefly export .*--out tuned-model$": check_exported("tuned-model"),
-    "firefly-fit fit .*--model.path tuned-model": check_run("preferred", range(3)),
+    "firefly-fit fit .*--model.path tuned-model": check_run("preferred", range(3), pairs=True),
     "firefly prune .*--out stages/pruned$": check_pruned("stages/pruned", verified=False),
     "firefly-fit fit .*runs/stage-2$": check_run("stage-2", range(3)),
     "firefly export .*--out stages/pretrained$": check_exported("stages/pretrained"),
     "firefly-fit fit .*runs/stage-3$": check_run("stage-3", range(3)),
     "firefly export .*--out stages/tuned$": check_exported("stages/tuned"),
-    "firefly-fit fit .*runs/stage-4$": check_run("stage-4", range(3)),
+    "firefly-fit fit .*runs/stage-4$": check_run("stage-4", range(3), pairs=True),
     "firefly export .*--out stages/preferred$": check_exported("stages/preferred"),
     "firefly chat --model stages/preferred": check_answer,
-    "PYTHONPATH=. firefly-fit fit .*my_hinge": check_run("hinge", range(3)),
+    "PYTHONPATH=. firefly-fit fit .*my_hinge": check_run("hinge", range(3), pairs=True),
     "firefly export .*--out chat-model$": check_exported("chat-model"),
     "firefly export .*--gguf": check_gguf,
     "npx node-llama-cpp chat": check_answer_of_node,
