@@ -67,6 +67,8 @@ def export(
         raise FireflyError("--verify, --gguf_type: belong to --gguf; name a file there")
     if dtype and target is None:
         raise FireflyError("--dtype: is of the folder; name it with --out, or choose --gguf_type")
+    if adapter and file is not None:
+        raise FireflyError("--adapter, --gguf: a GGUF is of the whole model; export it without --adapter, by itself")
     if adapter and (of_adapter or of_model):
         raise FireflyError(f"{checkpoint}: is {'an adapter' if of_adapter else 'a model'} already; leave --adapter out")
     if of_model and base:

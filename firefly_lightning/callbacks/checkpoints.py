@@ -51,6 +51,7 @@ class LastCheckpoint(ModelCheckpoint):
         super().__init__(dirpath=dirpath, every_n_train_steps=every_n_steps, **(several if keep > 1 else one))
         self.portable = portable
         self._signals: Signals | None = None
+        self._validated = -1
 
     @property
     def state_key(self) -> str:
@@ -84,9 +85,20 @@ class LastCheckpoint(ModelCheckpoint):
         if self._signals and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._signals.obey(lambda: self._save_now(trainer))
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Notes a validation of a training."""
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._validated = trainer.global_step
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the last step too, where the interval left it out."""
-        if not self._should_skip_saving_checkpoint(trainer):
+        """Saves the last step too, where the interval left it out, or a validation came after it had been saved.
+
+        A model's card tells what the last validation of its checkpoint found.
+        """
+        if self._validated == trainer.global_step == self._last_global_step_saved and self._last_checkpoint_saved:
+            self._save_checkpoint(trainer, self._last_checkpoint_saved)
+        elif not self._should_skip_saving_checkpoint(trainer):
             self._save_now(trainer)
         interrupts.listen()
         if self._signals:  # a signal may have come with the last step

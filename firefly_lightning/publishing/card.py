@@ -1,5 +1,6 @@
 """The card of a model: ``README.md`` in its folder, which people read and a hub shows, with the plot of its losses."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,11 +108,14 @@ def _sections(made: _Made, origin: Origin, plotted: bool) -> Iterator[str]:
     yield "<!-- Written by firefly export. Read it, and change what you know better. -->"
     yield f"# {made.name}"
     yield "\n".join(_summary(made, origin))
-    use = (_ADAPTER if made.is_adapter else _WHOLE).format(name=made.name, question=_QUESTION)
-    yield f"## Use\n\n```python\n{use}\n```\n\nor, in a terminal, `firefly chat --model {made.name}`."
+    quoted = made.name.replace("\\", "\\\\").replace('"', '\\"')
+    use = (_ADAPTER if made.is_adapter else _WHOLE).format(name=quoted, question=_QUESTION)
+    yield f"## Use\n\n```python\n{use}\n```\n\nor, in a terminal, `firefly chat --model {shlex.quote(made.name)}`."
     if history.kinds:
         yield f"## Data\n\n{', '.join(map(printable, history.sources))}"
         yield markdown(filled_table(("kind", "rows", "tokens", "tokens learned"), _counted(history)))
+        if float(origin.settings.get("data.val_fraction") or 0):
+            yield "These are all rows of the files, those that were held out for validation among them."
     if history.figures or plotted:
         yield "## Figures"
     if history.figures:

@@ -97,8 +97,15 @@ class _Hub:
             raise FireflyError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it")
         self.repo, self.revision, self.private, self._api = repo, revision, True, HfApi()
         self.page = f"{constants.ENDPOINT}/{repo}" + (f"/tree/{revision}" if revision else "")
-        if self._ask(get_token) is None:
+        if not constants.ENDPOINT.startswith(("http://", "https://")):
+            raise FireflyError(
+                f"HF_ENDPOINT {constants.ENDPOINT}: is no address; write https:// and a host, or unset it"
+            )
+        token = self._ask(get_token)
+        if token is None:
             raise FireflyError("not logged in to the hub; run hf auth login, or set HF_TOKEN to a token that may write")
+        if not token.isascii():
+            raise FireflyError("HF_TOKEN holds characters that no token has; copy it from the hub again")
 
     def check_base(self, base: str) -> None:
         """Refuses a base that the hub has not."""
@@ -214,8 +221,22 @@ def _changed(published: "Published", folder: Path, base: str | None) -> dict[str
         return changed
     changed[ADAPTER[0]] = _json(own | {"base_model_name_or_path": base})
     if file := published.files.get(CARD):
-        changed[CARD] = file.read_text("utf-8").replace(recorded, base).encode()
+        changed[CARD] = _on_base(file.read_text("utf-8"), recorded, base).encode()
     return changed
+
+
+def _on_base(card: str, recorded: str, base: str) -> str:
+    """The card of an adapter that names its base on the hub, in its text and in what the hub reads."""
+    from huggingface_hub import ModelCard
+
+    begun = "It began with the weights of"
+    text = card.replace(recorded, base).replace(f"{begun} {shown(Path(recorded).name)}.", f"{begun} {base}.")
+    try:
+        read = ModelCard(text, ignore_metadata_errors=True)
+        read.data["base_model"] = base
+        return str(read)
+    except Exception:  # of what a person has written at its head, whatever a reader of YAML raises
+        return text
 
 
 def _json(fields: dict[str, Any]) -> bytes:

@@ -8,8 +8,10 @@ from lightning import Trainer
 
 from firefly_lightning import FireflyDataModule, FireflyModule
 from firefly_lightning.callbacks.checkpoints import LastCheckpoint
+from firefly_lightning.checkpoints.history import HISTORY
 from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
 from firefly_lightning.checkpoints.paths import find_checkpoint
+from firefly_lightning.checkpoints.torch_file import load_file, trainer_file
 from firefly_lightning.errors import FireflyError
 from tests.support.helpers import fit, forked, logged, raised_line, run
 
@@ -88,6 +90,19 @@ def test_a_run_of_its_own_in_the_same_folder_keeps_what_is_there(model_folder, r
     fit(model_folder, rows_file, tmp_path, *short, "--trainer.max_steps", 4, "--ckpt_path", second,
         "--model.learning_rate", 0)  # fmt: skip
     assert "best-step=4" in bests(tmp_path), "it is of another run, which this one must not touch"
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_last_checkpoint_has_the_validation_of_its_step(keep, model_folder, rows_file, tmp_path):
+    """Both are due at the last step, which is saved before it is validated."""
+    steps = ["--trainer.max_steps", 4, "--trainer.val_check_interval", 2, "--checkpoint.every_n_steps", 2]
+    fit(model_folder, rows_file, tmp_path, *BEST, *steps, "--checkpoint.keep", keep)
+    names = ["last.ckpt", *(["step=2.ckpt", "step=4.ckpt"] if keep == 2 else [])]
+    found = sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if not path.name.startswith("best-"))
+    assert found == names
+    history = load_file(trainer_file(tmp_path / "checkpoints" / "last.ckpt"), "cpu")["callbacks"][HISTORY]
+    assert history["figures_step"] == 4
+    assert history["figures"]["val_loss"] == pytest.approx(float(logged(tmp_path, "val_loss")[3]), rel=1e-6)
 
 
 def test_best_is_the_best_by_its_name(tmp_path):

@@ -183,7 +183,7 @@ def test_what_cannot_be_written_is_told_and_leaves_nothing(fluent_folder, model_
     assert refused(*given, file, "--out", tmp_path / "x").endswith("leave --out out, or copy it")
     assert refused(*given, fluent_folder / "x.gguf").startswith(f"{fluent_folder / 'x.gguf'}: lies in {fluent_folder}")
     assert refused(*given, tmp_path) == f"{tmp_path}: is a folder; name a file"
-    assert refused(*given, file, "--adapter").endswith("is a model already; leave --adapter out")
+    assert refused(*given, file, "--adapter").startswith("--adapter, --gguf: a GGUF is of the whole model; export it")
     assert refused(*given, file, "--dtype", "float16").startswith("--dtype: is of the folder")
     assert refused(*given[:2], "--out", tmp_path / "x", "--verify", "x").endswith("leave --out out, or copy it")
     (tmp_path / "empty.txt").write_text("")

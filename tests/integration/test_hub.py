@@ -12,6 +12,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import BloomForCausalLM
 
 from tests.conftest import ANSWERS
@@ -113,6 +114,23 @@ def test_a_pushed_adapter_names_a_base_that_others_have(hub, fluent_folder, adap
     assert answer(there) == here
     asked = json.dumps([("model", "ci/adapter", "adapter_config.json config.json")])
     assert python(hub, home, READS, asked, HF_HUB_OFFLINE="1") == ["None"], "known to have none, and to be there"
+
+
+def test_the_card_of_a_pushed_adapter_names_its_base_on_the_hub(hub, fluent_folder, adapter_folder, tmp_path):
+    """An export names the base of the machine by its last name alone, and not at the head, which the hub reads."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter_folder, folder)
+    begun = "It began with the weights of"
+    for head in ("---\nlicense: mit\n---\n", ""):
+        (folder / "README.md").write_text(f"{head}# A\n\n{begun} {fluent_folder.name}.\n", "utf-8")
+        hub.repositories.clear()
+        hub.add("ci/base", fluent_folder)
+        push = ["push", "--source", folder, "--repo", "ci/adapter", "--base", "ci/base"]
+        ask(hub, tmp_path / "home", "firefly", *push)
+        card = hub.files("ci/adapter")["README.md"].decode()
+        assert f"{begun} ci/base." in card
+        assert ModelCard(card).data.base_model == "ci/base"
+        assert ModelCard(card).data.license == ("mit" if head else None)
 
 
 def shards(folder: Path, out: Path) -> Path:
@@ -264,8 +282,10 @@ def test_what_the_hub_refuses_is_one_line_and_nothing_is_changed(hub, fluent_fol
         (READER, {}, "answered 403 (You don't have the rights to create a model"),
         (WRITER, {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, so nothing can be pushed; unset it"),
         (WRITER, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "http://127.0.0.1:9 cannot be reached ([Errno 111] Connection"),
+        (WRITER, {"HF_ENDPOINT": "mirror"}, "HF_ENDPOINT mirror: is no address; write https:// and a host, or"),
+        ("hf_令牌", {}, "HF_TOKEN holds characters that no token has; copy it from the hub again"),
     ],
-    ids=["no token", "wrong token", "may not", "off line", "no hub"],
+    ids=["no token", "wrong token", "may not", "off line", "no hub", "no address", "no ASCII"],
 )
 def test_who_may_not_push_is_told_so(hub, fluent_folder, tmp_path, token, environment, message):
     options = json.dumps([{"source": str(fluent_folder), "repo": "ci/new"}])
