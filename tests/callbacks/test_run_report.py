@@ -154,7 +154,8 @@ def test_the_report_of_a_training(shown):
     assert results["rows"] == [str(sum(of_kinds))] == ["24"], "0.4 of 60 rows"
     assert table["lightning"] == [lightning_version]
     assert table["all"][0] == "60"
-    assert table["kind"] == [*HEADINGS.values()], "the last table with kinds is that of the rows"
+    shown = [heading for name, heading in HEADINGS.items() if name != "windows"]  # which only documents have
+    assert table["kind"] == shown, "the last table with kinds is that of the rows"
     assert "\x1b" not in text
     saved = re.search(r"^## Configuration\n\n```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[1]
     assert yaml.safe_load(saved) == yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
