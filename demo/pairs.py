@@ -35,12 +35,13 @@ def write_pairs(rows: Sequence[str], out: Path, limit: int = 200, seed: int = 0)
             by_kind[row.kind].append(row)
     pairs = []
     for kind in sorted(by_kind):
-        drawn = heapq.nsmallest(-(-limit // len(by_kind)), by_kind[kind], key=lambda row: _rank(row, seed))
-        # The next one that says something else, in the order of the draw.
-        for at, row in enumerate(drawn):
+        drawn = heapq.nsmallest(2 * -(-limit // len(by_kind)), by_kind[kind], key=lambda row: _rank(row, seed))
+        # Those that are rejected are no other pair's chosen ones: a pair would teach the contrary of the other.
+        asked, others = drawn[0::2], [row.turns[0][1] for row in drawn[1::2]]
+        for at, row in enumerate(asked):
             question, chosen = row.turns[0]
-            others = (other.turns[0][1] for other in [*drawn[at + 1 :], *drawn[:at]])
-            if rejected := next((target for target in others if target != chosen), None):
+            # The next one that says something else, in the order of the draw.
+            if rejected := next((target for target in [*others[at:], *others[:at]] if target != chosen), None):
                 pairs.append({"kind": kind, "input": question, "chosen": chosen, "rejected": rejected})
     if not pairs:
         raise FireflyError(f"{', '.join(rows)}: no kind has two rows with different targets; name other files")

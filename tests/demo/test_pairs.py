@@ -19,6 +19,9 @@ def test_pairs_are_of_one_kind_and_differ(rows_file, tmp_path):
     for pair in pairs:
         assert pair["chosen"] == first[pair["kind"], pair["input"]]
         assert pair["rejected"] in targets[pair["kind"]] - {pair["chosen"]}
+    asked = {(pair["kind"], pair["input"]) for pair in pairs}
+    others = {(kind, target) for (kind, question), target in first.items() if (kind, question) not in asked}
+    assert all((pair["kind"], pair["rejected"]) in others for pair in pairs), "no row that is asked is rejected too"
     assert {sum(pair["kind"] == kind for pair in pairs) for kind in targets} == {10, 11}
     again = tmp_path / "again.jsonl"
     write_pairs([str(rows_file)], again, limit=21)
