@@ -53,6 +53,7 @@ from firefly_lightning.preference.datamodule import PreferenceDataModule
 from firefly_lightning.preference.module import PreferenceModule
 from firefly_lightning.strategies.catalogue import BY_NAME
 from firefly_lightning.strategies.registration import load_classes
+from firefly_lightning.strategies.torchrun import take_places
 
 BY_LAST_NAME = (FireflyModule, FireflyDataModule, PreferenceModule, PreferenceDataModule)
 """Classes that ``--model`` and ``--data`` take by their last names, since they are imported here."""
@@ -131,8 +132,9 @@ class FireflyCLI(LightningCLI):
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Finds the checkpoint to resume from, and shows which settings have changed since, before loading anything."""
+        """Finds places and the checkpoint to resume from, and shows which settings have changed, before loading anything."""
         config = self.config[self.subcommand]
+        take_places(config.trainer)
         if config.get("ckpt_path") == "":
             raise FireflyError("ckpt_path is empty; name a checkpoint, last or best, or leave the key out")
         if config.get("ckpt_path") not in (None, "hpc"):  # SLURM's requeued run has its own checkpoint

@@ -160,19 +160,11 @@ def test_a_model_and_a_tokenizer_of_different_sizes(model_folder, broken, rows_f
     assert "the tokenizer has 1500 tokens, the embedding only 900 rows" in message
 
 
-def test_wrong_shares_and_models(trained, model_folder, rows_file, tmp_path):
-    message = one_line(fit(model_folder, rows_file, tmp_path, "--data.micro_batch_size", 5, check=False))
-    assert "data.micro_batch_size 5 does not divide the 16 rows" in message
+def test_wrong_limits_and_models(trained, model_folder, rows_file, tmp_path):
+    message = one_line(fit(model_folder, rows_file, tmp_path, "--data.micro_batch_tokens", 5, check=False))
+    assert "data.micro_batch_tokens 5 is less than the" in message
     message = one_line(fit(tmp_path / "nowhere", rows_file, tmp_path, check=False))
     assert message.startswith(f"{tmp_path}/nowhere: no such folder")
-
-
-def test_ranks_that_cannot_share(model_folder, rows_file, tmp_path):
-    ranks = ["--data.batch_size", 5, "--trainer.devices", 2, "--trainer.strategy", "ddp"]
-    result = fit(model_folder, rows_file, tmp_path, *ranks, check=False)
-    assert result.returncode
-    assert "Traceback" not in result.stderr
-    assert "data.batch_size 5 cannot be shared by 2 devices" in result.stderr
 
 
 def test_a_checkpoint_of_another_model(trained, broken, rows_file, tmp_path):

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
+from firefly_lightning.data.division import Division
 from firefly_lightning.data.plan import Rows, StepPlan
 from firefly_lightning.data.tokenized_rows import NO_WINDOW, TokenizedRow, TokenizedRows
 from firefly_lightning.processes import end_with_parent, leave_interrupts_to_parent
@@ -43,7 +44,7 @@ class MicroBatch(PaddedRows):
     """The rows that one rank works on at a time.
 
     Attributes:
-        rows: (rows,) which rows these are; empty in a micro-batch that only fills a short last step.
+        rows: (rows,) which rows these are; empty in a micro-batch that only fills up a step of few rows.
         kinds: (rows,) number of each row's kind.
         asks: (rows,) whether each row asks something; a document does not.
         step: Optimizer step that the micro-batch belongs to.
@@ -67,8 +68,7 @@ class PlannedBatches(Dataset[MicroBatch]):
     Args:
         rows: The tokenised rows.
         plan: The plan that says which rows make a step.
-        micro_batch_size: Rows that a rank works on at a time.
-        world_size: Number of ranks that share a step.
+        division: How ranks and micro-batches share a step.
         rank: Number of this rank.
         pad_id: Token id of padding.
 
@@ -76,24 +76,26 @@ class PlannedBatches(Dataset[MicroBatch]):
         steps_per_epoch: Number of optimizer steps that count as an epoch; the plan's unless the trainer limits them.
     """
 
-    def __init__(
-        self, rows: TokenizedRows, plan: StepPlan, micro_batch_size: int, world_size: int, rank: int, pad_id: int
-    ) -> None:
+    def __init__(self, rows: TokenizedRows, plan: StepPlan, division: Division, rank: int, pad_id: int) -> None:
         self.rows = rows
         self.plan = plan
-        self.micro_batch_size = micro_batch_size
-        self.world_size = world_size
+        self.division = division
         self.rank = rank
         self.pad_id = pad_id
-        self.micro_batches_per_step = plan.batch_size // (micro_batch_size * world_size)
         self.steps_per_epoch = plan.steps_per_epoch
+        self._last_shared: tuple[int, list[list[Rows]]] = -1, []
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Number of micro-batches that a rank takes for a step."""
+        return self.division.micro_batches
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.micro_batches_per_step
 
     def __getitem__(self, index: int) -> MicroBatch:
         step, position = divmod(index, self.micro_batches_per_step)
-        rows = self.plan.micro_batches(step, self.world_size, self.micro_batch_size)[self.rank][position]
+        rows = self._shared(step)[self.rank][position]
         return {
             **self.collated(rows),
             "rows": torch.from_numpy(rows),
@@ -102,8 +104,13 @@ class PlannedBatches(Dataset[MicroBatch]):
             "step": step,
             "step_rows": len(self.plan.rows(step)),
             "step_target_tokens": self.plan.target_tokens(step),
-            "step_micro_batches": self.micro_batches_per_step * self.world_size,
+            "step_micro_batches": self.micro_batches_per_step * self.division.ranks,
         }
+
+    def _shared(self, step: int) -> list[list[Rows]]:
+        if self._last_shared[0] != step:  # its micro-batches are asked for one after another
+            self._last_shared = step, self.division.shared(self.plan.rows(step), self.plan.lengths)
+        return self._last_shared[1]
 
     def collated(self, rows: Rows) -> PaddedRows:
         """Rows, by their numbers, as tensors; a subclass whose rows are something else makes others of them."""
@@ -129,7 +136,7 @@ class EpochSampler(DistributedSampler[int], SequentialSampler):
     """
 
     def __init__(self, batches: PlannedBatches, first_step: int = 0) -> None:
-        super().__init__(batches, batches.world_size, batches.rank, shuffle=False)
+        super().__init__(batches, batches.division.ranks, batches.rank, shuffle=False)
         self.batches = batches
         self.first_step = first_step
         # Lightning makes the first iterator before it says which epoch a resumed run is in.

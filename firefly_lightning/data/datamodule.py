@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from firefly_lightning.data.batches import MicroBatch, PlanLoader, PlannedBatches, data_parallel_share, make_loader
 from firefly_lightning.data.counts_table import row_summary
-from firefly_lightning.data.limits import count_steps, limited_rows
+from firefly_lightning.data.division import division_of, one_each
+from firefly_lightning.data.limits import count_steps, limited_rows, steps_of_run
 from firefly_lightning.data.mixing import Share, Source, as_source, check_share, listed, split
-from firefly_lightning.data.plan import Rows, StepPlan, WeightedRows, check_shares
+from firefly_lightning.data.plan import Rows, StepPlan, WeightedRows
 from firefly_lightning.data.prompt_choice import choose_format
 from firefly_lightning.data.row_arrays import TooLong
 from firefly_lightning.data.sources.records import DocumentPer, find_sources
@@ -27,6 +28,10 @@ from firefly_lightning.data.tokenized_rows import NO_WINDOW, TokenizedRows
 from firefly_lightning.errors import FireflyError, check_number
 from firefly_lightning.huggingface import load_tokenizer
 from firefly_lightning.prompt import PromptEncoder, PromptFormat, prompt_format
+
+
+_MOST = {"batch_size": 10**6, "micro_batch_size": 10**6, "micro_batch_tokens": 2**31 - 1, "max_length": 2**31 - 1}
+"""Largest value of each number that must be at least 1."""
 
 
 class FireflyDataModule(L.LightningDataModule):
@@ -42,8 +47,8 @@ class FireflyDataModule(L.LightningDataModule):
         predict_files: Files, globs or dataset names whose rows ``predict`` answers; the test or else the validation
             rows where not given. Files are read whole for it: no row is cut or left out, whatever its length.
         batch_size: Rows in one optimizer step, over all devices.
-        micro_batch_size: Rows that one device works on at a time; all of its share where not given. Gradients are
-            accumulated over a device's micro-batches: the step stays the same.
+        micro_batch_size: Most rows that one device works on at a time; all of its share where not given. Gradients are
+            accumulated over a device's micro-batches: the step stays the same. Nothing has to divide anything.
         max_length: Most tokens of a row, control tokens included.
         too_long: What to do with a longer row: ``truncate`` keeps its first tokens, ``truncate_keep_end`` its last ones
             after the start token, ``drop`` leaves it out.
@@ -61,6 +66,8 @@ class FireflyDataModule(L.LightningDataModule):
         document_per: What of a ``.txt`` file is a document to learn: each ``line``, or the whole ``file``.
         stride: Tokens of a window with which the next one of a document longer than ``max_length`` begins, as context
             that is not learned again.
+        micro_batch_tokens: Most tokens that one device works on at a time, in place of ``micro_batch_size`` or beside
+            it: as many rows as fit, in as few micro-batches as the heaviest step of the run allows.
 
     Attributes:
         token_rows: Class of the tokenised rows that are learned or evaluated; that of a subclass may be another.
@@ -95,6 +102,7 @@ class FireflyDataModule(L.LightningDataModule):
         learn: Learn = "all",
         document_per: DocumentPer = "line",
         stride: int = 1,
+        micro_batch_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer_path = tokenizer
@@ -102,7 +110,8 @@ class FireflyDataModule(L.LightningDataModule):
         self.kinds = dict(kinds or {})
         self.val_files, self.test_files, self.predict_files = map(listed, (val_files, test_files, predict_files))
         self.val_fraction = val_fraction
-        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.batch_size = batch_size
+        self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
         self.max_length = max_length
         self.too_long: TooLong = too_long
         self._told = None if prompt is None else prompt_format(prompt)
@@ -168,10 +177,9 @@ class FireflyDataModule(L.LightningDataModule):
         """Maps the token ids, plans the steps and tells the trainer how many micro-batches make a step."""
         self._stage, self._resumed_step = stage, 0
         self.world_size, self.rank = data_parallel_share(self.trainer.strategy if self.trainer else None)
-        micro_batch_size = check_shares(self.batch_size, self.world_size, self.micro_batch_size)
         if stage == "predict" and (answered := self._files_to_answer()):
             rows = self.tokenized(answered, answering=True)
-            self.answered = self._prompted(rows, np.arange(len(rows)), micro_batch_size)
+            self.answered = self._prompted(rows, np.arange(len(rows)))
             return
         val_rows = None
         if stage == "fit" or self.val_fraction:
@@ -182,16 +190,16 @@ class FireflyDataModule(L.LightningDataModule):
             taken, held_out = split(
                 train_rows, [source for _, source in files], self.kinds, self.val_fraction, self.seed
             )
-            self.train = self._planned(train_rows, taken, self.batch_size, micro_batch_size, shuffle=True)
-            val_rows = self._planned(train_rows, held_out, 0, micro_batch_size) if self.val_fraction else None
-        self.val = self._evaluated(self.val_files, micro_batch_size) or val_rows
-        self.test = self._evaluated(self.test_files, micro_batch_size) or self.val
+            self.train = self._planned(train_rows, taken)
+            val_rows = self._evaluated(train_rows, held_out) if self.val_fraction else None
+        self.val = self._of_files(self.val_files) or val_rows
+        self.test = self._of_files(self.test_files) or self.val
         if stage == "validate" and not self.val:
             raise FireflyError("data.val_files: nothing to validate on; name a file there, or set data.val_fraction")
         if stage == "predict":
             if not self.val:
                 raise FireflyError("data.predict_files: nothing to answer; name a file there")
-            self.answered = self._prompted(self.val.rows, self.val.plan.sources[0].rows, micro_batch_size)
+            self.answered = self._prompted(self.val.rows, self.val.plan.sources[0].rows)
         if stage == "fit" and self.trainer:
             count_steps(self.trainer, self.train)
 
@@ -247,7 +255,7 @@ class FireflyDataModule(L.LightningDataModule):
         return [self.train.rows.describe(int(row)) for row in self.train.plan.rows(step)]
 
     def _check_arguments(self) -> None:
-        for name, most in {"batch_size": 10**6, "micro_batch_size": 10**6, "max_length": 2**31 - 1}.items():
+        for name, most in _MOST.items():
             check_number(f"data.{name}", getattr(self, name), least=1, most=most)
         check_number("data.num_workers", self.num_workers, least=0, most=1024)
         check_number("data.stride", self.stride, least=1, most=max(1, self.max_length - 1))
@@ -263,38 +271,46 @@ class FireflyDataModule(L.LightningDataModule):
     def _files_to_answer(self) -> list[str]:
         return self.predict_files or self.test_files or self.val_files
 
-    def _evaluated(self, files: Sequence[str], micro_batch_size: int) -> PlannedBatches | None:
+    def _of_files(self, files: Sequence[str]) -> PlannedBatches | None:
+        """All rows of files, to evaluate."""
         if not files:
             return None
         rows = self.tokenized(files)
-        return self._planned(rows, [WeightedRows(np.arange(len(rows)))], 0, micro_batch_size)
+        return self._evaluated(rows, [WeightedRows(np.arange(len(rows)))])
 
-    def _prompted(self, rows: TokenizedRows, taken: Rows, micro_batch_size: int) -> PlannedBatches:
-        """Plans rows to answer, all but documents; rows whose prompts are of like length share a micro-batch."""
+    def _prompted(self, rows: TokenizedRows, taken: Rows) -> PlannedBatches:
+        """Rows to answer, all but documents; those whose prompts are of like length share a micro-batch."""
         prompts, taken = rows.lengths - rows.target_tokens, taken[rows.windows[taken] == NO_WINDOW]
         if not len(taken):
             raise FireflyError("data.predict_files: nothing to answer among texts; name a file of questions there")
-        return self._planned(rows, [WeightedRows(taken)], 0, micro_batch_size, prompts, PlannedBatches)
+        return self._evaluated(rows, [WeightedRows(taken)], prompts, PlannedBatches)
 
-    def _planned(
+    def _planned(self, rows: TokenizedRows, sources: list[WeightedRows]) -> PlannedBatches:
+        """Rows to train on."""
+        plan = StepPlan(rows.lengths, rows.target_tokens, sources, self.batch_size, self.seed)
+        steps = steps_of_run(self.trainer, plan.steps_per_epoch) if self._stage == "fit" else 0
+        division = division_of(plan, *self._limits(), steps)
+        return self.batches(rows, plan, division, self.rank, self.tokenizer.pad_token_id)
+
+    def _evaluated(
         self,
         rows: TokenizedRows,
         sources: list[WeightedRows],
-        batch_size: int,
-        micro_batch_size: int,
         lengths: npt.NDArray[np.int32] | None = None,
         made: type[PlannedBatches] | None = None,
-        shuffle: bool = False,
     ) -> PlannedBatches:
+        """Each row once, like lengths together, one micro-batch a step and rank."""
         lengths = rows.lengths if lengths is None else lengths
-        if not shuffle:  # evaluation: each row once, like lengths together, one micro-batch a step and rank
-            batch_size = micro_batch_size * self.world_size
-            (taken,) = (part.rows for part in sources)
-            taken = taken[: limited_rows(self.trainer, self._stage, len(taken), self.batch_size)]
-            sources = [WeightedRows(taken[np.argsort(-lengths[taken], kind="stable")])]
-        plan = StepPlan(lengths, rows.target_tokens, sources, batch_size, self.seed, shuffle)
-        make, pad_id = made or self.batches, self.tokenizer.pad_token_id
-        return make(rows, plan, micro_batch_size, self.world_size, self.rank, pad_id)
+        (taken,) = (part.rows for part in sources)
+        taken = taken[: limited_rows(self.trainer, self._stage, len(taken), self.batch_size)]
+        taken = taken[np.argsort(-lengths[taken], kind="stable")]
+        division = one_each(self.batch_size, *self._limits(), longest=int(lengths[taken].max(initial=0)))
+        size = division.rows * self.world_size
+        plan = StepPlan(lengths, rows.target_tokens, [WeightedRows(taken)], size, self.seed, shuffle=False)
+        return (made or self.batches)(rows, plan, division, self.rank, self.tokenizer.pad_token_id)
+
+    def _limits(self) -> tuple[int, int | None, int | None]:
+        return self.world_size, self.micro_batch_size, self.micro_batch_tokens
 
     def _loader(self, batches: PlannedBatches, **how: Any) -> DataLoader[MicroBatch]:
         return make_loader(batches, self.num_workers, self.pin_memory, **how)

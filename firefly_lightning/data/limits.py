@@ -36,14 +36,13 @@ def count_steps(trainer: Any, train: PlannedBatches) -> None:
     per_step, plan = train.micro_batches_per_step, train.plan
     _check_accumulation(trainer, per_step)
     _put(trainer, "accumulate_grad_batches", per_step)
-    overfits = bool(getattr(trainer, "overfit_batches", 0))
-    name = "overfit_batches" if overfits else "limit_train_batches"
-    steps = _limited(name, _given(trainer, "limit_train_batches"), plan.steps_per_epoch, "steps of an epoch")
+    name = _limit_of_epoch(trainer)
+    steps = _steps_of_epoch(trainer, plan.steps_per_epoch)
     if not steps:
         raise FireflyError(f"trainer.{name} 0 leaves nothing to train on; to validate only, run firefly-fit validate")
     _put(trainer, "limit_train_batches", 1.0)  # the loader has no more than these steps
     train.steps_per_epoch = steps
-    if overfits:
+    if name == "overfit_batches":
         train.plan = plan.repeated(steps)
     train.plan.check_lasts(int(last) if (last := last_step(trainer, steps)) < math.inf else 0)
     interval = _given(trainer, "val_check_interval")
@@ -51,6 +50,16 @@ def count_steps(trainer: Any, train: PlannedBatches) -> None:
         interval = max(1, int(interval * steps))
     if isinstance(interval, int):
         _put(trainer, "val_check_interval", interval * per_step)
+
+
+def steps_of_run(trainer: Any, steps_per_epoch: int) -> float:
+    """Number of optimizer steps of a run; infinite where it has no last one. Without a trainer, those of an epoch.
+
+    Args:
+        trainer: The trainer, or None.
+        steps_per_epoch: Number of optimizer steps of an epoch without limits.
+    """
+    return steps_per_epoch if trainer is None else last_step(trainer, _steps_of_epoch(trainer, steps_per_epoch))
 
 
 def last_step(trainer: Any, steps_per_epoch: int) -> float:
@@ -101,6 +110,15 @@ def _check_accumulation(trainer: Any, per_step: int) -> None:
                 "trainer.callbacks: GradientAccumulationScheduler would change the rows of a step from epoch to epoch, "
                 "and data.batch_size says how many there are; leave it out and set data.batch_size"
             )
+
+
+def _limit_of_epoch(trainer: Any) -> str:
+    return "overfit_batches" if getattr(trainer, "overfit_batches", 0) else "limit_train_batches"
+
+
+def _steps_of_epoch(trainer: Any, steps_per_epoch: int) -> int:
+    limit = _given(trainer, "limit_train_batches")
+    return _limited(_limit_of_epoch(trainer), limit, steps_per_epoch, "steps of an epoch")
 
 
 def _limited(name: str, limit: Any, count: int, of: str) -> int:

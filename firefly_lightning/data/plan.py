@@ -1,4 +1,4 @@
-"""Which rows make optimizer step k, and how micro-batches and ranks share them.
+"""Which rows make optimizer step k.
 
 Everything here is a pure function of its arguments: no generator is advanced, nothing is remembered between steps. A
 run can therefore stop, resume, and move to another number of devices at any step and meet the same rows.
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from firefly_lightning.errors import FireflyError, check_number
+from firefly_lightning.errors import FireflyError
 
 Rows = npt.NDArray[np.int64]
 
@@ -82,26 +82,6 @@ class StepPlan:
     def target_tokens(self, step: int) -> int:
         """Number of learned tokens of an optimizer step, over all its rows."""
         return int(self._target_tokens[self.rows(step)].sum())
-
-    def micro_batches(self, step: int, world_size: int, micro_batch_size: int) -> list[list[Rows]]:
-        """Splits a step over ranks and micro-batches.
-
-        Rows of like length share a micro-batch, and the ranks work on like lengths at the same time. Every rank gets
-        the same number of micro-batches; in the last step of an epoch some micro-batches hold fewer rows, or none.
-
-        Args:
-            step: The optimizer step.
-            world_size: Ranks that share the step.
-            micro_batch_size: Rows that one rank works on at a time.
-
-        Returns:
-            For each rank, the rows of its micro-batches in order. The longest rows come first, so that memory runs out
-            at once or never.
-        """
-        rows = self.rows(step)
-        longest_first = rows[np.lexsort((rows, -self.lengths[rows]))]
-        groups = np.array_split(longest_first, self.batch_size // micro_batch_size)
-        return [groups[rank::world_size] for rank in range(world_size)]
 
     def repeated(self, steps: int) -> "StepPlan":
         """A plan whose every epoch takes the rows of the first steps of this one again, step by step."""
@@ -189,33 +169,6 @@ def apportion(total: int, sizes: Sequence[int]) -> list[int]:
     for index in by_remainder[: total - sum(parts)]:
         parts[index] += 1
     return parts
-
-
-def check_shares(batch_size: int, world_size: int, micro_batch_size: int | None) -> int:
-    """The micro-batch size, checked: every rank must get the same whole number of micro-batches.
-
-    Args:
-        batch_size: Rows in an optimizer step.
-        world_size: Ranks that share the rows.
-        micro_batch_size: Rows that one rank works on at a time; None means all rows of its share.
-
-    Raises:
-        FireflyError: If the ranks cannot share the rows equally, or a share is no whole number of micro-batches.
-    """
-    if batch_size % world_size:
-        raise FireflyError(
-            f"data.batch_size {batch_size} cannot be shared by {world_size} devices; "
-            f"choose a multiple of {world_size}, or another trainer.devices"
-        )
-    check_number("data.micro_batch_size", micro_batch_size, least=1)
-    share = batch_size // world_size
-    micro_batch_size = micro_batch_size or share
-    if share % micro_batch_size:
-        raise FireflyError(
-            f"data.micro_batch_size {micro_batch_size} does not divide the {share} rows that each of "
-            f"{world_size} devices has of data.batch_size {batch_size}; choose a divisor of {share}"
-        )
-    return micro_batch_size
 
 
 def permutation(n: int, *key: int) -> Rows:

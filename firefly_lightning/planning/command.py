@@ -44,7 +44,7 @@ def plan(
         n_head: Number of attention heads of a model that is not here.
         strategies: Names of the strategies to plan; all by default.
         devices: Numbers of devices to plan for; by default that of the configuration, then 1, 2, 4 and 8.
-        micro_batch_sizes: Rows that a device works on at a time; by default all that divide its share of a step.
+        micro_batch_sizes: Rows that a device works on at a time; by default those that divide its share of a step.
         precision: 32-true, bf16-mixed, 16-mixed or bf16-true; by default the precision of the configuration.
         memory: Memory of a device, such as 24GB (10^9 bytes) or 24GiB, to say how the model can be trained there: ways
             for one device, best first, with their commands; beside ``strategies``, ``devices`` or

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from firefly_lightning.data.plan import check_shares
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.planning.measuring import STEPS, measure_run
 from firefly_lightning.planning.memory import estimate
@@ -93,11 +92,10 @@ def foretold(settings: Settings, steps: int, strategy: str, devices: int, rows: 
         rows: Rows of a micro-batch.
 
     Raises:
-        FireflyError: If the strategy cannot train the model like this, or the rows are not shared evenly.
+        FireflyError: If the strategy cannot train the model like this.
     """
     assert settings.rows is not None
     ranks = row_shares(strategy, devices)
-    check_shares(settings.batch_size, ranks, rows)
     load = settings.rows.of_steps(steps, ranks, rows)
     run = settings.run(strategy, devices, rows, settings.checkpointing, refuse=True, load=load)
     assert run is not None

@@ -56,15 +56,14 @@ class Settings:
         return "cpu" if self.fit.trainer.accelerator == "cpu" else "cuda"
 
     def share(self, strategy: str, devices: int) -> int:
-        """Rows of a step that one device works on; 0 where the devices cannot share the step evenly."""
+        """Rows of a step that one device works on at most; 0 where there are more devices than rows."""
         ranks = row_shares(strategy, devices)
-        return 0 if self.batch_size % ranks else self.batch_size // ranks
+        return 0 if self.batch_size < ranks else -(-self.batch_size // ranks)
 
     def sizes(self, strategy: str, devices: int, chosen: Sequence[int] | None) -> list[int]:
-        """Micro-batch sizes that divide a device's share of a step, of those that were chosen if any were."""
+        """Micro-batch sizes up to a device's share of a step: those that were chosen, or else those that divide it."""
         share = self.share(strategy, devices)
-        sizes = [size for size in range(1, share + 1) if share % size == 0]
-        return [size for size in sizes if chosen is None or size in chosen]
+        return [size for size in range(1, share + 1) if (share % size == 0 if chosen is None else size in chosen)]
 
     def own_rows(self, strategy: str, devices: int) -> int:
         """Micro-batch size of the configuration, or a device's whole share of a step where it has none."""
@@ -94,9 +93,13 @@ class Settings:
         """
         share = self.share(strategy, devices) or rows
         length = int(self.fit.data.init_args.max_length)
-        load = load or (self.rows.heaviest(rows) if self.rows else Load.full(rows, length))
+        micro_batches, tokens = -(-share // rows), self.fit.data.init_args.get("micro_batch_tokens")
+        if load is None and tokens and self.rows:
+            load, micro_batches = self.rows.of_tokens(row_shares(strategy, devices), rows, tokens)
+        elif load is None:
+            load = self.rows.heaviest(rows) if self.rows else Load.full(rows, length)
         run = Run(
-            self.model, strategy, devices, load, share // rows, self.precision, checkpointing, self.device, self.trained
+            self.model, strategy, devices, load, micro_batches, self.precision, checkpointing, self.device, self.trained
         )
         try:
             check(run)

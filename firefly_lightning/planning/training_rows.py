@@ -11,11 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from firefly_lightning.data.datamodule import FireflyDataModule
+from firefly_lightning.data.division import division_of
 from firefly_lightning.data.limits import count_steps, last_step
 from firefly_lightning.data.plan import StepPlan
 from firefly_lightning.data.sources.records import find_sources, is_file
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.planning.runs import Load
+
+STEPS_LOOKED_AT = 1000
+"""Steps whose micro-batches are looked at, where how many rows they have depends on the rows."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,30 @@ class TrainingRows:
         Args:
             steps: Number of steps.
             world_size: Number of processes that share the rows of a step.
-            rows: Rows of a micro-batch.
+            rows: Rows of a micro-batch at most.
         """
-        ranks = (self.plan.micro_batches(step, world_size, rows) for step in range(steps))
+        division = division_of(self.plan, world_size, rows, None, steps)
+        ranks = (division.shared(self.plan.rows(step), self.lengths) for step in range(steps))
         batches = [batch for step in ranks for rank in step for batch in rank if len(batch)]
         return max(map(self._load, batches), key=lambda load: load.tokens)
+
+    def of_tokens(self, world_size: int, rows: int, tokens: int) -> tuple[Load, int]:
+        """The largest micro-batch under a limit of tokens, and the number of micro-batches of a step and process.
+
+        Padding is that of the first steps.
+
+        Args:
+            world_size: Number of processes that share the rows of a step.
+            rows: Rows of a micro-batch at most.
+            tokens: Tokens of a micro-batch at most.
+        """
+        steps = int(min(self.epoch, self.last, STEPS_LOOKED_AT))
+        division = division_of(self.plan, world_size, rows, tokens, steps)
+        shared = (division.shared(self.plan.rows(step), self.lengths) for step in range(steps))
+        loads = [self._load(batch) for step in shared for rank in step for batch in rank if len(batch)]
+        padded, targets = (max(getattr(load, name) for load in loads) for name in ("padded", "targets"))
+        most = self.heaviest(rows)
+        return Load(min(tokens, most.tokens), padded, most.longest, targets), division.micro_batches
 
     def _load(self, rows: npt.NDArray[np.int64]) -> Load:
         lengths = self.lengths[rows]

@@ -10,6 +10,7 @@ import xxhash
 from torch import Tensor
 
 from firefly_lightning.data.batches import MicroBatch, PlannedBatches, collate
+from firefly_lightning.data.division import one_each
 from firefly_lightning.data.plan import Rows, StepPlan, WeightedRows
 from firefly_lightning.data.tokenized_rows import TokenizedRow, TokenizedRows
 from firefly_lightning.model.shared_prompts import SharedPrompts, Span
@@ -106,10 +107,12 @@ def each_once(like: PlannedPairs, taken: Rows) -> PlannedPairs:
         like: Micro-batches of the same pairs.
         taken: Numbers of the pairs.
     """
-    rows, size = like.rows, like.micro_batch_size * like.world_size
+    rows, ranks = like.rows, like.division.ranks
+    longest = int(rows.lengths[taken].max(initial=0))
+    division = one_each(like.plan.batch_size, ranks, like.division.rows, like.division.tokens, longest)
     by_length = WeightedRows(taken[np.argsort(-rows.lengths[taken], kind="stable")])
-    plan = StepPlan(rows.lengths, rows.target_tokens, [by_length], size, shuffle=False)
-    return PlannedPairs(rows, plan, like.micro_batch_size, like.world_size, like.rank, like.pad_id)
+    plan = StepPlan(rows.lengths, rows.target_tokens, [by_length], division.rows * ranks, shuffle=False)
+    return PlannedPairs(rows, plan, division, like.rank, like.pad_id)
 
 
 def collate_pairs(pairs: Sequence[TokenizedPair], pad_id: int) -> dict[str, Any]:

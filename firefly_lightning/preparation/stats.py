@@ -13,7 +13,7 @@ from rich.table import Table
 
 from firefly_lightning.console import render
 from firefly_lightning.data.sources.records import find_sources
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.errors import FireflyError, check_number
 from firefly_lightning.files.atomic import check_new_folder, new_folder
 from firefly_lightning.prompt import PromptEncoder, prompt_format
 
@@ -75,11 +75,11 @@ def stats(
     """
     if max_length < 1 or batch_size < 1:
         raise FireflyError("--max_length and --batch_size must be at least 1")
+    check_number("data.micro_batch_size", micro_batch_size, least=1)
     folder, sources = Path(out).expanduser(), find_sources(files)
     inputs = [*sources, tokenizer, *([font] if font else [])]
     check_new_folder(folder, inputs)
     from firefly_lightning.data.counts_table import unused_fields
-    from firefly_lightning.data.plan import check_shares
     from firefly_lightning.data.prompt_choice import choose_format
     from firefly_lightning.data.sources.row_forms import RowRules
     from firefly_lightning.data.token_cache import WHOLE, default_cache_dir, tokenize
@@ -90,7 +90,7 @@ def stats(
 
     if font:
         find_font("", font)  # a file that is no font is told before rows are read
-    micro_batch_size, cache = check_shares(batch_size, 1, micro_batch_size), default_cache_dir()
+    cache = default_cache_dir()
     told, loaded = prompt_format(prompt) if prompt is not None else None, load_tokenizer(tokenizer)
     encoder = PromptEncoder(loaded, choose_format(told, tokenizer, loaded, partial(print, file=sys.stderr)))
     rules = RowRules(learn=learn, counting_faults=True, document_per=document_per)

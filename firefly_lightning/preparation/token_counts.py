@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from firefly_lightning.data.division import division_of
 from firefly_lightning.data.plan import StepPlan, WeightedRows
 from firefly_lightning.data.sources.row_texts import beside_all
 from firefly_lightning.data.tokenized_rows import NO_WINDOW, TokenizedRows
@@ -64,14 +65,14 @@ def _lengths(lengths: npt.NDArray[np.int32], max_length: int) -> dict[str, float
     return {name: measure() if len(lengths) else None for name, measure in measures.items()}
 
 
-def padding_of(rows: TokenizedRows, batch_size: int, micro_batch_size: int, seed: int) -> npt.NDArray[np.int64]:
+def padding_of(rows: TokenizedRows, batch_size: int, micro_batch_size: int | None, seed: int) -> npt.NDArray[np.int64]:
     """(rows,) padding tokens beside each row in the micro-batches of the first epoch on one device."""
     if not len(rows):
         return np.zeros(0, np.int64)
     plan = StepPlan(rows.lengths, rows.target_tokens, [WeightedRows(np.arange(len(rows)))], batch_size, seed)
-    padding = np.zeros(len(rows), np.int64)
+    division, padding = division_of(plan, 1, micro_batch_size, None, 0), np.zeros(len(rows), np.int64)
     for step in tqdm(range(plan.steps_per_epoch), desc="padding", unit=" steps", delay=2):
-        for (micro_batch,) in zip(*plan.micro_batches(step, 1, micro_batch_size), strict=True):
+        for micro_batch in division.shared(plan.rows(step), rows.lengths)[0]:
             lengths = rows.lengths[micro_batch]
             padding[micro_batch] = lengths.max(initial=0) - lengths
     return padding

@@ -1,5 +1,6 @@
 """From files to micro-batches: shares, validation, weights, workers, and what is refused."""
 
+import math
 import multiprocessing
 import time
 from collections import Counter
@@ -42,7 +43,7 @@ def rows_by_step(loader) -> dict[int, list[int]]:
 def test_steps_are_the_same_on_any_number_of_ranks(model_folder, rows_file, tmp_path):
     alone = rows_by_step(make_data(model_folder, rows_file, tmp_path, batch_size=8).train_dataloader())
     assert sorted(row for rows in alone.values() for row in rows) == list(range(60))
-    for world_size, micro_batch_size in [(1, 2), (2, None), (2, 1), (4, 2)]:
+    for world_size, micro_batch_size in [(1, 2), (2, None), (2, 1), (4, 2), (3, None), (3, 2), (1, 3), (9, None)]:
         shared: dict[int, list[int]] = {step: [] for step in alone}
         for rank in range(world_size):
             data = make_data(
@@ -51,7 +52,8 @@ def test_steps_are_the_same_on_any_number_of_ranks(model_folder, rows_file, tmp_
             )  # fmt: skip
             for step, rows in rows_by_step(data.train_dataloader()).items():
                 shared[step] += rows
-            assert data.trainer.accumulate_grad_batches == 8 // world_size // (micro_batch_size or 8 // world_size)
+            share = math.ceil(8 / world_size)
+            assert data.trainer.accumulate_grad_batches == math.ceil(share / (micro_batch_size or share))
         assert {step: sorted(rows) for step, rows in shared.items()} == alone
 
 
@@ -197,8 +199,7 @@ def test_arguments_out_of_range(kwargs, says):
 @pytest.mark.parametrize(
     ("kwargs", "says"),
     [
-        ({"batch_size": 9, "world_size": 2}, "data.batch_size 9 cannot be shared by 2 devices"),
-        ({"batch_size": 8, "micro_batch_size": 3}, "data.micro_batch_size 3 does not divide"),
+        ({"micro_batch_tokens": 20}, "data.micro_batch_tokens 20 is less than the .* tokens of the longest row"),
         ({"val_fraction": 0.001}, "leaves one side empty"),
         ({"max_length": 2}, "no row has a target within 2 tokens"),
     ],

@@ -3,14 +3,13 @@
 import math
 import pickle
 from collections import Counter
-from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firefly_lightning.data.plan import StepPlan, WeightedRows, apportion, check_shares, permutation
+from firefly_lightning.data.plan import StepPlan, WeightedRows, apportion, permutation
 from firefly_lightning.errors import FireflyError
 
 
@@ -95,27 +94,6 @@ def test_apportioned_parts_add_up_and_are_near_their_share(total, sizes):
     assert all(abs(part - total * size / sum(sizes)) < 1 for part, size in zip(parts, sizes, strict=True))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_ranks_and_micro_batches_share_a_step(world_size, micro_batch_size):
-    plan = make_plan(50, 8)
-    for step in range(2 * plan.steps_per_epoch):
-        shares = plan.micro_batches(step, world_size, micro_batch_size)
-        assert len(shares) == world_size
-        assert {len(share) for share in shares} == {8 // world_size // micro_batch_size}
-        assert all(len(rows) <= micro_batch_size for share in shares for rows in share)
-        taken = np.concatenate([rows for share in shares for rows in share])
-        assert sorted(taken) == sorted(plan.rows(step))
-
-
-def test_rows_of_like_length_share_a_micro_batch():
-    plan = make_plan(400, 16)
-    for step in range(plan.steps_per_epoch):
-        groups = plan.micro_batches(step, 1, 4)[0]
-        spans = [(plan.lengths[rows].min(), plan.lengths[rows].max()) for rows in groups]
-        assert all(low >= next_high for (low, _), (_, next_high) in pairwise(spans))
-
-
 def test_a_step_knows_its_target_tokens():
     plan = make_plan()
     assert plan.target_tokens(4) == sum(int(plan.lengths[row]) // 2 + 1 for row in plan.rows(4))
@@ -168,21 +146,3 @@ def test_permutation_sorts_by_splitmix64():
     state = splitmix64(splitmix64(0 + 7) + 2)
     hashes = [splitmix64((state + row) % 2**64) for row in range(100)]
     assert permutation(100, 7, 2).tolist() == sorted(range(100), key=hashes.__getitem__)
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "world_size", "micro", "says"),
-    [
-        (16, 3, None, "cannot be shared by 3 devices"),
-        (16, 2, 3, "does not divide the 8 rows"),
-        (4, 8, None, "multiple of 8"),
-    ],
-)
-def test_shares_that_do_not_divide(batch_size, world_size, micro, says):
-    with pytest.raises(FireflyError, match=says):
-        check_shares(batch_size, world_size, micro)
-
-
-def test_shares_that_divide():
-    assert check_shares(16, 2, None) == 8
-    assert check_shares(16, 2, 4) == 4

@@ -80,7 +80,7 @@ def test_mistakes_leave_no_folder(files, tmp_path, tiny_folder):
         ({"font": files[0]}, "not a font file that can be read"),
         ({"max_length": 0}, "--max_length and --batch_size must be at least 1"),
         ({"out": str(tmp_path)}, "is not empty"),
-        ({"micro_batch_size": 7}, "does not divide the 16 rows"),
+        ({"micro_batch_size": 0}, "data.micro_batch_size is 0; it must be at least 1"),
         ({"files": ["missing.jsonl"]}, "no such file"),
         ({"prompt": "x"}, "no format is called 'x'"),
     ):

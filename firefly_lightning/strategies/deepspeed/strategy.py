@@ -251,7 +251,7 @@ class ZeroStrategy(StrategyHooks, ShardedCheckpoints, DeepSpeedStrategy):
         accumulated = trainer.accumulate_grad_batches
         settle(config, "gradient_accumulation_steps", accumulated, "the plan of steps")
         if (data := data_of(trainer)) and data.train is not None:
-            settle(config, "train_micro_batch_size_per_gpu", data.train.micro_batch_size, "the plan of steps")
+            settle(config, "train_micro_batch_size_per_gpu", data.train.division.rows, "the plan of steps")
         micro = config.setdefault("train_micro_batch_size_per_gpu", self._auto_select_batch_size())
         settle(config, "train_batch_size", micro * accumulated * self.world_size, "the plan of steps")
         if trainer.gradient_clip_val is not None:
