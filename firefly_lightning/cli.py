@@ -132,7 +132,7 @@ class FireflyCLI(LightningCLI):
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Finds places and the checkpoint to resume from, and shows which settings have changed, before loading anything."""
+        """Finds the checkpoint to resume from, and shows which settings have changed since, before loading anything."""
         config = self.config[self.subcommand]
         take_places(config.trainer)
         if config.get("ckpt_path") == "":

@@ -29,7 +29,6 @@ from firefly_lightning.errors import FireflyError, check_number
 from firefly_lightning.huggingface import load_tokenizer
 from firefly_lightning.prompt import PromptEncoder, PromptFormat, prompt_format
 
-
 _MOST = {"batch_size": 10**6, "micro_batch_size": 10**6, "micro_batch_tokens": 2**31 - 1, "max_length": 2**31 - 1}
 """Largest value of each number that must be at least 1."""
 

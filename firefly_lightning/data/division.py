@@ -15,7 +15,6 @@ from tqdm import tqdm
 from firefly_lightning.data.plan import Rows, StepPlan
 from firefly_lightning.errors import FireflyError
 
-
 LOOKED_AT = 100_000
 """Steps that are looked at, at most, for the number of micro-batches that a limit of tokens needs; some seconds."""
 
@@ -139,10 +138,10 @@ def _balanced(tokens: Sequence[int], ranks: int, most: int) -> list[list[int]]:
 
 
 def _filled(places: Sequence[int], tokens: Sequence[int], most_rows: int, most_tokens: int) -> list[Sequence[int]]:
-    """Parts of some rows in order, each with as many as two limits allow; a row by itself may be above that of tokens."""
+    """Parts of some rows in order, each with as many as the limits allow; a row alone may be above that of tokens."""
     parts, begin, taken = [], 0, 0
     for end, place in enumerate(places):
-        if end - begin == most_rows or taken + tokens[place] > most_tokens and end > begin:
+        if end - begin == most_rows or (taken + tokens[place] > most_tokens and end > begin):
             parts.append(places[begin:end])
             begin, taken = end, 0
         taken += tokens[place]

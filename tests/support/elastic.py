@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from firefly_lightning import FireflyModule
-from tests.support.helpers import BIN, ROOT, PATIENCE
+from tests.support.helpers import BIN, PATIENCE, ROOT
 from tests.support.nodes import HEAD, PORT, Nodes
 
 SOON = "is_host=false,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"

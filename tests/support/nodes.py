@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 HEAD, PORT = "10.78.0.254", 29400
+OWN = str(Path("/proc/self/ns/net").readlink())
 
 _STORE = f"""
 import time
 from torch.distributed import TCPStore
 store = TCPStore("{HEAD}", {PORT}, None, True, wait_for_workers=False)
+print("listens", flush=True)
 time.sleep(1e6)
 """
 
@@ -27,12 +29,11 @@ class Nodes:
     """Nodes that commands are run on; made by :func:`nodes`.
 
     Args:
-        head: Process that holds the namespace of the bridge.
         holders: A process for each node that holds its namespace.
     """
 
-    def __init__(self, head: subprocess.Popen, holders: list[subprocess.Popen]) -> None:
-        self._head, self._holders = head, holders
+    def __init__(self, holders: list[subprocess.Popen]) -> None:
+        self._holders = holders
 
     def start(self, node: int, *command: object, output: Path, **environment: str) -> subprocess.Popen:
         """Starts a command on a node, in a process group of its own; what it prints is added to a file."""
@@ -47,7 +48,7 @@ class Nodes:
         holder, found = self._holders[node], {}
         for place in Path("/proc").glob("[0-9]*"):
             try:
-                if os.readlink(place / "ns/net") == namespace(holder) and int(place.name) != holder.pid:
+                if str((place / "ns/net").readlink()) == namespace(holder) and int(place.name) != holder.pid:
                     found[int(place.name)] = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode()
             except OSError:  # it has ended meanwhile
                 continue
@@ -70,37 +71,34 @@ def nodes(count: int) -> Iterator[Nodes]:
     started = [subprocess.Popen(["unshare", "--user", "--map-root-user", "--net", "sleep", "infinity"])]
     try:
         (head,) = started
-        wait_for(head, os.readlink("/proc/self/ns/net"))
-        for words in (
-            "link set lo up",
-            "link add net0 type bridge",
-            f"addr add {HEAD}/24 dev net0",
-            "link set net0 up",
-        ):
-            subprocess.run(entering(head, "ip", *words.split()), check=True)
+        wait_for(head, OWN)
+        ip(head, "link set lo up", "link add net0 type bridge", f"addr add {HEAD}/24 dev net0", "link set net0 up")
         for number in range(1, count + 1):
             holder = subprocess.Popen(entering(head, "unshare", "--net", "sleep", "infinity"))
             started.append(holder)
-            wait_for(holder, namespace(head), os.readlink("/proc/self/ns/net"))
-            for words in (
-                f"link add port{number} type veth peer name peer{number}", f"link set peer{number} netns {holder.pid}",
-                f"link set port{number} master net0", f"link set port{number} up",
-            ):  # fmt: skip
-                subprocess.run(entering(head, "ip", *words.split()), check=True)
-            for words in (
-                "link set lo up", f"link set peer{number} name net0", f"addr add 10.78.0.{number}/24 dev net0",
-                "link set net0 up",
-            ):  # fmt: skip
-                subprocess.run(entering(holder, "ip", *words.split()), check=True)
-        started.append(subprocess.Popen(entering(head, sys.executable, "-c", _STORE)))
-        made = Nodes(head, started[1:-1])
+            wait_for(holder, namespace(head), OWN)
+            ip(head, f"link add port{number} type veth peer name peer{number}")
+            ip(head, f"link set peer{number} netns {holder.pid}")
+            ip(head, f"link set port{number} master net0", f"link set port{number} up")
+            ip(holder, "link set lo up", f"link set peer{number} name net0")
+            ip(holder, f"addr add 10.78.0.{number}/24 dev net0", "link set net0 up")
+        made = Nodes(started[1:])
+        store = subprocess.Popen(entering(head, sys.executable, "-c", _STORE), stdout=subprocess.PIPE)
+        started.append(store)
+        assert store.stdout.readline() == b"listens\n"
         yield made
-    finally:
-        for node in range(len(started) - 2):
+        for node in range(count):
             made.signal(node, signal.SIGKILL)
+    finally:
         for process in reversed(started):
             process.kill()
             process.wait()
+
+
+def ip(holder: subprocess.Popen, *commands: str) -> None:
+    """Runs commands of the program ``ip`` where a process is."""
+    for words in commands:
+        subprocess.run(entering(holder, "ip", *words.split()), check=True)
 
 
 def entering(holder: subprocess.Popen, *command: object) -> list[str]:
@@ -111,7 +109,7 @@ def entering(holder: subprocess.Popen, *command: object) -> list[str]:
 
 def namespace(process: subprocess.Popen) -> str:
     """What identifies the network that a process is in."""
-    return os.readlink(f"/proc/{process.pid}/ns/net")
+    return str(Path(f"/proc/{process.pid}/ns/net").readlink())
 
 
 def wait_for(process: subprocess.Popen, *left: str) -> None:
