@@ -108,7 +108,7 @@ class Run:
             time.sleep(0.01)
 
     def losses(self) -> list[tuple[int, str]]:
-        """Steps and their losses, digit for digit, in the order in which whole lines of the newest version have them."""
+        """Steps and their losses, digit for digit, in the order of the whole lines of the newest version."""
         file = max(self.root.glob("lightning_logs/version_*/metrics.csv"), default=None, key=os.path.getmtime)
         lines = file.read_text("utf-8").splitlines(keepends=True) if file else []
         rows = csv.DictReader(line for line in lines if line.endswith("\n"))  # a kill may cut the last line

@@ -137,10 +137,10 @@ class FireflyCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Finds the checkpoint to resume from, and shows which settings have changed since, before loading anything."""
         config = self.config[self.subcommand]
-        checkpoints = {"last": config.checkpoint, "best": config.best_checkpoint}
-        folders = {name: Path(one.dirpath or _checkpoints(config)) for name, one in checkpoints.items()}
-        asked = config.get("ckpt_path")
-        start = find_start(asked, self.subcommand, folders, _root(config), config.best_checkpoint.mode)
+        root, asked = Path(config.trainer.default_root_dir or Path.cwd()), config.get("ckpt_path")
+        of_names = {"last": config.checkpoint, "best": config.best_checkpoint}
+        folders = {name: Path(one.dirpath or root / "checkpoints") for name, one in of_names.items()}
+        start = find_start(asked, self.subcommand, folders, root, config.best_checkpoint.mode)
         for line in start.lines:
             rank_zero_info(line)
         if asked not in (None, "hpc") and start.checkpoint:
@@ -193,7 +193,7 @@ class FireflyCLI(LightningCLI):
         for callback in trainer.checkpoint_callbacks:
             # Checkpoints lie beside, not inside, the logs of one run, so that the next run finds `last`.
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(_checkpoints(self.config[self.subcommand]))
+                callback.dirpath = str(Path(config.default_root_dir or Path.cwd()) / "checkpoints")
         self._new_folders = missing_folders(trainer)
         return trainer
 
@@ -286,14 +286,6 @@ def _check_strategy(name: Any) -> None:
 
 def _path_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _checkpoints(config: Any) -> Path:
-    return _root(config) / "checkpoints"
-
-
-def _root(config: Any) -> Path:
-    return Path(config.trainer.default_root_dir or Path.cwd())
 
 
 def _with_atomic_checkpoints(plugins: Any, portable: bool) -> list[Any]:

@@ -62,7 +62,9 @@ def _missing(trainer: L.Trainer, step: int) -> tuple[bool, bool]:
     for folder, prefix in csv_folders(trainer):
         metrics = read_metrics(folder, prefix)
         if metrics["train_loss"] or goes_on(trainer):
-            return _is_logged(trainer, step) and step not in metrics["train_loss"], step not in metrics.get("val_loss", {})
+            return _is_logged(trainer, step) and step not in metrics["train_loss"], step not in metrics.get(
+                "val_loss", {}
+            )
     return False, False
 
 

@@ -1,7 +1,6 @@
 """``metrics.csv``: written so that a kill at any moment costs no row, and gone on with by a run that is resumed."""
 
 import csv
-import os
 from collections.abc import Iterable, Mapping
 from io import TextIOWrapper
 from pathlib import Path
@@ -41,8 +40,8 @@ class MetricsFile:
     def log_hparams(self, params: Mapping[str, Any]) -> None:
         """Writes hyper-parameters of a module beside the metrics."""
         self.hparams.update(params)
-        Path(self.log_dir).mkdir(parents=True, exist_ok=True)
-        save_hparams_to_yaml(os.path.join(self.log_dir, "hparams.yaml"), self.hparams)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        save_hparams_to_yaml(str(self._file.with_name("hparams.yaml")), self.hparams)
 
     def save(self) -> None:
         """Writes the rows that were added."""

@@ -46,7 +46,7 @@ class RunRecord(Callback):
         """Compares the checkpoints that the processes have found; where figures go on, the first process says.
 
         Raises:
-            FireflyError: If they are not the same, as where a file system shows a machine what is there some time later.
+            FireflyError: If they are not the same, as where a file system shows a machine late what is there.
         """
         first = trainer.strategy.broadcast(self._checkpoint)
         if not trainer.strategy.reduce_boolean_decision(first == self._checkpoint, all=True):
@@ -58,7 +58,7 @@ class RunRecord(Callback):
         self.goes_on = trainer.strategy.broadcast(self.goes_on)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the record to a checkpoint; the metrics before it then survive a power failure as the checkpoint does."""
+        """Adds the record to a checkpoint; the metrics up to there survive a power failure as it does."""
         if trainer.is_global_zero:
             checkpoint[RUN_KEY] = {"began": self._began, "logs": versions(trainer.loggers)}
             for folder, _ in csv_folders(trainer):

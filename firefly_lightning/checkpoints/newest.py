@@ -62,8 +62,8 @@ class _Candidate(NamedTuple):
 def newest_whole(folders: Iterable[Path], root: Path) -> Newest:
     """The newest whole checkpoint of a run, of any form, the best and those of SLURM among them.
 
-    Where several runs have saved into a folder, it is of the one that began last. Checkpoints are read in full one after
-    another, the newest first, until one is whole; of the others only the step is read.
+    Where several runs have saved into a folder, it is of the one that began last. Checkpoints are read in full, one
+    after another and the newest first, until one is whole; of the others only the step is read.
 
     Args:
         folders: Folders that the run saves checkpoints into.
@@ -115,7 +115,9 @@ def check_whole(checkpoint: Path) -> None:
 def slurm_checkpoint(root: Path) -> Path | None:
     """The checkpoint that Lightning goes on from in a job that SLURM has requeued; None where there is none."""
     numbered = {path: re.fullmatch(r"hpc_ckpt_(\d+)\.ckpt", path.name) for path in root.glob(_OF_SLURM)}
-    return max((path for path, found in numbered.items() if found), key=lambda path: int(numbered[path][1]), default=None)  # type: ignore[index]
+    return max(
+        (path for path, found in numbered.items() if found), key=lambda path: int(numbered[path][1]), default=None
+    )  # type: ignore[index]
 
 
 def _paths(folders: Iterable[Path], root: Path) -> Iterator[Path]:

@@ -48,8 +48,8 @@ def find_start(asked: str | None, command: str, folders: Mapping[str, Path], roo
     if asked == AUTO:
         if command != "fit":
             raise FireflyError(
-                f"ckpt_path auto is for fit, which begins anew where there is no checkpoint; {command} takes last, best "
-                "or a path"
+                "ckpt_path auto is for fit, which begins anew where there is no checkpoint; "
+                f"{command} takes last, best or a path"
             )
         found = newest_whole(folders.values(), root)
         return _start(found.path, True, _said(found, folders["last"]))

@@ -14,7 +14,7 @@ from tests.support.helpers import forked
 LOGGED = [
     {"train_loss": torch.tensor(2.5), "lr": 1e-3, "epoch": 0},
     {"train_loss": torch.tensor(1 / 3), "lr": 2e-5, "epoch": 0},
-    {"val_loss": 2.25, "val_accuracy_of/问, \"答\"": 0.5, "epoch": 0},
+    {"val_loss": 2.25, 'val_accuracy_of/问, "答"': 0.5, "epoch": 0},
     {"train_loss": float("nan"), "lr": 0.0, "epoch": 1},
 ]
 STEPS = [0, 1, 1, 2]
@@ -60,7 +60,7 @@ def test_rows_of_steps_that_are_made_again_are_cut(tmp_path):
     assert file.read_bytes() == whole, "a row that a kill has cut is none"
     cut_rows(file, 2)
     assert [row["step"] for row in read_rows(file)] == ["0", "1", "1"]
-    assert read_rows(file)[2]["val_accuracy_of/问, \"答\""] == "0.5"
+    assert read_rows(file)[2]['val_accuracy_of/问, "答"'] == "0.5"
     cut_rows(file, 0)
     assert read_rows(file) == []
     log(MetricsFile(str(tmp_path)))

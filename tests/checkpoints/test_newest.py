@@ -23,7 +23,8 @@ RUN = ["--data.batch_size", 8, "--data.micro_batch_size", 4, "--data.val_fractio
 def runs(tmp_path_factory, model_folder, rows_file) -> dict[str, Path]:
     """Checkpoints after 3, 4 and 6 steps, the last but one of them a best one, and those of a run that keeps one."""
     roots = {name: tmp_path_factory.mktemp("newest") / name for name in ("several", "one", "file")}
-    for name, more in (("several", ["--checkpoint.keep", 2]), ("one", []), ("file", ["--checkpoint.portable", "false"])):
+    options = {"several": ["--checkpoint.keep", 2], "one": [], "file": ["--checkpoint.portable", "false"]}
+    for name, more in options.items():
         fit(model_folder, rows_file, roots[name], *RUN, *more, "--trainer.max_steps", 6)
     return {name: root / "checkpoints" for name, root in roots.items()}
 

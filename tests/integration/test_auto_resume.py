@@ -20,6 +20,7 @@ STEPS = 14
 RUN = ["--data.batch_size", 8, "--data.micro_batch_size", 4, "--data.val_fraction", 0.25, "--model.warmup_steps", 2,
        "--model.learning_rate", 1e-3, "--trainer.max_steps", STEPS, "--trainer.check_val_every_n_epoch", "null",
        "--trainer.val_check_interval", 3]  # fmt: skip
+ONE = ["--trainer.accelerator", "cpu", "--trainer.devices", 1, "--trainer.enable_progress_bar", "false"]
 AUTO = ["--ckpt_path", "auto"]
 OF_THE_MOMENT = {"target_tokens_per_second", "data_wait", "memory_gb", "mfu"}
 """Columns that tell how fast a run was."""
@@ -85,8 +86,7 @@ def test_a_run_that_is_killed_at_random_moments(keep, undisturbed, model_folder,
     """It saves every other step; each start is killed some moments after it has made a step."""
     chance = random.Random(keep)
     command = ["--model.path", model_folder, "--data.train_files", rows_file, "--trainer.default_root_dir", tmp_path,
-               "--trainer.accelerator", "cpu", "--trainer.devices", 1, "--trainer.enable_progress_bar", "false",
-               *RUN, *AUTO, "--checkpoint.every_n_steps", 2, "--checkpoint.keep", keep]  # fmt: skip
+               *ONE, *RUN, *AUTO, "--checkpoint.every_n_steps", 2, "--checkpoint.keep", keep]  # fmt: skip
     arguments = ["firefly-fit", "fit", *map(str, command)]
     for _ in range(4):
         own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -156,8 +156,7 @@ def killed_at(moment: str, command: list[str], folder: Path) -> None:
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_that_is_killed_between_a_step_and_its_figures(moment, undisturbed, model_folder, rows_file, tmp_path):
     """Every step is saved, so that what is killed has been saved, but not been written down everywhere."""
-    own = ["--model.path", model_folder, "--data.train_files", rows_file, "--trainer.default_root_dir", tmp_path,
-           "--trainer.accelerator", "cpu", "--trainer.devices", 1, "--trainer.enable_progress_bar", "false"]  # fmt: skip
+    own = ["--model.path", model_folder, "--data.train_files", rows_file, "--trainer.default_root_dir", tmp_path, *ONE]
     every = ["--checkpoint.every_n_steps", 1]
     command = ["firefly-fit", "fit", *map(str, bare([*own, *RUN, *AUTO, *every]))]
     process = forked(killed_at, moment, command, tmp_path)
@@ -168,8 +167,8 @@ def test_a_run_that_is_killed_between_a_step_and_its_figures(moment, undisturbed
 
 
 def test_two_processes_go_on_together(model_folder, rows_file, tmp_path):
-    ranks = ["--trainer.strategy", "ddp", "--trainer.devices", 2, "--trainer.accelerator", "cpu",
-             "--trainer.enable_progress_bar", "false", "--model.path", model_folder, "--data.train_files", rows_file]  # fmt: skip
+    own = ["--model.path", model_folder, "--data.train_files", rows_file]
+    ranks = [*ONE, "--trainer.strategy", "ddp", "--trainer.devices", 2, *own]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     common = ["firefly-fit", "fit", *ranks, *RUN, *AUTO]
     killed = ["--model", "tests.support.helpers.Stopping", "--model.stop_step"]
@@ -211,12 +210,16 @@ def test_a_refused_start_changes_nothing(model_folder, rows_file, tmp_path):
     """Other data in the folder are no damage: to pass them over would begin another run in silence."""
     fit(model_folder, rows_file, tmp_path, *RUN, *AUTO, "--trainer.max_steps", 5, "--checkpoint.every_n_steps", 2)
     (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open("a").write("cut")
-    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file() and "tfevents" not in file.name}
+    before = contents(tmp_path)
     for other, words in ((["--data.seed", 5], "seed 0 → 5"), (["--model.optimizer", "torch.optim.SGD"], "optimizer")):
         message = one_line(fit(model_folder, rows_file, tmp_path, *RUN, *AUTO, *other, check=False))
         assert words in message
-        after = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file() and "tfevents" not in file.name}
-        assert after == before
+        assert contents(tmp_path) == before
+
+
+def contents(root: Path) -> dict[Path, bytes]:
+    """Files of a run, without events, of which each start has a file of its own."""
+    return {file: file.read_bytes() for file in root.rglob("*") if file.is_file() and "tfevents" not in file.name}
 
 
 def test_a_run_from_an_earlier_checkpoint_has_figures_of_its_own(model_folder, rows_file, tmp_path):
