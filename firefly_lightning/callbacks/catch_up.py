@@ -5,9 +5,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from firefly_lightning.callbacks.checkpoints import BestCheckpoint
 from firefly_lightning.callbacks.metrics_file import METRICS, cut_rows
 from firefly_lightning.callbacks.run_figures import read_metrics
 from firefly_lightning.callbacks.run_folder import csv_folders
@@ -58,13 +59,17 @@ class CatchUp(Callback):
 
 
 def _missing(trainer: L.Trainer, step: int) -> tuple[bool, bool]:
-    """Whether the runs before this one, of the same folder, have not logged a step, and have no validation after it."""
+    """Whether the runs before this one, of the same folder, have not logged a step, and have no validation after it.
+
+    A validation whose model is one of the best is missing, too, where it was logged but that model was not saved.
+    """
     for folder, prefix in csv_folders(trainer):
         metrics = read_metrics(folder, prefix)
         if metrics["train_loss"] or goes_on(trainer):
-            return _is_logged(trainer, step) and step not in metrics["train_loss"], step not in metrics.get(
-                "val_loss", {}
-            )
+            last = {name: values[step] for name, values in metrics.items() if step in values}
+            best = (one for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint))
+            unsaved = goes_on(trainer) and any(one.lacks(step + 1, last) for one in best)
+            return _is_logged(trainer, step) and "train_loss" not in last, "val_loss" not in last or unsaved
     return False, False
 
 
@@ -73,15 +78,16 @@ def _take_up(trainer: L.Trainer, last: dict[str, float], unlogged: bool, unvalid
     """Has the loggers go on after the last step, and logs it where it was not logged.
 
     TensorBoard is told of a step before ``metrics.csv`` is. Of a step that the latter does not have in full, the former
-    may have anything, so that all of it is logged anew.
+    may have anything, so that all of it is logged anew in both.
     """
     step = trainer.global_step - 1
-    again = unlogged or (unvalidated and _is_logged(trainer, step))
+    again = unlogged or unvalidated
     for folder, _ in csv_folders(trainer):
-        cut_rows(folder / METRICS, trainer.global_step)
-    _mark_start(trainer, step if unlogged or unvalidated else step + 1)
+        cut_rows(folder / METRICS, step if again else step + 1)
+    _mark_start(trainer, step if again else step + 1)
     for logger in trainer.loggers:
-        if unlogged or (again and isinstance(logger, TensorBoardLogger)):
+        is_cut = again and goes_on(trainer) and isinstance(logger, CSVLogger | TensorBoardLogger)
+        if unlogged or (is_cut and _is_logged(trainer, step)):
             logger.log_metrics(last, step)
             logger.save()
 

@@ -2,6 +2,7 @@
 
 import re
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,21 @@ class BestCheckpoint(ModelCheckpoint):
         for path in self._surplus:
             self._remove_checkpoint(trainer, path)
         self._surplus = []
+
+    def lacks(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether a model is among the best and has not been saved.
+
+        Args:
+            step: Number of steps after which it was validated.
+            metrics: What the validation has found, by name; without the monitored value nothing is lacking.
+        """
+        value = metrics.get(str(self.monitor))
+        if value is None or self.save_top_k == 0:
+            return False
+        if any(Path(path).name.startswith(f"best-step={step}-") for path in self.best_k_models):
+            return False
+        worst = float(self.kth_value) if len(self.best_k_models) == self.save_top_k else None
+        return worst is None or (value > worst if self.mode == "max" else value < worst)
 
     def _keep_best(self, scores: dict[str, Any]) -> None:
         ranked = sorted(scores, key=lambda path: float(scores[path]), reverse=self.mode == "max")

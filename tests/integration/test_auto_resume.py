@@ -70,6 +70,8 @@ def check_same(root: Path, undisturbed: Path) -> None:
     own, other = history_of(root), history_of(undisturbed)
     for name in ("curves", "figures", "figures_step", "figures_rows", "kinds"):
         assert own[name] == other[name], name
+    best = [sorted(path.name for path in (one / "checkpoints").glob("best-*")) for one in (root, undisturbed)]
+    assert best[0] == best[1]
 
 
 def test_the_first_start_begins_anew_and_says_so(model_folder, rows_file, tmp_path, caplog):
