@@ -1,9 +1,10 @@
 """Kills a run again and again, and resumes it: python -m benchmarks.kill_and_resume --help.
 
 The run saves after every step. It is killed with SIGKILL at random moments, every second time while a checkpoint is
-being written, and is resumed with ``--ckpt_path last``. In the end, every loss that its parts logged must be, to the
-last digit, that of a run which was never killed. The script prints a JSON line for each kill and one for the whole, and
-draws the parts of the run.
+being written, and is started again by the same command, with ``--ckpt_path auto``. In the end, its ``metrics.csv`` must
+have every step once, in order, with losses that are, to the last digit, those of a run which was never killed, and
+TensorBoard must show each of them once. The script prints a JSON line for each kill and one for the whole, and draws
+the parts of the run.
 """
 
 import argparse
@@ -15,12 +16,14 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.machine import machine
 from benchmarks.processes import start_fit
@@ -55,8 +58,10 @@ def main() -> None:
     print(json.dumps(result))
     if options.out:
         draw(kills, options.steps, Path(options.out))
-    if result["losses_that_differ"] or result["resumed"] < options.kills:
-        sys.exit("some losses differ from those of the run that nobody killed")
+    if found := [name for name in ("steps_missing_or_doubled", "losses_that_differ") if result[name]]:
+        sys.exit(f"not what the run left that nobody killed: {', '.join(found)}")
+    if not result["shown_once_by_tensorboard"]:
+        sys.exit("TensorBoard does not show each step once")
 
 
 class Run:
@@ -73,16 +78,14 @@ class Run:
         self._arguments = [
             "fit", "--model.path", options.model, "--data.train_files", options.rows, "--data.max_length", "128",
             "--data.batch_size", "8", "--model.warmup_steps", "3", "--model.learning_rate", "1e-3",
-            "--trainer.max_steps", str(options.steps), "--checkpoint.every_n_steps", "1",
+            "--trainer.max_steps", str(options.steps), "--checkpoint.every_n_steps", "1", "--ckpt_path", "auto",
             "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false",
             "--trainer.default_root_dir", str(root), *(options.fit or []),
         ]  # fmt: skip
 
     def start(self) -> BaseProcess:
-        """Starts the run, or resumes it if it has a checkpoint, in a process group that can be killed as a whole."""
-        known = self.root / "checkpoints"
-        resume = ["--ckpt_path", "last"] if known.is_dir() and any(known.iterdir()) else []
-        return start_fit([*self._arguments, *resume], self._log, {"OMP_NUM_THREADS": "1"})
+        """Starts the run, or goes on with it, in a process group that can be killed as a whole."""
+        return start_fit(self._arguments, self._log, {"OMP_NUM_THREADS": "1"})
 
     def finish(self) -> None:
         """Starts or resumes the run and waits for its end; exits if it fails."""
@@ -91,27 +94,31 @@ class Run:
         if process.exitcode:
             sys.exit(f"a run failed:\n{self._log.read_text('utf-8')[-3000:]}")
 
-    def wait_for_steps(self, process: BaseProcess, version: int) -> None:
+    def wait_for_steps(self, process: BaseProcess, before: list[tuple[int, str]]) -> None:
         """Waits until a part of the run has logged a step; exits if it does not.
 
         Args:
             process: The process of the part.
-            version: Number of the part, from 0.
+            before: What was logged before it was started.
         """
         end = time.monotonic() + PATIENCE
-        while not self.losses(version):
+        while self.losses()[-1:] == before[-1:]:
             if not process.is_alive() or time.monotonic() > end:
                 sys.exit(f"a run did not begin:\n{self._log.read_text('utf-8')[-3000:]}")
             time.sleep(0.01)
 
-    def losses(self, version: int) -> dict[int, str]:
-        """Losses by step, digit for digit, that part ``version`` of the run has logged in whole lines."""
-        file = self.root / "lightning_logs" / f"version_{version}" / "metrics.csv"
-        if not file.is_file():
-            return {}
-        lines = file.read_text("utf-8").splitlines(keepends=True)
+    def losses(self) -> list[tuple[int, str]]:
+        """Steps and their losses, digit for digit, in the order of the whole lines of the newest version."""
+        file = max(self.root.glob("lightning_logs/version_*/metrics.csv"), default=None, key=os.path.getmtime)
+        lines = file.read_text("utf-8").splitlines(keepends=True) if file else []
         rows = csv.DictReader(line for line in lines if line.endswith("\n"))  # a kill may cut the last line
-        return {int(row["step"]): row["train_loss"] for row in rows if row.get("train_loss")}
+        return [(int(row["step"]), row["train_loss"]) for row in rows if row.get("train_loss")]
+
+    def shown(self) -> list[int]:
+        """Steps whose losses TensorBoard shows, sorted."""
+        (folder,) = {file.parent for file in self.root.glob("lightning_logs/version_*/metrics.csv")}
+        events = EventAccumulator(str(folder), {"scalars": 0}).Reload()
+        return sorted(event.step for event in events.Scalars("train_loss"))
 
 
 def kill_often(run: Run, kills: int, longest: float, chance: random.Random) -> list[dict[str, Any]]:
@@ -125,8 +132,8 @@ def kill_often(run: Run, kills: int, longest: float, chance: random.Random) -> l
     """
     done: list[dict[str, Any]] = []
     for number in range(kills):
-        process = run.start()
-        run.wait_for_steps(process, number)
+        before, process = run.losses(), run.start()
+        run.wait_for_steps(process, before)
         time.sleep(chance.uniform(0, longest))
         if number % 2:
             wait_for_a_save(run.last)
@@ -136,7 +143,7 @@ def kill_often(run: Run, kills: int, longest: float, chance: random.Random) -> l
         process.join()
         kill = {
             "kill": number + 1,
-            "last_step_logged": max(run.losses(number)),
+            "last_step_logged": run.losses()[-1][0],
             "during_a_save": partial_path(run.last).exists() or not run.last.exists(),
             "resumes_at": load_file(find_checkpoint(str(run.last.parent)) / TRAINER_FILE, "cpu")["global_step"],
         }
@@ -153,23 +160,18 @@ def wait_for_a_save(last: Path) -> None:
 
 
 def compare(whole: Run, killed: Run, kills: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Counts the losses that all parts of the killed run logged, and those that differ from the uninterrupted run's."""
-    expected = whole.losses(0)
-    parts = [killed.losses(version) for version in range(len(kills) + 1)]
-    logged = [(step, loss) for part in parts for step, loss in part.items()]
-    reached = {step for step, _ in logged}
-    missing = expected.keys() - reached
-    if missing - {kill["resumes_at"] - 1 for kill in kills}:
-        sys.exit(f"steps {sorted(missing)} were never made")
+    """Compares the losses of the killed run with those of the one that nobody killed, step by step."""
+    expected, found = whole.losses(), killed.losses()
+    steps = [step for step, _ in expected]
     return {
         "kills": len(kills),
         "during_a_save": sum(kill["during_a_save"] for kill in kills),
-        "resumed": sum(min(part) == kill["resumes_at"] for part, kill in zip(parts[1:], kills, strict=True)),
         "steps": len(expected),
-        "losses_compared": len(logged),
-        "losses_that_differ": sum(expected[step] != loss for step, loss in logged),
-        "steps_made_again": len(logged) - len(reached),
-        "saved_but_not_logged": len(missing),  # a step is saved before its figures are written
+        "steps_made_again": sum(kill["last_step_logged"] + 1 - kill["resumes_at"] for kill in kills),
+        "steps_missing_or_doubled": sum((Counter(steps) - Counter(step for step, _ in found)).values())
+        + sum((Counter(step for step, _ in found) - Counter(steps)).values()),
+        "losses_that_differ": sum(one != other for one, other in zip(expected, found, strict=False)),
+        "shown_once_by_tensorboard": killed.shown() == steps,
     }
 
 

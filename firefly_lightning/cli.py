@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, capture_parser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.connectors import checkpoint_connector
@@ -24,9 +24,10 @@ from firefly_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoi
 from firefly_lightning.callbacks.model_size import ModelSize
 from firefly_lightning.callbacks.prediction_writer import PredictionWriter
 from firefly_lightning.callbacks.progress_bar import RunProgressBar, spare_bars
-from firefly_lightning.callbacks.run_figures import keep_metrics
-from firefly_lightning.callbacks.run_folder import csv_folders, missing_folders, remove_unmeasured
+from firefly_lightning.callbacks.run_folder import missing_folders, remove_unmeasured
 from firefly_lightning.callbacks.run_history import RunHistory
+from firefly_lightning.callbacks.run_loggers import csv_logger, default_loggers, go_on, take_files
+from firefly_lightning.callbacks.run_record import RunRecord
 from firefly_lightning.callbacks.run_report import Report
 from firefly_lightning.callbacks.sample_answers import Samples
 from firefly_lightning.callbacks.saved_configuration import SavedConfiguration
@@ -34,8 +35,10 @@ from firefly_lightning.callbacks.signals import EndOnSignals
 from firefly_lightning.callbacks.start_checks import StartChecks
 from firefly_lightning.callbacks.throughput import Throughput
 from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
-from firefly_lightning.checkpoints.paths import find_checkpoint
+from firefly_lightning.checkpoints.layout import RUN_KEY
+from firefly_lightning.checkpoints.newest import AUTO
 from firefly_lightning.checkpoints.saved_config import differences, read_configuration
+from firefly_lightning.checkpoints.start import Start, find_start
 from firefly_lightning.cli_errors import (
     OneLineErrors,
     Refusals,
@@ -69,6 +72,7 @@ class FireflyCLI(LightningCLI):
     def __init__(self, **kwargs: Any) -> None:
         self._refusals = Refusals(MisconfigurationException)
         self._new_folders: list[Path] = []
+        self._start, self._record = Start(), RunRecord()
         # The default of Lightning's Timer is one, which the saved configuration could not hold otherwise.
         SafeDumper.add_multi_representer(LightningEnum, lambda dumper, value: dumper.represent_str(value.value))
         load_classes()  # so that the classes are known by their last names, and listed in the help
@@ -135,16 +139,19 @@ class FireflyCLI(LightningCLI):
         """Finds the checkpoint to resume from, and shows which settings have changed since, before loading anything."""
         config = self.config[self.subcommand]
         take_places(config.trainer)
-        if config.get("ckpt_path") == "":
-            raise FireflyError("ckpt_path is empty; name a checkpoint, last or best, or leave the key out")
-        if config.get("ckpt_path") not in (None, "hpc"):  # SLURM's requeued run has its own checkpoint
-            own = {"last": config.checkpoint, "best": config.best_checkpoint}.get(config.ckpt_path)
-            folder = Path(own.dirpath or _checkpoints(config)) if own else Path()
-            config.ckpt_path = str(find_checkpoint(str(folder / config.ckpt_path), config.best_checkpoint.mode))
-            if self.subcommand == "fit":
-                now = self._parser(self.subcommand).dump(config, skip_none=False)
-                if table := differences(read_configuration(Path(config.ckpt_path)), now):
-                    rank_zero_info(table)
+        root, asked = Path(config.trainer.default_root_dir or Path.cwd()), config.get("ckpt_path")
+        of_names = {"last": config.checkpoint, "best": config.best_checkpoint}
+        folders = {name: Path(one.dirpath or root / "checkpoints") for name, one in of_names.items()}
+        start = find_start(asked, self.subcommand, folders, root, config.best_checkpoint.mode)
+        for line in start.lines:
+            rank_zero_info(line)
+        if asked not in (None, "hpc") and start.checkpoint:
+            if asked != AUTO:  # which the saved configuration keeps
+                config.ckpt_path = str(start.checkpoint)
+            now = self._parser(self.subcommand).dump(config, skip_none=False)
+            if self.subcommand == "fit" and (table := differences(read_configuration(start.checkpoint), now)):
+                rank_zero_info(table)
+        self._start = start
 
     def instantiate_classes(self) -> None:
         """Makes the objects of the configuration.
@@ -175,25 +182,30 @@ class FireflyCLI(LightningCLI):
         config = self.config_init[self.subcommand].trainer
         given = config.logger if isinstance(config.logger, list) else [config.logger]
         if config.logger in (None, True):
-            kwargs["logger"] = _loggers(config.default_root_dir)
+            kwargs["logger"] = default_loggers(config.default_root_dir)
         elif config.logger is not False and not any(isinstance(logger, CSVLogger) for logger in given):
-            kwargs["logger"] = [*given, _csv_logger(config.default_root_dir)]
+            kwargs["logger"] = [*given, csv_logger(config.default_root_dir)]
         portable = self.config[self.subcommand].checkpoint.portable
         kwargs["plugins"] = _with_atomic_checkpoints(config.plugins, portable)
+        start, loggers = self._start, kwargs.get("logger", given)
+        goes_on = start.same_run and go_on(loggers, start.saved, config.log_every_n_steps)
+        self._record = RunRecord(start.checkpoint, start.saved.get(RUN_KEY), start.same_run, goes_on)
         trainer = super().instantiate_trainer(**kwargs)
-        for folder, _ in csv_folders(trainer):
-            keep_metrics(folder)
+        take_files(trainer, self.subcommand == "fit", goes_on)
         for callback in trainer.checkpoint_callbacks:
             # Checkpoints lie beside, not inside, the logs of one run, so that the next run finds `last`.
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(_checkpoints(self.config[self.subcommand]))
+                callback.dirpath = str(Path(config.default_root_dir or Path.cwd()) / "checkpoints")
         self._new_folders = missing_folders(trainer)
         return trainer
 
     def after_instantiate_classes(self) -> None:
         """Tells the data which checkpoint is loaded: rows are put into its prompt format."""
+        checkpoint = self._start.checkpoint and str(self._start.checkpoint)
+        if self.config[self.subcommand].get("ckpt_path") == AUTO:
+            self.config_init[self.subcommand].ckpt_path = checkpoint
         if isinstance(self.datamodule, FireflyDataModule):
-            self.datamodule.checkpoint = self.config[self.subcommand].get("ckpt_path")
+            self.datamodule.checkpoint = checkpoint
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs the subcommand; where it fails before it has measured anything, it leaves no folder of figures."""
@@ -217,7 +229,7 @@ class FireflyCLI(LightningCLI):
         if config["enable_model_summary"] is not False and not any(isinstance(one, ModelSummary) for one in own):
             config["enable_model_summary"] = False
             callbacks = [*callbacks, ModelSize()]
-        callbacks = [*callbacks, EndOnSignals(), CatchUp(), RunHistory()]
+        callbacks = [*callbacks, EndOnSignals(), self._record, CatchUp(), RunHistory()]
         _check_strategy(config["strategy"])
         try:
             return super()._instantiate_trainer(config, callbacks)
@@ -276,21 +288,6 @@ def _check_strategy(name: Any) -> None:
 
 def _path_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _checkpoints(config: Any) -> Path:
-    return Path(config.trainer.default_root_dir or Path.cwd()) / "checkpoints"
-
-
-def _csv_logger(root: str | None) -> CSVLogger:
-    """A CSV logger that writes after every step, so that a killed run keeps its figures."""
-    return CSVLogger(root or str(Path.cwd()), flush_logs_every_n_steps=1)
-
-
-def _loggers(root: str | None) -> list[Logger]:
-    """A CSV logger, and TensorBoard beside it."""
-    csv = _csv_logger(root)
-    return [csv, TensorBoardLogger(csv.save_dir, csv.name, csv.version)]
 
 
 def _with_atomic_checkpoints(plugins: Any, portable: bool) -> list[Any]:

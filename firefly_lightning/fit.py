@@ -94,7 +94,11 @@ def overview(command: str | None = None) -> str:
     lines += ["", "Keys of a YAML file, each a flag too (--data.batch_size 8):", ""]
     for key in own_keys():
         lines += _described(key)
-    checkpoint = ("ckpt_path", "a checkpoint to resume from or to evaluate; `last` is the newest, `best` the best")
+    checkpoint = (
+        "ckpt_path",
+        "a checkpoint to resume from or to evaluate; `last` is the newest, `best` the best; in "
+        "fit, `auto` is the newest whole one, and a fresh start where there is none",
+    )
     if command:
         lines += [*_wrapped(*checkpoint), "", "Arguments of Lightning's Trainer:", ""]
         for key in trainer_keys():

@@ -58,9 +58,9 @@ def test_the_command_line_wins_over_yaml_and_checkpoint(trained, model_folder, r
     shutil.copytree(trained, tmp_path / "run")
     more = ["--trainer.max_steps", 5, "--data.batch_size", 8, "--model.warmup_steps", 4, "--data.val_fraction", 0.1]
     fit(model_folder, rows_file, tmp_path / "run", *more, "--ckpt_path", "last")
-    saved = yaml.safe_load((tmp_path / "run" / "lightning_logs" / "version_1" / "config.yaml").read_text())
+    saved = yaml.safe_load((tmp_path / "run" / "lightning_logs" / "version_0" / "config.yaml").read_text())
     assert saved["model"]["init_args"]["warmup_steps"] == 4
-    assert sorted(logged(tmp_path / "run", version=1)) == [3, 4]
+    assert sorted(logged(tmp_path / "run")) == [0, 1, 2, 3, 4]
 
 
 def test_test_and_validate_use_a_checkpoint(trained, model_folder, rows_file, tmp_path):

@@ -2,6 +2,7 @@
 
 import re
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ class LastCheckpoint(ModelCheckpoint):
         one = {"save_top_k": 0, "save_last": True}
         super().__init__(dirpath=dirpath, every_n_train_steps=every_n_steps, **(several if keep > 1 else one))
         self.portable = portable
+        self._run = uuid.uuid4().hex
+        self._surplus: list[str] = []
         self._signals: Signals | None = None
         self._validated = -1
 
@@ -58,6 +61,24 @@ class LastCheckpoint(ModelCheckpoint):
         """A key that is the same for every interval, since a resumed run may save more or less often."""
         return type(self).__qualname__
 
+    def state_dict(self) -> dict[str, Any]:
+        """The checkpoints that are kept, and the run that they belong to."""
+        return {**super().state_dict(), "run": self._run}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up the run that is resumed.
+
+        A run that was killed may not have removed what it kept no longer, and none removes what it was resumed from.
+        """
+        super().load_state_dict(state)
+        self._run = state.get("run", self._run)
+        reached = state.get("current_score")  # the step of the last one that had a name of its own
+        if self.save_top_k and reached is not None and self.dirpath and self.dirpath == state.get("dirpath"):
+            for path in Path(self.dirpath).glob("step=*.ckpt"):
+                own = _saved_state(path, self.state_key)
+                if own.get("run") == self._run and own["current_score"] <= reached:
+                    self._surplus += [str(path)] if str(path) not in self.best_k_models else []
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """In a user's own script, has checkpoints that are not portable written in the strategy's own form."""
         super().setup(trainer, pl_module, stage)
@@ -65,8 +86,11 @@ class LastCheckpoint(ModelCheckpoint):
             trainer.strategy.checkpoint_io = _in_own_form(trainer.strategy)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begins to listen to signals."""
+        """Begins to listen to signals, and removes what a run before this one would have removed."""
         super().on_train_start(trainer, pl_module)
+        for path in self._surplus:
+            self._remove_checkpoint(trainer, path)
+        self._surplus = []
         self._signals = Signals(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
@@ -192,6 +216,21 @@ class BestCheckpoint(ModelCheckpoint):
             self._remove_checkpoint(trainer, path)
         self._surplus = []
 
+    def lacks(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether a model is among the best and has not been saved.
+
+        Args:
+            step: Number of steps after which it was validated.
+            metrics: What the validation has found, by name; without the monitored value nothing is lacking.
+        """
+        value = metrics.get(str(self.monitor))
+        if value is None or self.save_top_k == 0:
+            return False
+        if any(Path(path).name.startswith(f"best-step={step}-") for path in self.best_k_models):
+            return False
+        worst = float(self.kth_value) if len(self.best_k_models) == self.save_top_k else None
+        return worst is None or (value > worst if self.mode == "max" else value < worst)
+
     def _keep_best(self, scores: dict[str, Any]) -> None:
         ranked = sorted(scores, key=lambda path: float(scores[path]), reverse=self.mode == "max")
         kept = len(ranked) if self.save_top_k == -1 else self.save_top_k
@@ -210,7 +249,7 @@ class BestCheckpoint(ModelCheckpoint):
 def _saved_state(checkpoint: Path, key: str) -> dict[str, Any]:
     """The state of a callback in a checkpoint; empty where there is none, or it cannot be read."""
     try:
-        saved = load_file(trainer_file(checkpoint), "cpu")
+        saved = load_file(trainer_file(checkpoint), "cpu", digested=False)
     except FireflyError:
         return {}
     state: dict[str, Any] = saved.get("callbacks", {}).get(key, {})

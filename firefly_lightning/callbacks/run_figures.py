@@ -1,6 +1,5 @@
 """The metrics that a run has logged, and its figures: losses, the perplexity of each kind, and what became of pairs."""
 
-import csv
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import LogFormatter
 
+from firefly_lightning.callbacks.metrics_file import METRICS, read_rows
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.model.metric_names import of_kind, renamed
 from firefly_lightning.preparation.figures import BLUE, RED, find_font, save_figure
@@ -26,19 +26,18 @@ Metrics = dict[str, dict[int, float]]
 """By the name of a column of ``metrics.csv``: its values by step."""
 
 
-def read_metrics(log_dir: Path, prefix: str = "", before: bool = False) -> Metrics:
-    """Metrics of a run from its ``metrics.csv``, and of the runs that it resumed, up to where it took over.
+def read_metrics(log_dir: Path, prefix: str = "") -> Metrics:
+    """Metrics of a run from its ``metrics.csv``, and of the runs that it branched off from, up to where it did.
 
     Args:
-        log_dir: Folder of the run. The runs that it resumed are looked for in the files that :func:`keep_metrics` has
+        log_dir: Folder of the run. The runs before it are looked for in the files that :func:`keep_metrics` has
             left in it, and if it is a ``version_N``, in the versions before it.
         prefix: What its logger puts before the names of metrics.
-        before: Whether to leave out the run itself, which has not logged anything yet.
     """
     metrics: Metrics = {"train_loss": {}}
-    for file in itertools.islice(_files(log_dir), int(before), None):
+    for file in _files(log_dir):
         first = min(metrics["train_loss"], default=None)
-        for name, values in _read_csv(file, prefix).items():
+        for name, values in read_csv(file, prefix).items():
             earlier = {step: value for step, value in values.items() if first is None or step < first}
             metrics.setdefault(name, {}).update(earlier)
         if not min(metrics["train_loss"], default=0):
@@ -46,19 +45,35 @@ def read_metrics(log_dir: Path, prefix: str = "", before: bool = False) -> Metri
     return metrics
 
 
+def read_csv(path: Path, prefix: str = "") -> Metrics:
+    """Metrics of one file; none where there is no file.
+
+    Args:
+        path: The file.
+        prefix: What its logger puts before the names of metrics.
+    """
+    metrics: Metrics = {}
+    for row in read_rows(path):
+        step = int(row.pop("step"))
+        for name, value in row.items():
+            if value:
+                metrics.setdefault(renamed(name.removeprefix(prefix)), {})[step] = float(value)
+    return metrics
+
+
 @rank_zero_only
 def keep_metrics(log_dir: Path) -> None:
-    """Renames the ``metrics.csv`` of an earlier run in the same folder, which Lightning's logger would remove."""
-    if (file := log_dir / "metrics.csv").is_file():
+    """Renames the ``metrics.csv`` of an earlier run in the same folder, which this one does not go on with."""
+    if (file := log_dir / METRICS).is_file():
         file.rename(log_dir / f"metrics-{_count_kept(log_dir)}.csv")
 
 
 def _files(log_dir: Path) -> Iterator[Path]:
     """The metrics of a run and of those that it may have resumed, the newest first."""
-    yield log_dir / "metrics.csv"
+    yield log_dir / METRICS
     yield from (log_dir / f"metrics-{at}.csv" for at in reversed(range(_count_kept(log_dir))))
     if numbered := re.fullmatch(r"version_(\d+)", log_dir.name):
-        yield from (log_dir.with_name(f"version_{at}") / "metrics.csv" for at in reversed(range(int(numbered[1]))))
+        yield from (log_dir.with_name(f"version_{at}") / METRICS for at in reversed(range(int(numbered[1]))))
 
 
 def _count_kept(log_dir: Path) -> int:
@@ -197,16 +212,3 @@ def _font(text: str) -> FontProperties | None:
     except FireflyError as error:
         rank_zero_warn(f"kinds.png: {error}".replace(", or name a font file with --font", ""))
         return None
-
-
-def _read_csv(path: Path, prefix: str) -> Metrics:
-    metrics: Metrics = {}
-    if not path.is_file():
-        return metrics
-    with path.open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            step = int(row.pop("step"))
-            for name, value in row.items():
-                if value:
-                    metrics.setdefault(renamed(name.removeprefix(prefix)), {})[step] = float(value)
-    return metrics

@@ -14,6 +14,7 @@ from firefly_lightning.checkpoints.layout import (
     LAST_STEP_KEY,
     NAMES_KEY,
     REFERENCE_KEY,
+    RUN_KEY,
     SCALARS_KEY,
     SCALER_KEY,
     SETTINGS_KEY,
@@ -152,6 +153,17 @@ def _is_place(value: Any) -> bool:
     return value == {} or (_of(dict)(value) and _of(dict)(value.get("plan")) and _is_count(value.get("step")))
 
 
+def _is_run(value: Any) -> bool:
+    """Whether a run is told by a time and the versions of its loggers, none of which leads out of a folder."""
+    if not (_of(dict)(value) and type(value.get("began")) is float and _of(list, list)(value.get("logs"))):
+        return False
+    return all(len(log) == 2 and isinstance(log[0], str) and _is_log_version(log[1]) for log in value["logs"])
+
+
+def _is_log_version(value: Any) -> bool:
+    return _is_count(value) or (isinstance(value, str) and re.search(r"[/\\\0]", value) is None and value != "..")
+
+
 _CHECKS: dict[str, Check] = {
     VERSION_KEY: (_is_version, "a version"),
     "global_step": (_is_count, "a number of steps"),
@@ -169,6 +181,7 @@ _CHECKS: dict[str, Check] = {
     TIED_KEY: (_of(dict, str), "names by name"),
     SETTINGS_KEY: (_are_settings, "each optimizer's settings by group"),
     LAST_STEP_KEY: (_are_numbers, "numbers by name"),
+    RUN_KEY: (_is_run, "a time and the versions of logs"),
     FILES_KEY: (_of(list, str), "a list of names"),
     WRITER_KEY: (_of(dict), "settings by name"),
     REFERENCE_KEY: (_of(dict, Tensor), "log-probabilities by digest"),

@@ -83,6 +83,9 @@ SETTINGS_KEY = "changed_settings"
 LAST_STEP_KEY = "last_step"
 """Key of the metrics of the last step, which are logged only after the step is saved."""
 
+RUN_KEY = "run"
+"""Key of the run that saved a checkpoint: when it ``began``, and the versions under which its ``logs`` are kept."""
+
 TENSOR_KEYS = ("state_dict", "optimizer_states", NAMES_KEY)
 """Keys of a checkpoint of one file that ``trainer.ckpt`` lacks: the files beside it hold these tensors by name."""
 

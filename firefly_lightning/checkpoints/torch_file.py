@@ -50,20 +50,22 @@ def trainer_file(checkpoint: Path) -> Path:
     return checkpoint / TRAINER_FILE if checkpoint.is_dir() else checkpoint
 
 
-def load_file(path: Path, map_location: Any, weights_only: bool = True) -> dict[str, Any]:
+def load_file(path: Path, map_location: Any, weights_only: bool = True, digested: bool = True) -> dict[str, Any]:
     """Loads the dictionary that ``torch.save`` wrote into a file.
 
     Args:
         path: The file.
         map_location: Where the tensors go; see ``torch.load``.
         weights_only: Whether a file with objects that could run code is refused.
+        digested: Whether the whole file is read to compare its digest; if not, little more than its plain values is.
 
     Raises:
         MissingFileError: If there is no such file.
         FireflyError: If the file is no checkpoint, is damaged, or holds objects that could run code.
     """
     try:
-        _check_digest(path, version_of(path))
+        if digested:
+            _check_digest(path, version_of(path))
         # The file is mapped into memory, so that the processes of one machine share a single copy.
         checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only, mmap=True)
     except (torch.OutOfMemoryError, FireflyError):

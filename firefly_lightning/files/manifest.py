@@ -6,6 +6,7 @@ all else. A list may come from anybody: nothing in it is used before it is check
 
 import json
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import xxhash
 
 from firefly_lightning.errors import FireflyError, MissingFileError, some, unreadable
 from firefly_lightning.files.atomic import sync
+from firefly_lightning.files.versions import Version, version_of
 
 FileEntry = dict[str, Any]
 """What is known of a file: its size in bytes and its digest, and what else its writer may want to add."""
@@ -122,7 +124,7 @@ def check_files(folder: Path, entries: Mapping[str, FileEntry], cure: str) -> No
         if (size := file.stat().st_size) != entry["bytes"]:
             raise FireflyError(f"{file}: damaged, it has {size:,} bytes, not {entry['bytes']:,}; {cure}")
         try:
-            changed = digest_of(file) != entry[_DIGEST]
+            changed = _digest_of_version(file, version_of(file)) != entry[_DIGEST]
         except OSError as error:
             raise unreadable(error, file) from error
         if changed:
@@ -143,6 +145,12 @@ def check_listed(path: Path, entries: Mapping[str, FileEntry], names: Iterable[s
     """
     if lacking := sorted(set(names) - entries.keys()):
         raise FireflyError(f"{path}: does not list {some(lacking)}; {cure}")
+
+
+@lru_cache(maxsize=4096)
+def _digest_of_version(path: Path, version: Version) -> str:
+    """The digest of a file, which a process reads once: a start may look for a whole checkpoint before it loads it."""
+    return digest_of(path)
 
 
 def _is_entry(entry: Any) -> bool:

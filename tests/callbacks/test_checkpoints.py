@@ -77,7 +77,7 @@ def test_a_resumed_run_keeps_the_best_of_the_whole_run_and_no_more(top, model_fo
     fit(model_folder, rows_file, tmp_path, *kept, *killed, "--trainer.max_steps", 9, check=False, process=True)
     assert bests(tmp_path) == ["best-step=3"]
     fit(model_folder, rows_file, tmp_path, *kept, "--ckpt_path", "last", "--trainer.max_steps", 9)
-    values = {step + 1: float(value) for step, value in logged(tmp_path, "val_loss", version=1).items()}
+    values = {step + 1: float(value) for step, value in logged(tmp_path, "val_loss").items()}
     assert sorted(values) == [3, 6, 9]
     assert bests(tmp_path) == sorted(f"best-step={step}" for step in sorted(values, key=values.get)[:top])
 

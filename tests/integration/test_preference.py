@@ -153,8 +153,7 @@ def test_a_killed_run_resumes_digit_for_digit(model_folder, pairs_file, tmp_path
     fit(model_folder, pairs_file, tmp_path / "run", *ARGS, "--data.cache_dir", tmp_path / "b", "--ckpt_path", "last")
     for name in ("train_loss", "train_reward_margin", "val_loss", "val_reward_margin"):
         whole = logged(tmp_path / "whole", name)
-        resumed = logged(tmp_path / "run", name, version=1)
-        assert resumed == {step: value for step, value in whole.items() if step >= 6}, name
+        assert logged(tmp_path / "run", name) == whole, name
 
 
 def test_the_configuration_trains(model_folder, pairs_file, val_pairs_file, tmp_path):

@@ -81,7 +81,7 @@ def test_a_card_tells_the_rows_the_figures_and_the_settings_of_the_run(trained, 
     found = tables(card)
     counted = {kind: rows for kind, rows, *others in found["kind"] if len(others) == 2}
     assert counted == {kind: str(count) for kind, count in kinds.items()} | {"all": "60"}
-    metrics = read_metrics(trained / "lightning_logs" / "version_1")
+    metrics = read_metrics(trained / "lightning_logs" / "version_0")
     last = {name: values[max(values)] for name, values in metrics.items() if name.startswith("val_")}
     assert len(last) > 6
     of_kind = {row[0]: row[1:] for row in found["kind"] if len(row) > 4}

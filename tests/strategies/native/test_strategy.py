@@ -133,13 +133,12 @@ def values(root: Path, metric: str, version: int = 0, first: int = 0) -> dict[in
     return {step: value for step, value in logged(root, metric, version).items() if step >= first}
 
 
-@pytest.mark.parametrize(
-    ("kind", "version"), [("file-resumed", 0), ("folder-resumed", 0), ("portable-resumed", 0), ("file", 2)]
-)
-def test_a_stopped_run_goes_on_digit_for_digit(runs, kind, version):
+@pytest.mark.parametrize("kind", ["file-resumed", "folder-resumed", "portable-resumed", "file"])
+def test_a_stopped_run_goes_on_digit_for_digit(runs, kind):
     _, root = runs
     for metric in METRICS:
-        assert values(root / kind, metric, version) == values(root / "whole", metric, first=STEPS // 2), metric
+        first = 0 if kind == "file" else STEPS // 2  # which went on in its own folder
+        assert values(root / kind, metric) == values(root / "whole", metric, first=first), metric
     expected = weights(root / "whole")
     for name, value in weights(root / kind).items():
         assert torch.equal(value, expected[name]), name
@@ -148,7 +147,7 @@ def test_a_stopped_run_goes_on_digit_for_digit(runs, kind, version):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_validates_as_it_did_in_its_run(runs, kind):
     _, root = runs
-    (expected,) = values(root / kind, "val_loss").values()
+    expected = next(iter(values(root / kind, "val_loss").values()))  # that of the first half
     assert list(values(root / kind, "val_loss", version=1).values()) == [expected]
     assert expected in values(root / "whole", "val_loss").values()
 
