@@ -56,6 +56,7 @@ class ElasticRun:
             "--monitor-interval", 0.2, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{HEAD}:{PORT}", "--rdzv-id",
             "run", "--rdzv-conf", SOON, "--local-addr", f"10.78.0.{node + 1}", BIN / name, *arguments,
             output=self.output, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="",
+            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
         )  # fmt: skip
 
     def taken(self) -> dict[tuple[str, int], dict[int, list[int]]]:

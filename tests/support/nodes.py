@@ -54,9 +54,9 @@ class Nodes:
                 continue
         return found
 
-    def signal(self, node: int, number: int, only: str = "") -> list[int]:
-        """Sends a signal to all processes on a node, or to those whose command lines have a text in them."""
-        told = [process for process, line in self.running(node).items() if only in line]
+    def signal(self, node: int, number: int, but: str = "\0") -> list[int]:
+        """Sends a signal to all processes on a node but those whose command lines have a text in them."""
+        told = [process for process, line in self.running(node).items() if but not in line]
         for process in told:
             try:
                 os.kill(process, number)
