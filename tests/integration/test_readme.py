@@ -71,7 +71,7 @@ def test_every_command_of_the_readme(box, monkeypatch):
 def test_every_command_and_snippet_of_the_documentation(full_box, monkeypatch):
     """The pages are one running example, in the order of the navigation; `tests/chat/test_serving.py` runs one page."""
     blocks = [block for page in pages("en") if page.stem != "serving" for block in read_blocks(page)]
-    assert run_blocks(blocks, CHECKS, full_box, monkeypatch) == (59, 4, 8)
+    assert run_blocks(blocks, CHECKS, full_box, monkeypatch) == (60, 4, 8)
 
 
 def run_blocks(blocks: list[Block], checks: dict, box: Path, monkeypatch) -> tuple[int, int, int]:
@@ -354,7 +354,8 @@ CHECKS = {
     "firefly-fit fit .*zero2$": check_run("zero2", range(3)),
     "firefly-fit fit .*native_tp.yaml": check_run("native", range(3)),
     "firefly-fit fit .*gemini.yaml": check_run("gemini", range(3)),
-    "torchrun .*ddp": check_run("torchrun", range(3)),
+    "torchrun --nproc_per_node": check_run("torchrun", range(3)),
+    "torchrun --nnodes 1:3": check_run("elastic", range(3)),
     "firefly-fit predict": check_predictions,
     "firefly-fit fit .*sgd.yaml": check_run("sgd", range(3)),
     "firefly-fit fit .*configs/lora.yaml": check_run("lora", range(3)),
