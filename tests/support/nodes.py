@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 HEAD, PORT = "10.78.0.254", 29400
-OWN = str(Path("/proc/self/ns/net").readlink())
 
 _STORE = f"""
 import time
@@ -71,12 +70,12 @@ def nodes(count: int) -> Iterator[Nodes]:
     started = [subprocess.Popen(["unshare", "--user", "--map-root-user", "--net", "sleep", "infinity"])]
     try:
         (head,) = started
-        wait_for(head, OWN)
+        wait_for(head)
         ip(head, "link set lo up", "link add net0 type bridge", f"addr add {HEAD}/24 dev net0", "link set net0 up")
         for number in range(1, count + 1):
             holder = subprocess.Popen(entering(head, "unshare", "--net", "sleep", "infinity"))
             started.append(holder)
-            wait_for(holder, namespace(head), OWN)
+            wait_for(holder)
             ip(head, f"link add port{number} type veth peer name peer{number}")
             ip(head, f"link set peer{number} netns {holder.pid}")
             ip(head, f"link set port{number} master net0", f"link set port{number} up")
@@ -112,8 +111,8 @@ def namespace(process: subprocess.Popen) -> str:
     return str(Path(f"/proc/{process.pid}/ns/net").readlink())
 
 
-def wait_for(process: subprocess.Popen, *left: str) -> None:
-    """Waits until a process has left networks."""
-    while namespace(process) in left:
-        assert process.poll() is None
+def wait_for(holder: subprocess.Popen) -> None:
+    """Waits until a process has made its place and does nothing but hold it."""
+    while Path(f"/proc/{holder.pid}/comm").read_text() != "sleep\n":
+        assert holder.poll() is None
         time.sleep(0.02)
