@@ -12,12 +12,12 @@ itself; one of random weights, which is named by its width, blocks and heads, en
 """
 
 import argparse
-import itertools
 import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,17 +81,14 @@ def measured(model: str, options: argparse.Namespace) -> Iterator[dict[str, Any]
             alone(make_model, model, options, folder)
         asked = alone(prompts, folder, trained, options)
         expected: list[str] = []
-        for batch_size, system in itertools.product(options.batch_sizes, options.systems):
+        for batch_size, system in product(options.batch_sizes, options.systems):
             taken = asked if batch_size > 1 else asked[:: max(1, len(asked) // 8)]
             line, texts = alone(measure, folder, system, taken, batch_size, options)
             expected = texts if system == "generate" else expected
-            same = sum(one == other for one, other in zip(texts, expected, strict=True)) if expected else len(texts)
-            line = {
-                "model": Path(model).name,
-                "at_a_time": batch_size,
-                **line,
-                "same_answers": f"{same} of {len(texts)}",
-            }
+            line = {"model": Path(model).name, "at_a_time": batch_size, **line}
+            if trained and expected:  # random weights say one token again and again
+                same = sum(one == other for one, other in zip(texts, expected, strict=True))
+                line["same_answers"] = f"{same} of {len(texts)}"
             print(json.dumps(line), flush=True)
             yield line
         for kind in ("float32", "bfloat16", "q8_0"):
@@ -269,13 +266,14 @@ def llama(folder: Path, system: str, batch_size: int, options: argparse.Namespac
 
 
 def draw(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Draws tokens a second, a panel for each model and number of rows at a time."""
+    """Draws tokens a second, a line of panels for each model, one for each number of rows at a time."""
     from matplotlib.figure import Figure
 
     lines = [line for line in lines if "system" in line]
-    groups = list(dict.fromkeys((line["model"], line["at_a_time"]) for line in lines))
-    figure = Figure(figsize=(4.2 * len(groups), 3), layout="constrained")
-    for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+    models, counts = (list(dict.fromkeys(line[key] for line in lines)) for key in ("model", "at_a_time"))
+    figure = Figure(figsize=(4.6 * len(counts), 2.2 * len(models)), layout="constrained")
+    panels = figure.subplots(len(models), len(counts), squeeze=False)
+    for axes, group in zip(panels.flat, product(models, counts), strict=True):
         shown = [line for line in lines if (line["model"], line["at_a_time"]) == group]
         names = [line["system"] for line in shown]
         colors = [throughput.BLUE if name == "firefly" else throughput.GREY for name in names]
