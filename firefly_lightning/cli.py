@@ -142,7 +142,7 @@ class FireflyCLI(LightningCLI):
         root, asked = Path(config.trainer.default_root_dir or Path.cwd()), config.get("ckpt_path")
         of_names = {"last": config.checkpoint, "best": config.best_checkpoint}
         folders = {name: Path(one.dirpath or root / "checkpoints") for name, one in of_names.items()}
-        start = find_start(asked, self.subcommand, folders, root, config.best_checkpoint.mode)
+        start = find_start(asked, str(self.subcommand), folders, root, config.best_checkpoint.mode)
         for line in start.lines:
             rank_zero_info(line)
         if asked not in (None, "hpc") and start.checkpoint:
@@ -201,7 +201,7 @@ class FireflyCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Tells the data which checkpoint is loaded: rows are put into its prompt format."""
-        checkpoint = self._start.checkpoint and str(self._start.checkpoint)
+        checkpoint = str(self._start.checkpoint) if self._start.checkpoint else None
         if self.config[self.subcommand].get("ckpt_path") == AUTO:
             self.config_init[self.subcommand].ckpt_path = checkpoint
         if isinstance(self.datamodule, FireflyDataModule):

@@ -26,36 +26,37 @@ class CatchUp(Callback):
     """
 
     def __init__(self) -> None:
-        self._last: dict[str, float] | None = None
+        self._last: dict[str, float] = {}  # of the step that the run is resumed after
+        self._step, self._done = 0, False
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the metrics of the last step to a checkpoint."""
         logged = trainer.callback_metrics.items()
         last = {name: float(value) for name, value in logged if not name.startswith("val_")}
-        checkpoint[LAST_STEP_KEY] = {**last, "epoch": trainer.current_epoch}
+        resumed = self._last and trainer.global_step == self._step  # when no step has been made yet
+        checkpoint[LAST_STEP_KEY] = self._last if resumed else {**last, "epoch": trainer.current_epoch}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Notes the metrics of the last step."""
-        self._last = checkpoint.get(LAST_STEP_KEY)
+        self._last, self._step = checkpoint.get(LAST_STEP_KEY) or {}, checkpoint["global_step"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs and validates what is missing, before the first step of a resumed run."""
-        last, self._last = self._last, None
-        if not last or not trainer.global_step:
+        self._done = True
+        if not self._last or not trainer.global_step:
             _mark_start(trainer, 0)
             return
         unlogged, unvalidated = trainer.strategy.broadcast(_missing(trainer, trainer.global_step - 1))
         unvalidated = unvalidated and _is_due(trainer)
-        _take_up(trainer, last, unlogged, unvalidated)
+        _take_up(trainer, self._last, unlogged, unvalidated)
         if unvalidated:
-            _validate(trainer)
+            _validate(trainer, int(self._last.get("epoch", trainer.current_epoch)))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs the last step of a run that had made all its steps, but was killed before it logged that one."""
-        last, self._last = self._last, None
-        if last and trainer.is_global_zero and goes_on(trainer):
+        if not self._done and self._last and trainer.is_global_zero and goes_on(trainer):
             unlogged, _ = _missing(trainer, trainer.global_step - 1)
-            _take_up(trainer, last, unlogged, False)
+            _take_up(trainer, self._last, unlogged, False)
 
 
 def _missing(trainer: L.Trainer, step: int) -> tuple[bool, bool]:
@@ -130,10 +131,11 @@ def _is_due(trainer: Any) -> bool:
     return bool((before + 1) % interval == 0 and (epoch + 1) % every == 0)
 
 
-def _validate(trainer: Any) -> None:
-    """Validates as Lightning does after a step."""
+def _validate(trainer: Any, epoch: int) -> None:
+    """Validates as Lightning does after a step of an epoch, which may have been the last one of it."""
     loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
-    first = connector._first_loop_iter
+    first, epochs = connector._first_loop_iter, trainer.fit_loop.epoch_progress.current
+    now, epochs.completed = epochs.completed, epoch  # which is what Lightning logs
     loop.restarting, trainer.validating = False, True
     loop.run()
-    trainer.training, connector._first_loop_iter = True, first
+    trainer.training, connector._first_loop_iter, epochs.completed = True, first, now

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from firefly_lightning import interrupts
+from firefly_lightning.callbacks.run_record import is_same_run
 from firefly_lightning.callbacks.signals import Signals
 from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
 from firefly_lightning.checkpoints.torch_file import load_file, trainer_file
@@ -23,7 +24,18 @@ from firefly_lightning.model.metric_names import renamed
 from firefly_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
 
 
-class LastCheckpoint(ModelCheckpoint):
+class _OfARun(ModelCheckpoint):
+    """A callback that removes the checkpoint which a run goes on from as it does others of that run.
+
+    Lightning's keeps it for good, so that each start would leave one more.
+    """
+
+    def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
+        own = previous != current and Path(previous).parent.absolute() == Path(str(self.dirpath)).absolute()
+        return (own and is_same_run(trainer)) or super()._should_remove_checkpoint(trainer, previous, current)
+
+
+class LastCheckpoint(_OfARun):
     """Keeps ``last.ckpt``, from which ``--ckpt_path last`` resumes; a signal makes it save and end the run.
 
     SIGTERM and Ctrl-C end the run once the current step is done and saved, with exit code 143 and 130; a second signal
@@ -68,7 +80,7 @@ class LastCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up the run that is resumed.
 
-        A run that was killed may not have removed what it kept no longer, and none removes what it was resumed from.
+        A run that was killed may not have removed what it kept no longer.
         """
         super().load_state_dict(state)
         self._run = state.get("run", self._run)
@@ -91,6 +103,8 @@ class LastCheckpoint(ModelCheckpoint):
         for path in self._surplus:
             self._remove_checkpoint(trainer, path)
         self._surplus = []
+        if trainer.ckpt_path:  # after a whole step, which the first micro-batch of the next would save again
+            self._last_global_step_saved = trainer.global_step
         self._signals = Signals(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
@@ -157,7 +171,7 @@ LONGEST_MONITOR = 50
 """Characters that the name of a checkpoint has of its monitor at most; file systems take 255 bytes in all."""
 
 
-class BestCheckpoint(ModelCheckpoint):
+class BestCheckpoint(_OfARun):
     """Keeps the checkpoint with the lowest validation loss.
 
     Args:

@@ -26,6 +26,7 @@ class RunRecord(Callback):
         goes_on: Whether figures are written on where that run has written them.
 
     Attributes:
+        same_run: Whether this is that run.
         goes_on: Whether figures are written on where that run has written them.
     """
 
@@ -36,7 +37,7 @@ class RunRecord(Callback):
         same_run: bool = False,
         goes_on: bool = False,
     ) -> None:
-        self.goes_on = goes_on
+        self.same_run, self.goes_on = same_run, goes_on
         self._checkpoint = str(checkpoint or "")
         earlier = float((before or {}).get("began", 0))
         # Later than any run before it, also where clocks of machines differ.
@@ -66,7 +67,16 @@ class RunRecord(Callback):
                     sync(file)
 
 
+def is_same_run(trainer: L.Trainer) -> bool:
+    """Whether a run is the one that saved the checkpoint that it is resumed from."""
+    return any(record.same_run for record in _records(trainer))
+
+
 def goes_on(trainer: L.Trainer) -> bool:
     """Whether a run goes on with the figures of the run that it resumes."""
+    return any(record.goes_on for record in _records(trainer))
+
+
+def _records(trainer: L.Trainer) -> list[RunRecord]:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return any(callback.goes_on for callback in callbacks if isinstance(callback, RunRecord))
+    return [callback for callback in callbacks if isinstance(callback, RunRecord)]

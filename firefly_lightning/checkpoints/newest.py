@@ -114,10 +114,9 @@ def check_whole(checkpoint: Path) -> None:
 
 def slurm_checkpoint(root: Path) -> Path | None:
     """The checkpoint that Lightning goes on from in a job that SLURM has requeued; None where there is none."""
-    numbered = {path: re.fullmatch(r"hpc_ckpt_(\d+)\.ckpt", path.name) for path in root.glob(_OF_SLURM)}
-    return max(
-        (path for path, found in numbered.items() if found), key=lambda path: int(numbered[path][1]), default=None
-    )  # type: ignore[index]
+    matches = ((re.fullmatch(r"hpc_ckpt_(\d+)\.ckpt", path.name), path) for path in root.glob(_OF_SLURM))
+    numbered = [(int(found[1]), path) for found, path in matches if found]
+    return max(numbered)[1] if numbered else None
 
 
 def _paths(folders: Iterable[Path], root: Path) -> Iterator[Path]:
