@@ -45,10 +45,15 @@ class BackgroundSaves:
 
     def after(self, act: Callable[[], None]) -> None:
         """Calls ``act`` once nothing is being saved: at once where that is so now."""
-        if all(map(_is_well, self._acts)):
-            act()
-        else:
+        if self.pending:
             self.submit(act)
+        else:
+            act()
+
+    @property
+    def pending(self) -> bool:
+        """Whether something that was submitted is not done, or failed and has not been raised yet."""
+        return not all(map(_is_well, self._acts))
 
     @property
     def failed(self) -> bool:
@@ -76,6 +81,7 @@ class BackgroundSaves:
         """
         for act in self._acts:
             act.exception()
+        self._patience = None
         self._raise_failure()
 
     def hurry(self, seconds: float = PATIENCE) -> None:

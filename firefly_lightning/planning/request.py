@@ -96,8 +96,9 @@ class Settings:
         length = int(self.fit.data.init_args.max_length)
         load = load or (self.rows.heaviest(rows) if self.rows else Load.full(rows, length))
         run = Run(
-            self.model, strategy, devices, load, share // rows, self.precision, checkpointing, self.device, self.trained
-        )
+            self.model, strategy, devices, load, share // rows, self.precision, checkpointing, self.device,
+            self.trained, bool(self.fit.checkpoint.asynchronous),
+        )  # fmt: skip
         try:
             check(run)
         except FireflyError:
