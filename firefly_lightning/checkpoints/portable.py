@@ -4,7 +4,6 @@ import io
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,6 +186,7 @@ class PortableReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = _check(folder)
+        self._opened: dict[str, Any] = {}
         self._where = {
             (kind, name): file
             for file in self._files
@@ -272,10 +272,11 @@ class PortableReader:
         tensor: Tensor = self._open(file).get_tensor(stored)
         return tensor
 
-    @cache  # noqa: B019  (a reader lives as long as its files are open)
     def _open(self, file: str) -> Any:
         try:
-            return safe_open(self.folder / file, framework="pt")
+            if file not in self._opened:
+                self._opened[file] = safe_open(self.folder / file, framework="pt")
+            return self._opened[file]
         except (SafetensorError, OSError) as error:
             raise FireflyError(f"{self.folder / file}: damaged ({reason(error)}); use an earlier one") from error
 

@@ -161,9 +161,10 @@ class ShardedCheckpoints(Strategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module: Any = self.lightning_module
         fitting = module.trainer.state.fn == TrainerFn.FITTING
-        if self._reader is not None:
-            self.load_portable(self._reader, fitting)
-            self._load_whole_tensors(self._reader)
+        reader, self._reader = self._reader, None  # which keeps the files mapped, and on the disk once they are replaced
+        if reader is not None:
+            self.load_portable(reader, fitting)
+            self._load_whole_tensors(reader)
         else:
             self.load_shards(self._folder, fitting)
         if fitting:
