@@ -86,25 +86,24 @@ class LastCheckpoint(ModelCheckpoint):
         self._signals = Signals(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
-        """Ends the run if a signal to end it came during the last step.
+        """Ends the run if a signal to end it came during the last step, or a save beside the training has failed.
+
+        The last step's metrics are logged by then.
 
         Raises:
             Terminated: If such a signal came.
+            FireflyError: If a save failed, in any process.
         """
         if self._signals:
             self._signals.end()
+        if arguments[-1] % trainer.accumulate_grad_batches == 0 and have_failed(trainer):
+            settle(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
-        """Saves a checkpoint where the interval, or a signal, says so.
-
-        Raises:
-            FireflyError: If a save beside the training has failed in any process.
-        """
-        step_ends = (arguments[-1] + 1) % trainer.accumulate_grad_batches == 0
-        if step_ends and have_failed(trainer):
-            settle(trainer)
+        """Saves a checkpoint where the interval, or a signal, says so."""
         super().on_train_batch_end(trainer, *arguments)
-        if self._signals and step_ends:
+        batch_idx = arguments[-1]
+        if self._signals and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             with at_once(trainer):
                 self._signals.obey(lambda: self._save_now(trainer))
 

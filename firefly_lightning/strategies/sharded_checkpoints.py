@@ -161,7 +161,7 @@ class ShardedCheckpoints(Strategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module: Any = self.lightning_module
         fitting = module.trainer.state.fn == TrainerFn.FITTING
-        reader, self._reader = self._reader, None  # which keeps the files mapped, and on the disk once they are replaced
+        reader, self._reader = self._reader, None  # it keeps files mapped, which take room also once replaced
         if reader is not None:
             self.load_portable(reader, fitting)
             self._load_whole_tensors(reader)

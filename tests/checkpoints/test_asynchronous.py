@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from firefly_lightning import AtomicCheckpointIO, LastCheckpoint
+from firefly_lightning import AtomicCheckpointIO
+from firefly_lightning.callbacks.checkpoints import LastCheckpoint
 from firefly_lightning.checkpoints import host_copies
 from firefly_lightning.checkpoints.background import BackgroundSaves, OthersAreGone
 from firefly_lightning.checkpoints.host_copies import HostCopies
@@ -51,8 +52,9 @@ def test_files_and_losses_are_those_of_saves_that_the_run_waits_for(runs):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
     for name in {name.parent for name in compared}:
         waited, aside = (state(folder / name) for folder in folders)
-        for key in ("optimizer_scalars", "lr_schedulers", "loops", "tied", "tensor_files", "last_step"):
+        for key in ("optimizer_scalars", "lr_schedulers", "loops", "tied", "tensor_files", "changed_settings"):
             assert waited[key] == aside[key], key
+        assert waited["last_step"]["train_loss"] == aside["last_step"]["train_loss"]
     assert [(folder / "last.ckpt").readlink() for folder in folders] == [Path("step=8.ckpt")] * 2
 
 
@@ -123,7 +125,7 @@ def test_a_full_disk_ends_the_run_at_a_later_step_in_its_line(places, model_fold
     assert line.endswith(f"{last}: File too large; the checkpoint was not saved, earlier ones are untouched")
     assert "Traceback" not in result.stderr
     assert result.returncode
-    assert 2 <= max(logged(tmp_path, version=1)) < 1000
+    assert 1 <= max(logged(tmp_path, version=1)) < 1000
     assert {file.name: file.read_bytes() for file in last.iterdir()} == before
     assert not list(last.parent.glob(".*"))
 
