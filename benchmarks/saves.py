@@ -252,6 +252,21 @@ def train(options: argparse.Namespace, root: Path, asynchronous: bool) -> dict[s
     }
 
 
+def held_to_goals(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """Sentences that hold saves and resumes against the disk, and a save beside a training against one it waits for."""
+    shares = {line["what"]: line["of_disk"] for line in lines if "of_disk" in line}
+    measured = [name for name in shares if name == "save" or name.startswith("resume")]
+    remarks = [f"{name}: {shares[name]:.2f} of the disk's own pace (goal 0.8)." for name in measured]
+    for line in (line for line in lines if "of_synchronous" in line):
+        remarks.append(
+            f"A training stands still for {line['of_synchronous']:.0%} of a save that it waits for (goal 15%), for "
+            f"{line['first_of_synchronous']:.0%} at its first save; a step beside a write takes "
+            f"{line['step_seconds_beside_a_write'] / line['step_seconds']:.2f} times as long as another. "
+            f"The losses are {'the same' if line['same_losses'] else 'OTHERS'}."
+        )
+    return remarks
+
+
 class Meter(Callback):
     """Notes the seconds that saves keep the training, and those of steps, beside a write and without."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from firefly_lightning import interrupts
 from firefly_lightning.callbacks.signals import Signals
-from firefly_lightning.callbacks.unfinished_saves import at_once, have_failed, settle
+from firefly_lightning.callbacks.unfinished_saves import at_once, have_failed, make_room, settle
 from firefly_lightning.checkpoints.io_plugin import NEEDS_PORTABLE, AtomicCheckpointIO
 from firefly_lightning.checkpoints.torch_file import load_file, trainer_file
 from firefly_lightning.errors import FireflyError, check_number
@@ -61,6 +61,7 @@ class LastCheckpoint(ModelCheckpoint):
         super().__init__(dirpath=dirpath, every_n_train_steps=every_n_steps, **(several if keep > 1 else one))
         self.portable, self.asynchronous = portable, asynchronous
         self._signals: Signals | None = None
+        self._has_room = False
         self._validated = -1
 
     @property
@@ -83,7 +84,7 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins to listen to signals."""
         super().on_train_start(trainer, pl_module)
-        self._signals = Signals(trainer)
+        self._signals, self._has_room = Signals(trainer), False
 
     def on_train_batch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
         """Ends the run if a signal to end it came during the last step, or a save beside the training has failed.
@@ -101,9 +102,12 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
         """Saves a checkpoint where the interval, or a signal, says so."""
+        step_ends = (arguments[-1] + 1) % trainer.accumulate_grad_batches == 0
+        if step_ends and not self._has_room:
+            self._has_room = True
+            make_room(trainer)
         super().on_train_batch_end(trainer, *arguments)
-        batch_idx = arguments[-1]
-        if self._signals and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if self._signals and step_ends:
             with at_once(trainer):
                 self._signals.obey(lambda: self._save_now(trainer))
 

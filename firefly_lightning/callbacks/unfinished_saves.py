@@ -4,15 +4,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import lightning as L
+from torch import Tensor
 
 from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
+from firefly_lightning.checkpoints.unsharded import saved_parameters
 from firefly_lightning.errors import FireflyError
+from firefly_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
 
 
 def have_failed(trainer: L.Trainer) -> bool:
     """Whether a save has failed in any process; all call this together."""
     io = trainer.strategy.checkpoint_io
     return isinstance(io, AtomicCheckpointIO) and io.asynchronous and _any(trainer, io.saves.failed)
+
+
+def make_room(trainer: L.Trainer) -> None:
+    """Has memory for copies allocated once the optimizer has its states, on the process that copies all of them."""
+    io = trainer.strategy.checkpoint_io
+    if not isinstance(io, AtomicCheckpointIO) or not io.asynchronous or not trainer.is_global_zero:
+        return
+    if not isinstance(trainer.strategy, ShardedCheckpoints):
+        weights = (weight for _, weight in saved_parameters(trainer.lightning_module))
+        states = (state for optimizer in trainer.optimizers for state in optimizer.state.values())
+        kept = (value for state in states for value in state.values() if isinstance(value, Tensor))
+        io.make_room([*weights, *kept])
 
 
 def settle(trainer: L.Trainer) -> None:

@@ -1,15 +1,16 @@
 """Lightning's plugin that writes and reads checkpoints where one process has all of a model."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 from typing_extensions import override
 
 from firefly_lightning.checkpoints.background import BackgroundSaves, OthersAreGone, Together
@@ -98,9 +99,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         else:
             with ExitStack() as folder:
                 with saving(path):
-                    partial = folder.enter_context(whole_folder(Path(path)))
-                    complete = begin_whole(checkpoint, partial, self.copies if self.saves_aside else None)
+                    hidden = folder.enter_context(whole_folder(Path(path)))
+                    complete = begin_whole(checkpoint, hidden, self.copies if self.saves_aside else None)
                 self.complete(path, complete, folder.pop_all())
+
+    def make_room(self, tensors: Iterable[Tensor]) -> None:
+        """Has memory for copies of tensors allocated beside the training, so that the first save takes no longer.
+
+        Args:
+            tensors: What will be saved.
+        """
+        sizes = {False: 0, True: 0}
+        for tensor in tensors:
+            sizes[tensor.is_cuda] += tensor.nbytes
+        for pinned, size in sizes.items():
+            self.saves.submit(partial(self.copies.reserve, size, pinned))
 
     def begin(self, together: Together = lambda act: act()) -> None:
         """Waits for the save before this one.

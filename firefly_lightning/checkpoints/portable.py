@@ -35,7 +35,7 @@ from firefly_lightning.checkpoints.layout import (
 from firefly_lightning.checkpoints.shared_checks import once_a_machine
 from firefly_lightning.checkpoints.torch_file import load_file
 from firefly_lightning.errors import FireflyError, reason
-from firefly_lightning.files.direct_io import Bytes
+from firefly_lightning.files.direct_io import THREADS, Bytes
 from firefly_lightning.files.manifest import (
     FileEntry,
     check_files,
@@ -84,7 +84,7 @@ class PortableWriter:
         self._pending: dict[str, dict[str, StoredTensor]] = {MODEL: {}, MODULE: {}, OPTIMIZER: {}}
         self._later: list[tuple[str, dict[str, StoredTensor]]] = []
         self._files: dict[str, FileEntry] = {}
-        self._pool = ThreadPoolExecutor(1)
+        self._pool, self._writers = ThreadPoolExecutor(1), ThreadPoolExecutor(THREADS)
         self._writing: Future[None] | None = None
         self.names: list[str] = []
 
@@ -116,6 +116,7 @@ class PortableWriter:
         if self._writing:
             self._writing.result()
         self._pool.shutdown()
+        self._writers.shutdown()
         return self._files
 
     def _stored(self, tensor: Tensor, name: str) -> StoredTensor:
@@ -142,7 +143,7 @@ class PortableWriter:
         head = header({name: tensors[name].entry for name in order})
         parts = [np.frombuffer(head, np.uint8), *(part for name in order for part in tensors[name].parts)]
         sizes = {name: tensors[name].entry.size for name in order}
-        self._files[name] = write_entry(self._folder / name, parts) | {"tensors": sizes}
+        self._files[name] = write_entry(self._folder / name, parts, self._writers) | {"tensors": sizes}
 
 
 def as_file(trainer: Mapping[str, Any]) -> bytes:

@@ -36,16 +36,17 @@ def entry_of(path: Path, durable: bool = True) -> FileEntry:
     return {"bytes": path.stat().st_size, _DIGEST: digest_of(path)}
 
 
-def write_entry(path: Path, parts: Sequence[Bytes]) -> FileEntry:
+def write_entry(path: Path, parts: Sequence[Bytes], pool: ThreadPoolExecutor) -> FileEntry:
     """Writes a file that survives a power failure, and digests it meanwhile, in a thread of its own.
 
     Args:
         path: The file.
         parts: Arrays of bytes that the file consists of, in order.
+        pool: Threads to write with.
     """
-    with ThreadPoolExecutor(1) as pool:
-        digest = pool.submit(_digest_of_parts, parts)
-        size = sum(write_file(path, parts))
+    with ThreadPoolExecutor(1) as other:
+        digest = other.submit(_digest_of_parts, parts)
+        size = sum(write_file(path, parts, pool))
     sync(path)
     return {"bytes": size, _DIGEST: digest.result()}
 

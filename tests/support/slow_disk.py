@@ -20,13 +20,13 @@ class OnASlowDisk(FireflyModule):
         super().on_fit_start()
         root = Path(self.trainer.default_root_dir)
 
-        def write_file(path, parts):
+        def write_file(path, *parts):
             time.sleep(self.seconds)
             whole = sorted(file.parent.name for file in path.parent.parent.glob("*/checkpoint.json"))
             whole = [name for name in whole if not name.startswith(".")]
             with (root / f"writes-{self.global_rank}.txt").open("a") as file:
                 print(path.parent.name, self.global_step, *whole, file=file)
-            yield from WRITE_FILE(path, parts)
+            yield from WRITE_FILE(path, *parts)
 
         manifest.write_file = write_file
 
