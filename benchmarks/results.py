@@ -194,9 +194,9 @@ PARTS = {
     ),
     "saves": Part(
         "Saving and resuming", "Weights and both moments of AdamW in float32, as a run saves and resumes them, with "
-        "nothing of the files in the cache of pages, beside `dd` that moves as many bytes; a share is of what `dd` does "
-        "past the cache, in the same round. A save beside a training keeps it for its seconds; it is whole after those "
-        "of the line below it. A resumed run has read and digested every byte.",
+        "nothing of the files in the cache of pages, beside `dd` that moves as many bytes; a share is of what `dd` "
+        "does past the cache, in the same round. A save beside a training keeps it for its seconds; it is whole after "
+        "those of the line below it. A resumed run has read and digested every byte.",
         [],
         ["what", "gb", "seconds", "gb_per_second", "of_disk"],
         saves.held_to_goals,

@@ -32,7 +32,13 @@ from benchmarks import throughput
 from benchmarks.machine import machine
 from benchmarks.processes import CONTEXT, alone, print_to
 
-FIRST = {"pytorch-lightning_version": L.__version__, "global_step": 1, "epoch": 0, "loops": {"fit_loop": {}}, "callbacks": {}}
+FIRST = {
+    "pytorch-lightning_version": L.__version__,
+    "global_step": 1,
+    "epoch": 0,
+    "loops": {"fit_loop": {}},
+    "callbacks": {},
+}
 """What every run saves beside tensors."""
 
 
