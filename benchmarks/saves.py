@@ -149,9 +149,9 @@ def made(options: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer]
     )
     module = nn.Module()
     with torch.device("meta"):
-        module.model = BloomForCausalLM(config)
-    module.to_empty(device="cpu")
-    module.model.tie_weights()
+        bloom = BloomForCausalLM(config)
+    bloom.to_empty(device="cpu").tie_weights()
+    module.add_module("model", bloom)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.uniform_()
