@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from benchmarks import answers, full_size, lora, preference, pretrain
+from benchmarks import answers, full_size, lora, preference, pretrain, saves
 
 Lines = Sequence[dict[str, Any]]
 
@@ -192,6 +192,15 @@ PARTS = {
          "checkpoint_mb"],
         full_size.held_to_goals,
     ),
+    "saves": Part(
+        "Saving and resuming", "Weights and both moments of AdamW in float32, as a run saves and resumes them, with "
+        "nothing of the files in the cache of pages, beside `dd` that moves as many bytes; a share is of what `dd` "
+        "does past the cache, in the same round. A save beside a training keeps it for its seconds; it is whole after "
+        "those of the line below it. A resumed run has read and digested every byte.",
+        [],
+        ["what", "gb", "seconds", "gb_per_second", "of_disk"],
+        saves.held_to_goals,
+    ),
     "answers": Part(
         "Answers", "Generated tokens a second of greedy answers to the same prompts: `firefly` is what `predict`, "
         "`test` and `chat` do, `generate` transformers.generate with as many rows at a time, `grouped` the same with "
@@ -232,7 +241,7 @@ PARTS = {
     ),
 }  # fmt: skip
 
-ROWS = ("start", "throughput", "lora", "pretrain", "preference", "full_size", "answers", "ladder", "growth")
+ROWS = ("start", "throughput", "lora", "pretrain", "preference", "full_size", "saves", "answers", "ladder", "growth")
 """Scripts that take ``--rows`` to train on; the others make their own rows or need none."""
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from firefly_lightning import interrupts
 from firefly_lightning.callbacks.run_record import is_same_run
 from firefly_lightning.callbacks.signals import Signals
-from firefly_lightning.checkpoints.io_plugin import AtomicCheckpointIO
+from firefly_lightning.callbacks.unfinished_saves import at_once, have_failed, make_room, settle
+from firefly_lightning.checkpoints.io_plugin import NEEDS_PORTABLE, AtomicCheckpointIO
 from firefly_lightning.checkpoints.torch_file import load_file, trainer_file
 from firefly_lightning.errors import FireflyError, check_number
 from firefly_lightning.model.metric_names import renamed
@@ -48,24 +49,34 @@ class LastCheckpoint(_OfARun):
         portable: Whether the run's checkpoints can be resumed under any strategy and number of processes. If not, they
             are in the strategy's own form, which may be faster to save. They are in its own form, too, where the
             trainer's ``AtomicCheckpointIO`` says so.
+        asynchronous: Whether the training goes on while a checkpoint is written, from a copy in host memory. If the
+            next is due before that is done, it waits; its end waits, too.
         dirpath: Folder of the checkpoints; ``checkpoints`` under ``trainer.default_root_dir`` by default.
 
     Raises:
-        FireflyError: If one of the two numbers is below 1.
+        FireflyError: If one of the two numbers is below 1, or what is not portable is to be written asynchronously.
     """
 
     def __init__(
-        self, every_n_steps: int = 1000, keep: int = 1, portable: bool = True, dirpath: str | None = None
+        self,
+        every_n_steps: int = 1000,
+        keep: int = 1,
+        portable: bool = True,
+        asynchronous: bool = False,
+        dirpath: str | None = None,
     ) -> None:
         check_number("checkpoint.every_n_steps", every_n_steps, least=1)
         check_number("checkpoint.keep", keep, least=1)
+        if asynchronous and not portable:
+            raise FireflyError(NEEDS_PORTABLE)
         several = {"save_top_k": keep, "monitor": "step", "mode": "max", "filename": "{step}", "save_last": "link"}
         one = {"save_top_k": 0, "save_last": True}
         super().__init__(dirpath=dirpath, every_n_train_steps=every_n_steps, **(several if keep > 1 else one))
-        self.portable = portable
+        self.portable, self.asynchronous = portable, asynchronous
         self._run = uuid.uuid4().hex
         self._surplus: list[str] = []
         self._signals: Signals | None = None
+        self._has_room = False
         self._validated = -1
 
     @property
@@ -92,10 +103,16 @@ class LastCheckpoint(_OfARun):
                     self._surplus += [str(path)] if str(path) not in self.best_k_models else []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """In a user's own script, has checkpoints that are not portable written in the strategy's own form."""
+        """Has checkpoints written beside the training, if told so, or in a user's script in the strategy's own form.
+
+        Raises:
+            FireflyError: If another plugin than this project's writes what is to be written asynchronously.
+        """
         super().setup(trainer, pl_module, stage)
         if not self.portable:
             trainer.strategy.checkpoint_io = _in_own_form(trainer.strategy)
+        if self.asynchronous:
+            trainer.strategy.checkpoint_io = _in_background(trainer.strategy)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins to listen to signals, and removes what a run before this one would have removed."""
@@ -105,23 +122,32 @@ class LastCheckpoint(_OfARun):
         self._surplus = []
         if trainer.ckpt_path:  # after a whole step, which the first micro-batch of the next would save again
             self._last_global_step_saved = trainer.global_step
-        self._signals = Signals(trainer)
+        self._signals, self._has_room = Signals(trainer), False
 
     def on_train_batch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
-        """Ends the run if a signal to end it came during the last step.
+        """Ends the run if a signal to end it came during the last step, or a save beside the training has failed.
+
+        The last step's metrics are logged by then.
 
         Raises:
             Terminated: If such a signal came.
+            FireflyError: If a save failed, in any process.
         """
         if self._signals:
             self._signals.end()
+        if arguments[-1] % trainer.accumulate_grad_batches == 0 and have_failed(trainer):
+            settle(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
         """Saves a checkpoint where the interval, or a signal, says so."""
+        step_ends = (arguments[-1] + 1) % trainer.accumulate_grad_batches == 0
+        if step_ends and not self._has_room:
+            self._has_room = True
+            make_room(trainer)
         super().on_train_batch_end(trainer, *arguments)
-        batch_idx = arguments[-1]
-        if self._signals and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self._signals.obey(lambda: self._save_now(trainer))
+        if self._signals and step_ends:
+            with at_once(trainer):
+                self._signals.obey(lambda: self._save_now(trainer))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Notes a validation of a training."""
@@ -134,22 +160,33 @@ class LastCheckpoint(_OfARun):
 
         A model's card tells what the last validation of its checkpoint found.
         """
-        if self._validated == trainer.global_step == self._last_global_step_saved and self._last_checkpoint_saved:
-            self._save_checkpoint(trainer, self._last_checkpoint_saved)
-        elif not self._should_skip_saving_checkpoint(trainer):
-            self._save_now(trainer)
+        with at_once(trainer):
+            if self._validated == trainer.global_step == self._last_global_step_saved and self._last_checkpoint_saved:
+                self._save_checkpoint(trainer, self._last_checkpoint_saved)
+            elif not self._should_skip_saving_checkpoint(trainer):
+                self._save_now(trainer)
+            settle(trainer)
         interrupts.listen()
         if self._signals:  # a signal may have come with the last step
             self._signals.obey(lambda: None)
             self._signals.end()
 
     def _save_now(self, trainer: L.Trainer) -> None:
-        if self._last_global_step_saved == trainer.global_step:
-            return
-        candidates = self._monitor_candidates(trainer)
-        if self.save_top_k:
-            self._save_topk_checkpoint(trainer, candidates)
-        self._save_last_checkpoint(trainer, candidates)
+        if self._last_global_step_saved != trainer.global_step:
+            candidates = self._monitor_candidates(trainer)
+            if self.save_top_k:
+                self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+        settle(trainer)
+
+    @staticmethod
+    def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
+        """Lightning's own would lead ``last.ckpt`` to a checkpoint that is still being written."""
+        io = trainer.strategy.checkpoint_io
+        if not isinstance(io, AtomicCheckpointIO):
+            ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
+        elif trainer.is_global_zero:
+            io.link(filepath, linkpath)
 
 
 def _in_own_form(strategy: Strategy) -> CheckpointIO:
@@ -162,6 +199,27 @@ def _in_own_form(strategy: Strategy) -> CheckpointIO:
         return io.in_own_form()
     nobodys_choice = type(io) is TorchCheckpointIO
     return AtomicCheckpointIO(portable=False) if nobodys_choice and isinstance(strategy, ShardedCheckpoints) else io
+
+
+def _in_background(strategy: Strategy) -> CheckpointIO:
+    """The plugin that writes a strategy's checkpoints while the training goes on.
+
+    Raises:
+        FireflyError: If the trainer was given a plugin that is not this project's.
+    """
+    io = strategy.checkpoint_io
+    if not isinstance(strategy, ShardedCheckpoints) and type(strategy).save_checkpoint is not Strategy.save_checkpoint:
+        rank_zero_info(
+            f"checkpoint.asynchronous: {type(strategy).__name__} writes checkpoints itself; the training waits for it"
+        )
+        return io
+    if isinstance(io, AtomicCheckpointIO):
+        return io.in_background()
+    if type(io) is TorchCheckpointIO:
+        return AtomicCheckpointIO(asynchronous=True)
+    raise FireflyError(
+        f"checkpoint.asynchronous: {type(io).__name__} cannot do it; give the trainer AtomicCheckpointIO"
+    )
 
 
 OF_BEFORE = ("val_perplexity/", "val_accuracy/", "val_eos_accuracy/")

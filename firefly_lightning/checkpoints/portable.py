@@ -1,18 +1,19 @@
 """The portable checkpoint: a folder that every strategy writes and reads, on any number of processes."""
 
+import io
 import json
-import os
-import re
 from collections.abc import Iterator, Mapping
-from functools import cache
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from firefly_lightning.checkpoints.contents import DAMAGED, OF_A_RUN, check_contents
+from firefly_lightning.checkpoints.host_copies import HostCopies, bytes_of
 from firefly_lightning.checkpoints.layout import (
     FILES_KEY,
     FORMAT,
@@ -31,8 +32,10 @@ from firefly_lightning.checkpoints.layout import (
     stored_name,
     tensor_file,
 )
+from firefly_lightning.checkpoints.shared_checks import once_a_machine
 from firefly_lightning.checkpoints.torch_file import load_file
 from firefly_lightning.errors import FireflyError, reason
+from firefly_lightning.files.direct_io import THREADS, Bytes
 from firefly_lightning.files.manifest import (
     FileEntry,
     check_files,
@@ -40,8 +43,10 @@ from firefly_lightning.files.manifest import (
     entry_of,
     listed_files,
     read_manifest,
+    write_entry,
     write_manifest,
 )
+from firefly_lightning.files.safetensors_header import NAMES, Entry, header, widest_first
 
 FLUSH_BYTES = 256 * 2**20
 """Bytes of pending tensors at which a process writes them to a file; a single tensor may be larger."""
@@ -50,18 +55,38 @@ States = dict[str, Tensor]
 """A parameter's unsharded tensors: its weight under :data:`WEIGHT`, the optimizer's, of any shape, by their keys."""
 
 
+class StoredTensor(NamedTuple):
+    """A tensor as a file has it.
+
+    Attributes:
+        entry: What the header of the file says of it.
+        parts: Its bytes, in order.
+    """
+
+    entry: Entry
+    parts: list[Bytes]
+
+
 class PortableWriter:
     """Writes one process's share of the tensors of a checkpoint.
+
+    A full file is written while the tensors of the next are collected; or, where tensors are copied aside, all files
+    are written by :meth:`close`, which another thread may call.
 
     Args:
         folder: Folder of the checkpoint, under its temporary name.
         rank: Number of this process, which is part of the names of its files.
+        copies: Memory into which tensors are copied, if they change before they are written.
     """
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self._folder, self._rank = folder, rank
-        self._pending: dict[str, dict[str, Tensor]] = {MODEL: {}, MODULE: {}, OPTIMIZER: {}}
+    def __init__(self, folder: Path, rank: int, copies: HostCopies | None = None) -> None:
+        self._folder, self._rank, self._copies = folder, rank, copies
+        self._pending: dict[str, dict[str, StoredTensor]] = {MODEL: {}, MODULE: {}, OPTIMIZER: {}}
+        self._later: list[tuple[str, dict[str, StoredTensor]]] = []
         self._files: dict[str, FileEntry] = {}
+        self._pool, self._writers = ThreadPoolExecutor(1), ThreadPoolExecutor(THREADS)
+        self._writing: Future[None] | None = None
+        self.names: list[str] = []
 
     def add(self, name: str, states: Mapping[str, Tensor]) -> None:
         """Adds the tensors of one parameter.
@@ -73,51 +98,70 @@ class PortableWriter:
         for key, tensor in states.items():
             kind, stored = stored_name(key, name)
             pending = self._pending[kind]
-            pending[stored] = tensor.detach().cpu()
-            if sum(tensor.nbytes for tensor in pending.values()) >= FLUSH_BYTES:
+            pending[stored] = self._stored(tensor, stored)
+            if sum(tensor.entry.size for tensor in pending.values()) >= FLUSH_BYTES:
                 self._flush(kind)
 
-    def close(self) -> dict[str, FileEntry]:
-        """Writes the tensors that are still pending; returns the entry of each file that was written, by its name."""
+    def finish_adding(self) -> None:
+        """Says that no more tensors come; :attr:`names` are then the names of all files."""
         for kind in self._pending:
             self._flush(kind)
+        if self._copies:
+            self._copies.finish()
+
+    def close(self) -> dict[str, FileEntry]:
+        """Writes what has not been written yet; returns the entry of each file, by its name."""
+        for name, tensors in self._later:
+            self._write(name, tensors)
+        if self._writing:
+            self._writing.result()
+        self._pool.shutdown()
+        self._writers.shutdown()
         return self._files
+
+    def _stored(self, tensor: Tensor, name: str) -> StoredTensor:
+        if tensor.dtype not in NAMES:
+            raise FireflyError(f"{name}: is of {tensor.dtype}, which safetensors has no name for; convert it")
+        parts = self._copies.take(tensor) if self._copies else [bytes_of(tensor)]
+        return StoredTensor(Entry(NAMES[tensor.dtype], tensor.shape, tensor.nbytes), parts)
 
     def _flush(self, kind: str) -> None:
         pending, self._pending[kind] = self._pending[kind], {}
         if not pending:
             return
-        count = sum(kind_of(name) == kind for name in self._files)
-        path = self._folder / tensor_file(kind, self._rank, count)
-        tensors = _each_alone(pending)
-        try:
-            save_file(tensors, path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            if number := re.search(r"os error (\d+)", str(error)):  # only the error's text has the system's answer
-                raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-            raise
-        self._files[path.name] = entry_of(path) | {"tensors": {name: tensor.nbytes for name, tensor in tensors.items()}}
+        name = tensor_file(kind, self._rank, sum(kind_of(name) == kind for name in self.names))
+        self.names.append(name)
+        if self._copies:
+            self._later.append((name, pending))
+            return
+        if self._writing:
+            self._writing.result()
+        self._writing = self._pool.submit(self._write, name, pending)
+
+    def _write(self, name: str, tensors: Mapping[str, StoredTensor]) -> None:
+        order = widest_first({name: tensor.entry for name, tensor in tensors.items()})
+        head = header({name: tensors[name].entry for name in order})
+        parts = [np.frombuffer(head, np.uint8), *(part for name in order for part in tensors[name].parts)]
+        sizes = {name: tensors[name].entry.size for name in order}
+        self._files[name] = write_entry(self._folder / name, parts, self._writers) | {"tensors": sizes}
 
 
-def _each_alone(pending: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of which no two share memory, as those may that an optimizer keeps for all parameters."""
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in pending.items():
-        whole = tensor.contiguous()
-        place = whole.untyped_storage().data_ptr()
-        tensors[name] = whole.clone() if place in seen else whole
-        seen.add(place)
-    return tensors
+def as_file(trainer: Mapping[str, Any]) -> bytes:
+    """The contents of ``trainer.ckpt`` as bytes, which do not change with what they are made from."""
+    file = io.BytesIO()
+    torch.save(dict(trainer), file)
+    return file.getvalue()
 
 
-def finish(folder: Path, files: Mapping[str, FileEntry]) -> None:
-    """Adds index and manifest to a checkpoint that has all its other files; one process does so, last.
+def finish(folder: Path, files: Mapping[str, FileEntry], trainer: bytes) -> None:
+    """Adds ``trainer.ckpt``, index and manifest to a checkpoint that has all its tensors; one process does so, last.
 
     Args:
         folder: Folder of the checkpoint, under its temporary name.
         files: The entries that the writers of all processes returned, by name of the file.
+        trainer: What :func:`as_file` gave.
     """
+    (folder / TRAINER_FILE).write_bytes(trainer)
     tensors = {file: entry["tensors"] for file, entry in files.items() if kind_of(file) == MODEL}
     weight_map = {name: file for file, sizes in tensors.items() for name in sizes}
     size = sum(sum(sizes.values()) for sizes in tensors.values())
@@ -143,6 +187,7 @@ class PortableReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = _check(folder)
+        self._opened: dict[str, Any] = {}
         self._where = {
             (kind, name): file
             for file in self._files
@@ -228,10 +273,11 @@ class PortableReader:
         tensor: Tensor = self._open(file).get_tensor(stored)
         return tensor
 
-    @cache  # noqa: B019  (a reader lives as long as its files are open)
     def _open(self, file: str) -> Any:
         try:
-            return safe_open(self.folder / file, framework="pt")
+            if file not in self._opened:
+                self._opened[file] = safe_open(self.folder / file, framework="pt")
+            return self._opened[file]
         except (SafetensorError, OSError) as error:
             raise FireflyError(f"{self.folder / file}: damaged ({reason(error)}); use an earlier one") from error
 
@@ -247,5 +293,5 @@ def _check(folder: Path) -> list[str]:
         raise FireflyError(f"{path}: lists {others[0][:80]!r}, which no checkpoint has; {DAMAGED}")
     check_listed(path, entries, [TRAINER_FILE, INDEX], DAMAGED)
     check_listed(path, entries, (file.name for file in folder.iterdir() if is_tensor_file(file.name)), DAMAGED)
-    check_files(folder, entries, DAMAGED)
+    check_files(folder, entries, DAMAGED, once_a_machine)
     return list(entries)

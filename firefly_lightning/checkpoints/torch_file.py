@@ -15,6 +15,7 @@ import xxhash
 
 from firefly_lightning.checkpoints.contents import DAMAGED
 from firefly_lightning.checkpoints.layout import TRAINER_FILE
+from firefly_lightning.checkpoints.shared_checks import once_a_machine
 from firefly_lightning.errors import FireflyError, reason, unreadable
 from firefly_lightning.files.versions import Version, version_of
 
@@ -65,7 +66,7 @@ def load_file(path: Path, map_location: Any, weights_only: bool = True, digested
     """
     try:
         if digested:
-            _check_digest(path, version_of(path))
+            once_a_machine(lambda file: _check_digest(file, version_of(file)), [path])
         # The file is mapped into memory, so that the processes of one machine share a single copy.
         checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only, mmap=True)
     except (torch.OutOfMemoryError, FireflyError):

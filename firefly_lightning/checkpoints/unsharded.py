@@ -1,6 +1,6 @@
 """Turns a checkpoint that Lightning keeps as one dictionary in one process into a portable checkpoint, and back."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from firefly_lightning.checkpoints.host_copies import HostCopies
 from firefly_lightning.checkpoints.layout import (
     BY_NAME,
     FILES_KEY,
@@ -16,10 +17,9 @@ from firefly_lightning.checkpoints.layout import (
     SCALARS_KEY,
     TENSOR_KEYS,
     TIED_KEY,
-    TRAINER_FILE,
     WEIGHT,
 )
-from firefly_lightning.checkpoints.portable import PortableReader, PortableWriter, finish
+from firefly_lightning.checkpoints.portable import PortableReader, PortableWriter, as_file, finish
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.optim.states import check_shapes, is_scalar, kept_for, keys_kept, put_together, taken_apart
 
@@ -39,15 +39,19 @@ def _has_names(saved: Mapping[str, Any]) -> bool:
     return numbered or not saved
 
 
-def write_whole(checkpoint: Mapping[str, Any], folder: Path) -> None:
-    """Writes a checkpoint for which :func:`can_be_portable` holds as a portable checkpoint.
+def begin_whole(checkpoint: Mapping[str, Any], folder: Path, copies: HostCopies | None = None) -> Callable[[], None]:
+    """Begins to write a checkpoint for which :func:`can_be_portable` holds as a portable checkpoint.
 
     Args:
         checkpoint: Lightning's checkpoint, with ``state_dict`` and ``optimizer_states``.
         folder: The folder to fill, under its temporary name.
+        copies: Memory into which tensors are copied, if they change before they are written.
+
+    Returns:
+        What completes the folder; where tensors were copied, another thread may call it.
     """
     states, scalars = _by_name(checkpoint)
-    writer, tied = PortableWriter(folder, rank=0), {}
+    writer, tied = PortableWriter(folder, rank=0, copies=copies), {}
     seen: dict[tuple[int, torch.Size], str] = {}
     for name, tensor in checkpoint["state_dict"].items():
         first = seen.setdefault((tensor.data_ptr(), tensor.shape), name) if tensor.numel() else name
@@ -55,11 +59,16 @@ def write_whole(checkpoint: Mapping[str, Any], folder: Path) -> None:
             writer.add(name, {WEIGHT: tensor, **states.get(name, {})})
         else:
             tied[name] = first
+    writer.finish_adding()
     kept = {name: value for name, value in checkpoint.items() if name not in TENSOR_KEYS}
-    files = writer.close()
-    more = {TIED_KEY: tied, SCALARS_KEY: summed_up(scalars, states), FILES_KEY: sorted(files)}
-    torch.save(kept | more, folder / TRAINER_FILE)
-    finish(folder, files)
+    more = {TIED_KEY: tied, SCALARS_KEY: summed_up(scalars, states), FILES_KEY: sorted(writer.names)}
+    trainer = as_file(kept | more)
+    return lambda: finish(folder, writer.close(), trainer)
+
+
+def write_whole(checkpoint: Mapping[str, Any], folder: Path) -> None:
+    """Writes a checkpoint as :func:`begin_whole` does, to its end."""
+    begin_whole(checkpoint, folder)()
 
 
 def read_whole(reader: PortableReader) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,7 +89,7 @@ def read_rows(matrix: FileRange, rows: npt.NDArray[np.int64], width: int) -> Byt
     return taken
 
 
-def write_file(path: Path, parts: Sequence[Bytes | FileRange]) -> Iterator[int]:
+def write_file(path: Path, parts: Sequence[Bytes | FileRange], pool: ThreadPoolExecutor | None = None) -> Iterator[int]:
     """Writes a file that consists of arrays of bytes and of ranges of other files, one after another.
 
     Where the file system can share blocks, it shares those of a range that keeps its offset from the beginning of a
@@ -97,6 +98,7 @@ def write_file(path: Path, parts: Sequence[Bytes | FileRange]) -> Iterator[int]:
     Args:
         path: The file to write.
         parts: The arrays and ranges that the file consists of, in order.
+        pool: Threads to write with, whose buffers serve several files: fresh memory takes longer than a copy.
 
     Yields:
         Number of bytes that have been written since the last time.
@@ -124,7 +126,7 @@ def write_file(path: Path, parts: Sequence[Bytes | FileRange]) -> Iterator[int]:
         starts = (ends - sizes).tolist()
         shared = [_share(file, start, part) for start, part in zip(starts, parts, strict=True)]
         yield sum(map(len, shared))
-        yield from _in_threads(write, _between(shared, int(ends[-1])))
+        yield from _in_threads(write, _between(shared, int(ends[-1])), pool)
     finally:
         os.close(file)
 
@@ -155,9 +157,18 @@ def _between(shared: Sequence[range], size: int) -> list[range]:
     return pieces
 
 
-def _in_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    with ThreadPoolExecutor(THREADS) as pool:
-        yield from pool.map(work, items)  # which cancels the others when one fails
+def _in_threads(
+    work: Callable[[Any], Any], items: Sequence[Any], pool: ThreadPoolExecutor | None = None
+) -> Iterator[Any]:
+    with nullcontext(pool) if pool else ThreadPoolExecutor(THREADS) as threads:
+        begun = [threads.submit(work, item) for item in items]
+        try:
+            for one in begun:
+                yield one.result()
+        finally:  # what is under way writes to a file that is closed next
+            for one in begun:
+                one.cancel()
+            wait(begun)
 
 
 def _buffer(name: str, size: int) -> Bytes:

@@ -5,7 +5,8 @@ all else. A list may come from anybody: nothing in it is used before it is check
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import xxhash
 
 from firefly_lightning.errors import FireflyError, MissingFileError, some, unreadable
 from firefly_lightning.files.atomic import sync
+from firefly_lightning.files.direct_io import Bytes, write_file
 from firefly_lightning.files.versions import Version, version_of
 
 FileEntry = dict[str, Any]
 """What is known of a file: its size in bytes and its digest, and what else its writer may want to add."""
 
 _DIGEST = "xxh3_128"
+_THREADS = 4  # a disk is fastest with several places to choose from, and a digest takes a core
 _BLOCK = 2**20  # fits into a processor's cache, which makes reading and digesting fastest
 
 
@@ -33,6 +36,21 @@ def entry_of(path: Path, durable: bool = True) -> FileEntry:
     if durable:
         sync(path)
     return {"bytes": path.stat().st_size, _DIGEST: digest_of(path)}
+
+
+def write_entry(path: Path, parts: Sequence[Bytes], pool: ThreadPoolExecutor) -> FileEntry:
+    """Writes a file that survives a power failure, and digests it meanwhile, in a thread of its own.
+
+    Args:
+        path: The file.
+        parts: Arrays of bytes that the file consists of, in order.
+        pool: Threads to write with.
+    """
+    with ThreadPoolExecutor(1) as other:
+        digest = other.submit(_digest_of_parts, parts)
+        size = sum(write_file(path, parts, pool))
+    sync(path)
+    return {"bytes": size, _DIGEST: digest.result()}
 
 
 def digest_of(path: Path) -> str:
@@ -105,13 +123,14 @@ def listed_files(path: Path, manifest: Mapping[str, Any], cure: str) -> dict[str
     return entries
 
 
-def check_files(folder: Path, entries: Mapping[str, FileEntry], cure: str) -> None:
-    """Checks that files are as a list says.
+def check_files(folder: Path, entries: Mapping[str, FileEntry], cure: str, each: "Each | None" = None) -> None:
+    """Checks that files are as a list says, several at a time.
 
     Args:
         folder: Folder of the list.
         entries: Entries by name of the file.
         cure: What to do about damage, which ends the message.
+        each: Calls a function on each file; by default all in this process, in threads.
 
     Raises:
         MissingFileError: If a file is missing; the message names it.
@@ -123,12 +142,28 @@ def check_files(folder: Path, entries: Mapping[str, FileEntry], cure: str) -> No
             raise MissingFileError(f"{file}: missing; {cure}")
         if (size := file.stat().st_size) != entry["bytes"]:
             raise FireflyError(f"{file}: damaged, it has {size:,} bytes, not {entry['bytes']:,}; {cure}")
+
+    def check(file: Path) -> None:
         try:
+            entry = entries[file.relative_to(folder).as_posix()]
             changed = _digest_of_version(file, version_of(file)) != entry[_DIGEST]
         except OSError as error:
             raise unreadable(error, file) from error
         if changed:
             raise FireflyError(f"{file}: damaged, its contents have changed; {cure}")
+
+    (each or in_threads)(check, [folder / name for name in entries])
+
+
+Each = Callable[[Callable[[Path], None], Sequence[Path]], None]
+"""Calls a function on each of some files, in any order."""
+
+
+def in_threads(act: Callable[[Path], None], files: Sequence[Path]) -> None:
+    """Calls a function on each file, some at a time; of what they raise, raises the first."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for _ in pool.map(act, files):  # which cancels the others when one fails
+            pass
 
 
 def check_listed(path: Path, entries: Mapping[str, FileEntry], names: Iterable[str], cure: str) -> None:
@@ -151,6 +186,13 @@ def check_listed(path: Path, entries: Mapping[str, FileEntry], names: Iterable[s
 def _digest_of_version(path: Path, version: Version) -> str:
     """The digest of a file, which a process reads once: a start may look for a whole checkpoint before it loads it."""
     return digest_of(path)
+
+
+def _digest_of_parts(parts: Iterable[Bytes]) -> str:
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part.data)  # which lets go of Python's lock for the time of large arrays
+    return digest.hexdigest()
 
 
 def _is_entry(entry: Any) -> bool:

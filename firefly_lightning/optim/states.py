@@ -198,14 +198,15 @@ def _put_together(key: str, entries: Mapping[str, Any], forms: Mapping[str, Any]
 
 
 def _like(value: Any, kept: Any, parameter: Tensor) -> Any:
+    """A copy of a value as an optimizer keeps it: one that is mapped would keep a replaced checkpoint on the disk."""
     if not isinstance(value, Tensor):  # another strategy's optimizer of the same kind may count in tensors
         return kept.new_tensor(value) if isinstance(kept, Tensor) and isinstance(value, int | float) else value
     if isinstance(kept, int | float) and not value.dim():
         return type(kept)(value)
     if isinstance(kept, Tensor):
         casts = value.is_floating_point() and kept.is_floating_point() and _is_plain(kept)
-        return value.to(kept.device, kept.dtype if casts else value.dtype)
-    return value.to(parameter.device) if value.dim() else value
+        return value.to(kept.device, kept.dtype if casts else value.dtype, copy=True)
+    return value.to(parameter.device, copy=True) if value.dim() else value
 
 
 def keys_kept(entries: Mapping[str, Any]) -> set[str]:

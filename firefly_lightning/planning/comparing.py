@@ -99,6 +99,6 @@ def foretold(settings: Settings, steps: int, strategy: str, devices: int, rows: 
     load = settings.rows.of_steps(steps, ranks, rows)
     run = settings.run(strategy, devices, rows, settings.checkpointing, refuse=True, load=load)
     assert run is not None
-    takes = estimate(run)
+    takes = estimate(replace(run, copies_saves=False))  # so few steps save nothing
     # On a CPU, the memory of device and host is the same.
     return takes.peak + (sum(takes.host.values()) if settings.device == "cpu" else 0.0)

@@ -73,7 +73,19 @@ def estimate(run: Run) -> Estimate:
     """
     check(run)
     moments, host = _ARITHMETIC[run.entry.memory](run)
+    if run.copies_saves:
+        host = host | {"checkpoint": saved(run)}
     return Estimate({name: {part: parts.get(part, 0.0) for part in PARTS} for name, parts in moments.items()}, host)
+
+
+def saved(run: Run) -> float:
+    """Bytes that a process saves: trained weights, or their masters, and what the optimizer keeps of them.
+
+    One process saves all of it where each has it, and otherwise each process an equal share of the tensors.
+    """
+    size = 2 if run.precision == "bf16-true" else 4
+    processes = 1 if run.entry.memory == "whole" else run.devices
+    return (size * run.count + run.optimizer.states(run.shapes)) / processes
 
 
 def adam_workspace(run: Run, numbers: float, largest: float) -> float:

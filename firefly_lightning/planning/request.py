@@ -99,8 +99,9 @@ class Settings:
         elif load is None:
             load = self.rows.heaviest(rows) if self.rows else Load.full(rows, length)
         run = Run(
-            self.model, strategy, devices, load, micro_batches, self.precision, checkpointing, self.device, self.trained
-        )
+            self.model, strategy, devices, load, micro_batches, self.precision, checkpointing, self.device,
+            self.trained, bool(self.fit.checkpoint.asynchronous),
+        )  # fmt: skip
         try:
             check(run)
         except FireflyError:

@@ -121,6 +121,7 @@ class Run:
         device: Kind of device. On a CPU attention is computed in float32, buffers take only the memory that is written
             to, and gloo copies what it reduces.
         trained: What of the model is trained.
+        copies_saves: Whether checkpoints are copied in host memory, to be written while the training goes on.
     """
 
     model: ModelSize
@@ -132,6 +133,7 @@ class Run:
     checkpointing: bool = False
     device: Literal["cuda", "cpu"] = "cuda"
     trained: Trained = field(default_factory=Trained)
+    copies_saves: bool = False
 
     @property
     def attended(self) -> int:

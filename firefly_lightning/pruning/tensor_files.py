@@ -21,20 +21,9 @@ from firefly_lightning.checkpoints.torch_file import how_to_save_anew, is_legacy
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.files.direct_io import FileRange
 from firefly_lightning.files.model_json import read_index
+from firefly_lightning.files.safetensors_header import DTYPES, NAMES
 
 EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class StoredTensor(NamedTuple):
@@ -57,7 +46,7 @@ class StoredTensor(NamedTuple):
     @property
     def torch_dtype(self) -> torch.dtype:
         """The tensor's type, as PyTorch has it."""
-        return _DTYPES[self.dtype]
+        return DTYPES[self.dtype]
 
     @property
     def itemsize(self) -> int:
@@ -143,7 +132,7 @@ def _list_tensors(file: Path) -> Iterator[StoredTensor]:
         header = json.loads(opened.read(size))
     for key, entry in header.items():
         if key != "__metadata__":
-            dtype = _known(entry["dtype"] if entry["dtype"] in _DTYPES else None, file, key)
+            dtype = _known(entry["dtype"] if entry["dtype"] in DTYPES else None, file, key)
             yield StoredTensor(key, file, 8 + size + entry["data_offsets"][0], dtype, tuple(entry["shape"]))
 
 
@@ -159,7 +148,7 @@ def _list_bin(file: Path) -> Iterator[StoredTensor]:
         raise FireflyError(f"{file}: holds more than the tensors of a model; save its state_dict alone")
     base = _mapped_at(file, tensors)
     for key, tensor in tensors.items():
-        dtype = _known(_DTYPE_NAMES.get(tensor.dtype), file, key)
+        dtype = _known(NAMES.get(tensor.dtype), file, key)
         if not tensor.is_contiguous():
             raise FireflyError(f"{file}: {key} is a view whose rows are not one after another; save it contiguous")
         yield StoredTensor(key, file, tensor.data_ptr() - base, dtype, tuple(tensor.shape))

@@ -20,7 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from firefly_lightning.errors import FireflyError
-from firefly_lightning.files.direct_io import BLOCK, Bytes, FileRange, read_rows, write_file
+from firefly_lightning.files.direct_io import Bytes, FileRange, read_rows, write_file
+from firefly_lightning.files.safetensors_header import Entry, header
 from firefly_lightning.pruning.tensor_files import EMBEDDING, HEAD, Checkpoint, StoredTensor, pruned_shape
 
 ONE_FILE_BYTES = 5_000_000_000
@@ -159,22 +160,15 @@ def _parts(shard: Checkpoint, rows: Tensor) -> list[Bytes | FileRange]:
 
 
 def _header(shard: Checkpoint, vocabulary: int) -> bytes:
-    """A file's header: 8 bytes of length, then JSON (https://huggingface.co/docs/safetensors/index#format).
+    """The header, padded so that the first tensor is as far from the beginning of a block as in the old file.
 
-    The end of the header is padded so that the first tensor is as far from the beginning of a block as in the old file:
-    the file system can then share blocks.
+    The file system can then share blocks.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for name, stored in shard.items():
-        end = begin + _size(name, stored, vocabulary)
-        shape = pruned_shape(name, stored, vocabulary)
-        header[stored.key] = {"dtype": stored.dtype, "shape": shape, "data_offsets": (begin, end)}
-        begin = end
-    text = json.dumps(header).encode()
-    first = next(iter(shard.values())).start
-    text += b" " * ((first - 8 - len(text)) % BLOCK if first % 8 == 0 else -len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    entries = {
+        stored.key: Entry(stored.dtype, pruned_shape(name, stored, vocabulary), _size(name, stored, vocabulary))
+        for name, stored in shard.items()
+    }
+    return header(entries, next(iter(shard.values())).start)
 
 
 def _write_index(shards: dict[str, Checkpoint], vocabulary: int, out: Path) -> None:

@@ -1,7 +1,7 @@
 """An error of one process of a run ends all of them; otherwise the others would wait for it forever."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -21,10 +21,16 @@ def agreed(act: Callable[[], T]) -> T:
         result = act()
     except Exception as error:  # raised again once the others know
         failure = error
-    problems: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(problems, reason(failure) if failure else "")
+    problems = from_all(reason(failure) if failure else "")
     if failure:
         raise failure
     if any(problems):
         raise FireflyError(next(filter(None, problems)))
     return result
+
+
+def from_all(own: T) -> list[T]:
+    """What each process gives, in the order of the processes; all of them call this together."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found

@@ -1,7 +1,7 @@
 """Checkpoints of strategies that hold a model in parts: portable checkpoints, and those in an engine's own form."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ from firefly_lightning.checkpoints.layout import (
     WRITER_KEY,
 )
 from firefly_lightning.checkpoints.own_form import files_of, finish_own, read_own
-from firefly_lightning.checkpoints.portable import PortableReader, PortableWriter, States, finish
+from firefly_lightning.checkpoints.portable import PortableReader, PortableWriter, States, as_file, finish
+from firefly_lightning.checkpoints.shares import entries_file, leave_entries, take_entries
 from firefly_lightning.checkpoints.unsharded import saved_parameters
 from firefly_lightning.errors import FireflyError, MissingFileError
 from firefly_lightning.files.atomic import partial_path, whole_folder
 from firefly_lightning.files.manifest import FileEntry, entry_of
-from firefly_lightning.strategies.agreement import agreed
+from firefly_lightning.strategies.agreement import agreed, from_all
 
 
 class ShardedCheckpoints(Strategy):
@@ -106,20 +107,30 @@ class ShardedCheckpoints(Strategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Fills a hidden folder beside ``filepath``, then renames it to ``filepath``."""
+        """Fills a hidden folder beside ``filepath``, then renames it to ``filepath``.
+
+        Gathering is collective and belongs to the thread of the training. Where saves are asynchronous, each process
+        writes its share in another thread, and tells the first process by a file, since two threads must not use the
+        collectives of one group.
+        """
         target = Path(self.broadcast(str(filepath)))
+        io = self.checkpoint_io
+        if isinstance(io, AtomicCheckpointIO):
+            io.begin(agreed)
         with ExitStack() as folder:  # the first process makes the folder and renames it; all fill it
             self._on_first(lambda: folder.enter_context(whole_folder(target)))
             partial = partial_path(target)
-            trainer, files = self._fill(partial, checkpoint)
+            kept = self._without_tensors(checkpoint)
+            if isinstance(io, AtomicCheckpointIO) and io.saves_aside:
+                self._begin(io, target, kept, folder)
+                return
+            complete = self._portable(partial, kept) if self.saves_portable else self._own(partial, kept)
 
-            def complete() -> None:
-                torch.save(trainer, partial / TRAINER_FILE)
-                finish_form = finish if self.saves_portable else finish_own
-                finish_form(partial, files)
+            def close() -> None:
+                complete()
                 folder.close()
 
-            self._on_first(complete)
+            self._on_first(close)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -150,9 +161,10 @@ class ShardedCheckpoints(Strategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module: Any = self.lightning_module
         fitting = module.trainer.state.fn == TrainerFn.FITTING
-        if self._reader is not None:
-            self.load_portable(self._reader, fitting)
-            self._load_whole_tensors(self._reader)
+        reader, self._reader = self._reader, None  # it keeps files mapped, which take room also once replaced
+        if reader is not None:
+            self.load_portable(reader, fitting)
+            self._load_whole_tensors(reader)
         else:
             self.load_shards(self._folder, fitting)
         if fitting:
@@ -179,26 +191,54 @@ class ShardedCheckpoints(Strategy):
     def restore_checkpoint_after_setup(self) -> bool:
         return True
 
-    def _fill(self, folder: Path, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, FileEntry]]:
-        """Writes the tensors; returns the contents of ``trainer.ckpt`` and the entries of the other files."""
+    def _without_tensors(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         kept = {name: value for name, value in checkpoint.items() if name not in TENSOR_KEYS}
         if self.optimizers and (scaler := self.scaler_state()):
             kept[SCALER_KEY] = scaler
-        if self.saves_portable:
-            files = self._write_tensors(folder)
-            scalars = {"all": self.optimizer_scalars() if self.optimizers else {}, "own": {}}
-            return kept | {TIED_KEY: self._tied(), SCALARS_KEY: scalars, FILES_KEY: sorted(files)}, files
+        return kept
+
+    def _own(self, folder: Path, kept: dict[str, Any]) -> Callable[[], None]:
+        """Writes the engine's own form; returns what completes it on the first process."""
         self.save_shards(folder)
         self.barrier()
-        return kept | {WRITER_KEY: self.writer() | {DIGESTED_KEY: True}}, self._digests(folder)
+        files = self._digests(folder)
+        trainer = kept | {WRITER_KEY: self.writer() | {DIGESTED_KEY: True}}
+
+        def complete() -> None:
+            torch.save(trainer, folder / TRAINER_FILE)
+            finish_own(folder, files)
+
+        return complete
+
+    def _portable(self, folder: Path, kept: dict[str, Any]) -> Callable[[], None]:
+        """Writes a portable checkpoint; returns what completes it on the first process."""
+        writer, trainer = self._collect(PortableWriter(folder, dist.get_rank()), kept)
+        files = _merged(from_all(agreed(writer.close)))
+        return lambda: finish(folder, files, trainer)
+
+    def _begin(self, io: AtomicCheckpointIO, target: Path, kept: dict[str, Any], folder: ExitStack) -> None:
+        """Copies a portable checkpoint aside, and has it written by the threads of all processes."""
+        partial, rank = partial_path(target), dist.get_rank()
+        others = range(1, dist.get_world_size())
+        writer, trainer = self._collect(PortableWriter(partial, rank, io.copies), kept)
+
+        def write() -> None:
+            files = writer.close()
+            if rank:
+                leave_entries(partial, rank, files)
+                return
+            io.saves.wait_for_others(lambda: all(entries_file(partial, other).exists() for other in others))
+            finish(partial, _merged([files, *(take_entries(partial, other) for other in others)]), trainer)
+
+        io.complete(target, write, folder.pop_all())
 
     def _on_first(self, act: Callable[[], Any]) -> None:
         """Calls ``act`` on the first process only; an error of it ends all processes."""
         agreed(act if self.is_global_zero else _nothing)
 
-    def _write_tensors(self, folder: Path) -> dict[str, FileEntry]:
-        """Writes a portable checkpoint's tensors, the processes taking turns; returns the files of all of them."""
-        writer, failure = PortableWriter(folder, dist.get_rank()), None
+    def _collect(self, writer: PortableWriter, kept: dict[str, Any]) -> tuple[PortableWriter, bytes]:
+        """Gives a writer this process's share of the tensors; returns it, and the contents of ``trainer.ckpt``."""
+        failure: Exception | None = None
         for number, (name, states) in enumerate(self.portable_states()):
             if number % dist.get_world_size() == dist.get_rank() and failure is None:
                 try:
@@ -206,25 +246,24 @@ class ShardedCheckpoints(Strategy):
                 except Exception as error:  # raised below: the others still wait for this process to gather
                     failure = error
 
-        def close() -> dict[str, FileEntry]:
+        def end() -> None:
             if failure:
                 raise failure
             if self.is_global_zero:
                 for name, tensor in self.whole_tensors().items():
                     writer.add(name, {WEIGHT: tensor})
-            return writer.close()
+            writer.finish_adding()
 
-        written: list[dict[str, FileEntry]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(written, agreed(close))
-        return {name: entry for files in written for name, entry in files.items()}
+        agreed(end)
+        names = sorted(name for names in from_all(writer.names) for name in names)
+        scalars = {"all": self.optimizer_scalars() if self.optimizers else {}, "own": {}}
+        return writer, as_file(kept | {TIED_KEY: self._tied(), SCALARS_KEY: scalars, FILES_KEY: names})
 
     def _digests(self, folder: Path) -> dict[str, FileEntry]:
         """Entries of all files that the processes have written; each process digests a share of them."""
         names: list[str] = self.broadcast(files_of(folder))
         share = names[dist.get_rank() :: dist.get_world_size()]
-        found: list[dict[str, FileEntry]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(found, agreed(lambda: {name: entry_of(folder / name) for name in share}))
-        return {name: entry for entries in found for name, entry in entries.items()}
+        return _merged(from_all(agreed(lambda: {name: entry_of(folder / name) for name in share})))
 
     def _load_whole_tensors(self, reader: PortableReader) -> None:
         saved = set(reader.names())
@@ -239,6 +278,10 @@ class ShardedCheckpoints(Strategy):
         named = module.named_parameters(remove_duplicate=False)
         names = ((name, first.get(id(parameter), name)) for name, parameter in named)
         return {name: stored for name, stored in names if name != stored}
+
+
+def _merged(found: Iterable[dict[str, FileEntry]]) -> dict[str, FileEntry]:
+    return {name: entry for entries in found for name, entry in entries.items()}
 
 
 def _kept_buffers(module: Any) -> Iterator[tuple[str, Tensor]]:

@@ -344,3 +344,21 @@ def test_slurm_requeues_a_saved_run(model_folder, rows_file, tmp_path):
             patch.setenv(name, value)
         fit(model_folder, rows_file, tmp_path, *RUN, "--trainer.max_steps", step + 2, process=True)
     assert sorted(logged(tmp_path)) == list(range(step + 2))
+
+
+class NotingMaps(FireflyModule):
+    """Notes after its first step which files of checkpoints the process holds."""
+
+    def on_train_batch_end(self, *args):
+        super().on_train_batch_end(*args)
+        maps = Path("/proc/self/maps").read_text()
+        held = sorted({line.split()[5] for line in maps.splitlines() if ".ckpt/" in line})
+        Path(self.trainer.default_root_dir, f"held-{self.global_rank}").write_text("\n".join(held))
+
+
+@pytest.mark.parametrize("places", [[], TWO, ["--trainer.strategy", "zero2", "--trainer.devices", 2]])
+def test_a_resumed_run_holds_no_file_of_its_checkpoint(places, checkpoint, model_folder, rows_file, tmp_path):
+    """A file that is held takes room on the disk for as long as the run lasts, also when it has been replaced."""
+    own = ["--model", "tests.checkpoints.test_portable.NotingMaps", "--ckpt_path", checkpoint, *places]
+    fit(model_folder, rows_file, tmp_path, *RUN, *own, "--trainer.max_steps", HALF + 1, process=True)
+    assert (tmp_path / "held-0").read_text() == ""

@@ -1,5 +1,7 @@
 """What strategies hold a parameter: the published formulas, and beside them what the engines are known to keep."""
 
+from dataclasses import replace
+
 import pytest
 
 from firefly_lightning.planning.memory import estimate
@@ -71,3 +73,12 @@ def test_the_peak_is_the_moment_that_needs_most():
     sums = {name: sum(parts.values()) for name, parts in takes.moments.items()}
     assert takes.peak == sums[takes.peak_at] == max(sums.values())
     assert len(set(sums.values())) > 1
+
+
+def test_a_copy_of_what_is_saved_is_held_on_the_host():
+    """Weight and two moments in float32, 12 bytes a parameter: all in the first process, or shared where a model is."""
+    for strategy, devices, copied in (("auto", 1, 12), ("ddp", 8, 12), ("zero2", 8, 12 / 8), ("fsdp2", 4, 12 / 4)):
+        run = Run(MODEL, strategy, devices, LOAD, 1, "bf16-mixed")
+        plain, aside = estimate(run), estimate(replace(run, copies_saves=True))
+        assert sum(aside.host.values()) - sum(plain.host.values()) == pytest.approx(copied * COUNT), strategy
+        assert aside.moments == plain.moments
