@@ -9,20 +9,18 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from firefly_lightning import interrupts
 from firefly_lightning.callbacks.run_record import is_same_run
+from firefly_lightning.callbacks.saving_plugins import in_background, in_own_form
 from firefly_lightning.callbacks.signals import Signals
 from firefly_lightning.callbacks.unfinished_saves import at_once, have_failed, make_room, settle
 from firefly_lightning.checkpoints.io_plugin import NEEDS_PORTABLE, AtomicCheckpointIO
 from firefly_lightning.checkpoints.torch_file import load_file, trainer_file
 from firefly_lightning.errors import FireflyError, check_number
 from firefly_lightning.model.metric_names import renamed
-from firefly_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
 
 
 class _OfARun(ModelCheckpoint):
@@ -110,9 +108,9 @@ class LastCheckpoint(_OfARun):
         """
         super().setup(trainer, pl_module, stage)
         if not self.portable:
-            trainer.strategy.checkpoint_io = _in_own_form(trainer.strategy)
+            trainer.strategy.checkpoint_io = in_own_form(trainer.strategy)
         if self.asynchronous:
-            trainer.strategy.checkpoint_io = _in_background(trainer.strategy)
+            trainer.strategy.checkpoint_io = in_background(trainer.strategy)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins to listen to signals, and removes what a run before this one would have removed."""
@@ -187,39 +185,6 @@ class LastCheckpoint(_OfARun):
             ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
         elif trainer.is_global_zero:
             io.link(filepath, linkpath)
-
-
-def _in_own_form(strategy: Strategy) -> CheckpointIO:
-    """The plugin that writes a strategy's checkpoints in its own form, in place of the one that the trainer was given.
-
-    One device and DDP write their own form anyway where the trainer has none of this project's plugins.
-    """
-    io = strategy.checkpoint_io
-    if isinstance(io, AtomicCheckpointIO):
-        return io.in_own_form()
-    nobodys_choice = type(io) is TorchCheckpointIO
-    return AtomicCheckpointIO(portable=False) if nobodys_choice and isinstance(strategy, ShardedCheckpoints) else io
-
-
-def _in_background(strategy: Strategy) -> CheckpointIO:
-    """The plugin that writes a strategy's checkpoints while the training goes on.
-
-    Raises:
-        FireflyError: If the trainer was given a plugin that is not this project's.
-    """
-    io = strategy.checkpoint_io
-    if not isinstance(strategy, ShardedCheckpoints) and type(strategy).save_checkpoint is not Strategy.save_checkpoint:
-        rank_zero_info(
-            f"checkpoint.asynchronous: {type(strategy).__name__} writes checkpoints itself; the training waits for it"
-        )
-        return io
-    if isinstance(io, AtomicCheckpointIO):
-        return io.in_background()
-    if type(io) is TorchCheckpointIO:
-        return AtomicCheckpointIO(asynchronous=True)
-    raise FireflyError(
-        f"checkpoint.asynchronous: {type(io).__name__} cannot do it; give the trainer AtomicCheckpointIO"
-    )
 
 
 OF_BEFORE = ("val_perplexity/", "val_accuracy/", "val_eos_accuracy/")

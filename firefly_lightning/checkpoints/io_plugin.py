@@ -21,7 +21,8 @@ from firefly_lightning.checkpoints.portable import PortableReader
 from firefly_lightning.checkpoints.torch_file import load_file, save_file
 from firefly_lightning.checkpoints.unsharded import begin_whole, can_be_portable, read_whole
 from firefly_lightning.errors import FireflyError, describe_os_error
-from firefly_lightning.files.atomic import link_whole, remove_whole, whole_file, whole_folder
+from firefly_lightning.files.atomic import remove_whole, whole_file, whole_folder
+from firefly_lightning.files.links import link_whole
 
 NEEDS_PORTABLE = (
     "checkpoint.asynchronous: only portable checkpoints are written beside the training; set checkpoint.portable true"

@@ -16,7 +16,7 @@ from firefly_lightning.data.batches import MicroBatch, PlanLoader, PlannedBatche
 from firefly_lightning.data.counts_table import row_summary
 from firefly_lightning.data.division import division_of, one_each
 from firefly_lightning.data.limits import count_steps, limited_rows, steps_of_run
-from firefly_lightning.data.mixing import Share, Source, as_source, check_share, listed, split
+from firefly_lightning.data.mixing import Share, Source, as_source, check_shares, listed, split
 from firefly_lightning.data.plan import Rows, StepPlan, WeightedRows
 from firefly_lightning.data.prompt_choice import choose_format
 from firefly_lightning.data.row_arrays import TooLong
@@ -28,9 +28,6 @@ from firefly_lightning.data.tokenized_rows import NO_WINDOW, TokenizedRows
 from firefly_lightning.errors import FireflyError, check_number
 from firefly_lightning.huggingface import load_tokenizer
 from firefly_lightning.prompt import PromptEncoder, PromptFormat, prompt_format
-
-_MOST = {"batch_size": 10**6, "micro_batch_size": 10**6, "micro_batch_tokens": 2**31 - 1, "max_length": 2**31 - 1}
-"""Largest value of each number that must be at least 1."""
 
 
 class FireflyDataModule(L.LightningDataModule):
@@ -190,7 +187,7 @@ class FireflyDataModule(L.LightningDataModule):
                 train_rows, [source for _, source in files], self.kinds, self.val_fraction, self.seed
             )
             self.train = self._planned(train_rows, taken)
-            val_rows = self._evaluated(train_rows, held_out) if self.val_fraction else None
+            val_rows = self._evaluated(train_rows, held_out[0].rows) if self.val_fraction else None
         self.val = self._of_files(self.val_files) or val_rows
         self.test = self._of_files(self.test_files) or self.val
         if stage == "validate" and not self.val:
@@ -216,13 +213,7 @@ class FireflyDataModule(L.LightningDataModule):
         """
         if self._stage != "fit" or not state:
             return
-        saved, now = state["plan"], self.train.plan.fingerprint()
-        changed = [f"{name} {saved.get(name)} → {now[name]}" for name in now if saved.get(name) != now[name]]
-        if changed:
-            raise FireflyError(
-                f"the checkpoint was saved with other data ({', '.join(changed)}); "
-                "resume with the same rows, data.seed and data.batch_size, or train the exported model anew"
-            )
+        self.train.plan.check_same(state["plan"])
         self._resumed_step = state["step"]
 
     def train_dataloader(self) -> DataLoader[MicroBatch]:
@@ -254,62 +245,56 @@ class FireflyDataModule(L.LightningDataModule):
         return [self.train.rows.describe(int(row)) for row in self.train.plan.rows(step)]
 
     def _check_arguments(self) -> None:
-        for name, most in _MOST.items():
-            check_number(f"data.{name}", getattr(self, name), least=1, most=most)
+        for name in ("batch_size", "micro_batch_size"):
+            check_number(f"data.{name}", getattr(self, name), least=1, most=10**6)
+        for name in ("max_length", "micro_batch_tokens"):
+            check_number(f"data.{name}", getattr(self, name), least=1, most=2**31 - 1)
         check_number("data.num_workers", self.num_workers, least=0, most=1024)
         check_number("data.stride", self.stride, least=1, most=max(1, self.max_length - 1))
         if not 0 <= self.val_fraction < 1:
             raise FireflyError(f"data.val_fraction is {self.val_fraction}; it must be at least 0 and below 1")
         if self.val_fraction and self.val_files:
             raise FireflyError("data.val_fraction and data.val_files are both set; keep one of them")
-        for source in self.train_sources:
-            check_share(source, "data.train_files", source["path"])
-        for kind, share in self.kinds.items():
-            check_share(share, "data.kinds", kind)
+        check_shares(self.train_sources, self.kinds)
 
     def _files_to_answer(self) -> list[str]:
         return self.predict_files or self.test_files or self.val_files
 
     def _of_files(self, files: Sequence[str]) -> PlannedBatches | None:
         """All rows of files, to evaluate."""
-        if not files:
-            return None
-        rows = self.tokenized(files)
-        return self._evaluated(rows, [WeightedRows(np.arange(len(rows)))])
+        rows = self.tokenized(files) if files else None
+        return None if rows is None else self._evaluated(rows, np.arange(len(rows)))
 
     def _prompted(self, rows: TokenizedRows, taken: Rows) -> PlannedBatches:
         """Rows to answer, all but documents; those whose prompts are of like length share a micro-batch."""
         prompts, taken = rows.lengths - rows.target_tokens, taken[rows.windows[taken] == NO_WINDOW]
         if not len(taken):
             raise FireflyError("data.predict_files: nothing to answer among texts; name a file of questions there")
-        return self._evaluated(rows, [WeightedRows(taken)], prompts, PlannedBatches)
+        return self._evaluated(rows, taken, prompts, PlannedBatches)
 
     def _planned(self, rows: TokenizedRows, sources: list[WeightedRows]) -> PlannedBatches:
         """Rows to train on."""
         plan = StepPlan(rows.lengths, rows.target_tokens, sources, self.batch_size, self.seed)
         steps = steps_of_run(self.trainer, plan.steps_per_epoch) if self._stage == "fit" else 0
-        division = division_of(plan, *self._limits(), steps)
+        division = division_of(plan, self.world_size, self.micro_batch_size, self.micro_batch_tokens, steps)
         return self.batches(rows, plan, division, self.rank, self.tokenizer.pad_token_id)
 
     def _evaluated(
         self,
         rows: TokenizedRows,
-        sources: list[WeightedRows],
+        taken: Rows,
         lengths: npt.NDArray[np.int32] | None = None,
         made: type[PlannedBatches] | None = None,
     ) -> PlannedBatches:
         """Each row once, like lengths together, one micro-batch a step and rank."""
         lengths = rows.lengths if lengths is None else lengths
-        (taken,) = (part.rows for part in sources)
         taken = taken[: limited_rows(self.trainer, self._stage, len(taken), self.batch_size)]
         taken = taken[np.argsort(-lengths[taken], kind="stable")]
-        division = one_each(self.batch_size, *self._limits(), longest=int(lengths[taken].max(initial=0)))
+        longest, limits = int(lengths[taken].max(initial=0)), (self.micro_batch_size, self.micro_batch_tokens)
+        division = one_each(self.batch_size, self.world_size, *limits, longest)
         size = division.rows * self.world_size
         plan = StepPlan(lengths, rows.target_tokens, [WeightedRows(taken)], size, self.seed, shuffle=False)
         return (made or self.batches)(rows, plan, division, self.rank, self.tokenizer.pad_token_id)
-
-    def _limits(self) -> tuple[int, int | None, int | None]:
-        return self.world_size, self.micro_batch_size, self.micro_batch_tokens
 
     def _loader(self, batches: PlannedBatches, **how: Any) -> DataLoader[MicroBatch]:
         return make_loader(batches, self.num_workers, self.pin_memory, **how)

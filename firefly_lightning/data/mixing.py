@@ -72,6 +72,14 @@ def check_share(share: Mapping[str, Any], key: str, name: str) -> None:
         check_number(f"{key}: the {part} of {name}", share.get(part), above=0, most=most)
 
 
+def check_shares(sources: Sequence[Source], kinds: Mapping[str, Share]) -> None:
+    """Checks the shares that a user wrote for sources and for kinds; raises as :func:`check_share`."""
+    for source in sources:
+        check_share(source, "data.train_files", source["path"])
+    for kind, share in kinds.items():
+        check_share(share, "data.kinds", kind)
+
+
 def mix(
     rows: TokenizedRows, available: npt.NDArray[np.bool_], sources: Sequence[Share], kinds: Mapping[str, Share]
 ) -> list[WeightedRows]:

@@ -5,7 +5,7 @@ run can therefore stop, resume, and move to another number of devices at any ste
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -104,6 +104,19 @@ class StepPlan:
             "rows_per_epoch": self.rows_per_epoch,
             "row_lengths": digest.hexdigest(),
         }
+
+    def check_same(self, saved: Mapping[str, int | str]) -> None:
+        """Checks that a plan is the one whose fingerprint was saved.
+
+        Raises:
+            FireflyError: If it is another.
+        """
+        now = self.fingerprint()
+        if changed := [f"{name} {saved.get(name)} → {now[name]}" for name in now if saved.get(name) != now[name]]:
+            raise FireflyError(
+                f"the checkpoint was saved with other data ({', '.join(changed)}); "
+                "resume with the same rows, data.seed and data.batch_size, or train the exported model anew"
+            )
 
     def _epoch(self, epoch: int) -> Rows:
         # Steps are asked for in order, each by several callers; at a boundary both epochs are needed.

@@ -158,21 +158,6 @@ def remove_whole(path: Path) -> None:
     remove(hidden)
 
 
-def link_whole(target: Path, name: Path) -> None:
-    """Has a name lead to a file or folder, in the place of the link or file that the name was before.
-
-    A folder under the name is removed first, since no link can take its place.
-    """
-    if name.absolute() == target.absolute():
-        return
-    if name.is_dir() and not name.is_symlink():
-        remove_whole(name)
-    hidden = partial_path(name)
-    remove(hidden)
-    hidden.symlink_to(os.path.relpath(target, name.parent))
-    hidden.replace(name)
-
-
 def remove(path: Path) -> None:
     """Removes a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():

@@ -208,7 +208,7 @@ def test_commands_for_several_machines_are_understood(tmp_path):
     write_file(tmp_path, next(block for block in blocks if block.path == "train.yaml"))
     shown = [line for block in blocks if block.language == "text" for line in block.code.splitlines()]
     shown = [line.split(" firefly-fit ")[1] for line in shown if " firefly-fit " in line]
-    assert len(shown) == 3
+    assert len(shown) == 4
     for arguments in shown:
         parsed = run("firefly-fit", *shlex.split(arguments), "--print_config", cwd=tmp_path).stdout
         trainer = yaml.safe_load(parsed)["trainer"]
