@@ -65,7 +65,7 @@ def _missing(trainer: L.Trainer, step: int) -> tuple[bool, bool]:
     A validation whose model is one of the best is missing, too, where it was logged but that model was not saved.
     """
     for folder, prefix in csv_folders(trainer):
-        metrics = read_metrics(folder, prefix)
+        metrics = read_metrics(folder, prefix, before=not goes_on(trainer))
         if metrics["train_loss"] or goes_on(trainer):
             last = {name: values[step] for name, values in metrics.items() if step in values}
             best = (one for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint))

@@ -26,16 +26,17 @@ Metrics = dict[str, dict[int, float]]
 """By the name of a column of ``metrics.csv``: its values by step."""
 
 
-def read_metrics(log_dir: Path, prefix: str = "") -> Metrics:
+def read_metrics(log_dir: Path, prefix: str = "", before: bool = False) -> Metrics:
     """Metrics of a run from its ``metrics.csv``, and of the runs that it branched off from, up to where it did.
 
     Args:
         log_dir: Folder of the run. The runs before it are looked for in the files that :func:`keep_metrics` has
             left in it, and if it is a ``version_N``, in the versions before it.
         prefix: What its logger puts before the names of metrics.
+        before: Whether to leave out the folder's own file, of a run that has not logged anything yet.
     """
     metrics: Metrics = {"train_loss": {}}
-    for file in _files(log_dir):
+    for file in itertools.islice(_files(log_dir), int(before), None):
         first = min(metrics["train_loss"], default=None)
         for name, values in read_csv(file, prefix).items():
             earlier = {step: value for step, value in values.items() if first is None or step < first}

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from firefly_lightning.callbacks.run_figures import read_metrics
 from firefly_lightning.callbacks.run_folder import csv_folders
+from firefly_lightning.callbacks.run_record import goes_on
 from firefly_lightning.checkpoints.history import HISTORY, Curve, History, without_folder
 from firefly_lightning.data.counts_table import counts_by_kind
 from firefly_lightning.data.protocol import data_of
@@ -85,7 +86,7 @@ class RunHistory(Callback):
     def _take_validation(self, trainer: L.Trainer) -> None:
         """Notes what the validation of the last step has found, where it is in ``metrics.csv`` only."""
         for folder, prefix in csv_folders(trainer)[:1]:
-            logged = read_metrics(folder, prefix)
+            logged = read_metrics(folder, prefix, before=not goes_on(trainer))
             last = {name: of[trainer.global_step - 1] for name, of in logged.items() if trainer.global_step - 1 in of}
             if "val_loss" in last:
                 self._note_validation(trainer, last)
