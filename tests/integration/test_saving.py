@@ -45,7 +45,7 @@ class Saving(FireflyModule):
         for tensors in (self.parameters(), *(state.values() for one in self.optimizers_of() for state in one)):
             for tensor in tensors:
                 own = getattr(tensor, "_local_tensor", tensor)
-                if isinstance(own, torch.Tensor):
+                if isinstance(own, torch.Tensor) and own.untyped_storage().size():  # Gemini frees what it shards
                     own.data.zero_()
         settle(self.trainer)
 
