@@ -13,8 +13,8 @@ import torch
 import yaml
 from transformers import BloomConfig, BloomForCausalLM
 
+from firefly_lightning.data.sources.pair_forms import read_pair
 from firefly_lightning.data.sources.row_forms import read_rows
-from firefly_lightning.preference.pair_forms import read_pair
 from firefly_lightning.preparation.templates.reader import TEMPLATE_FOLDER
 from tests.conftest import write_rows
 from tests.integration.test_start import ORDER
