@@ -155,11 +155,10 @@ ANY = st.one_of(VALUES, PROPER, st.sampled_from([ASKED, BETTER, WORSE, [*ASKED, 
 
 
 @given(st.dictionaries(st.sampled_from(sorted(KNOWN)), ANY))
-def test_any_values_give_two_rows_or_one_line(fields):
+def test_any_values_give_two_rows_or_are_refused(fields):
     try:
         rows, unused = rows_of_pair(fields, 1)
-    except BadRowError as error:
-        assert "\n" not in str(error)
+    except BadRowError:
         return
     assert [len(row.turns) for row in rows] == [len(rows[0].turns)] * 2
     assert rows[0].turns[:-1] == rows[1].turns[:-1]
