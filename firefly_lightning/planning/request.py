@@ -101,10 +101,8 @@ class Settings:
             FireflyError: If the strategy cannot train the model like this and ``refuse`` is set.
         """
         share = self.share(strategy, devices) or rows
-        length = int(self.fit.data.init_args.max_length)
-        load = load or (
-            self.rows.heaviest(rows) if self.rows else Load.full(rows * (2 if self.of_pairs else 1), length)
-        )
+        length, each = int(self.fit.data.init_args.max_length), 2 if self.of_pairs else 1
+        load = load or (self.rows.heaviest(rows) if self.rows else Load.full(each * rows, length))
         run = Run(
             self.model, strategy, devices, load, share // rows, self.precision, checkpointing, self.device, self.trained
         )

@@ -73,12 +73,12 @@ def token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 
 def read_texts(source: str) -> Iterator[str]:
-    """Inputs and targets of a source of rows, or the lines of a file of any other suffix; those of pairs, too."""
+    """Texts of a source of rows, documents and pairs, or lines of a file of any other suffix; none is empty."""
     form = format_of(source)
     if form == ".txt" or (is_file(source) and form not in FILE_SUFFIXES):
         return read_lines(source)
     rows = RowReader(source, RowRules(read=_texts_of_pair))
-    return (text for row in rows for turn in row.turns for text in turn)
+    return (text for row in rows for turn in row.turns for text in turn if text)
 
 
 def _texts_of_pair(fields: Mapping[str, Any], number: int) -> Record | None:
