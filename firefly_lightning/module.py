@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from transformers import BloomForCausalLM, GenerationConfig
 
 from firefly_lightning.checkpoints.contents import check_goes_on
-from firefly_lightning.checkpoints.layout import ADAPTER_KEY, DESCRIPTION_KEY, SETTINGS_KEY
+from firefly_lightning.checkpoints.layout import ADAPTER_KEY, DESCRIPTION_KEY, REFERENCE_KEY, SETTINGS_KEY
 from firefly_lightning.checkpoints.loop_state import set_progress
 from firefly_lightning.checkpoints.unsharded import accept_names, keep_states, name_states, saved_parameters
 from firefly_lightning.data.batches import MicroBatch, data_parallel_share
@@ -99,10 +99,12 @@ class FireflyModule(L.LightningModule):
     Attributes:
         totals: Class that adds up the metrics of an evaluation; that of a subclass may be another.
         shown_metrics: Names of those that the progress bar shows.
+        has_reference: Whether the loss compares the model with a reference, whose figures are then in checkpoints.
     """
 
     totals: type[EvaluationTotals] = EvaluationTotals
     shown_metrics: tuple[str, ...] = ("loss", "perplexity")
+    has_reference = False
 
     def __init__(
         self,
@@ -358,6 +360,11 @@ class FireflyModule(L.LightningModule):
             FireflyError: If the checkpoint is of another model or prompt format, or a training cannot go on from it.
         """
         check_goes_on(checkpoint, self._trainer)
+        if REFERENCE_KEY in checkpoint and not self.has_reference and self._trainer and self._trainer.state.fn == "fit":
+            raise FireflyError(
+                f"{self._trainer.ckpt_path}: was saved by a training of preferences; to train its model on targets or "
+                "texts, write a folder with firefly export and name that as model.path"
+            )
         self._settings.resume(checkpoint.get(SETTINGS_KEY, []), checkpoint.get("lr_schedulers", []))
         name_states(checkpoint)
         if self.model is not None:

@@ -69,6 +69,7 @@ FLAGS = {
     "--trainer.learning_rate 2": "did you mean model.learning_rate?",
     "--data.learning_rate 2": "data.learning_rate: no such key; did you mean model.learning_rate?",
     "--model.batch_size 2": "did you mean data.batch_size?",
+    "--data PreferenceDataModule --data.learn all": "data.learn: PreferenceDataModule has no such key; leave it out",
     "--data.path 2": "did you mean model.path?",
     "--resume_from_checkpoint last": "did you mean ckpt_path?",
     "--output_dir out": "did you mean trainer.default_root_dir?",

@@ -101,7 +101,7 @@ def _of_validation(trainer: L.Trainer, data: PlannedData) -> Iterator[str]:
 def _of_monitors(trainer: L.Trainer, data: PlannedData) -> Iterator[str]:
     """Names that callbacks wait for and no run logs, where one that is logged is nearly the same."""
     kinds = data.val.rows.kinds if data.val else []
-    of_pairs = isinstance(data.val, PlannedPairs)
+    of_pairs = isinstance(data.val or data.train, PlannedPairs)
     of_val = ("val_loss", *OF_PAIRS) if of_pairs else OF_VALIDATIONS
     of_steps = (*OF_STEPS, *(f"train_{name}" for name in FIGURES)) if of_pairs else OF_STEPS
     known = {*of_steps, *of_val, *(of_kind(name, kind) for name in of_val[1:] for kind in kinds)}

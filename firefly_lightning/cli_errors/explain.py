@@ -154,6 +154,8 @@ def _no_key(path: str, name: str, kind: str, known: set[str]) -> str:
     if package and find_spec(package) is None:
         return f"{path}: {kind.rpartition('.')[2]} needs {package}, which is not installed; run pip install {package}"
     own = _init_parameters(kind)
+    if name in own:  # of a base, which the class gives it a value of its own
+        return f"{path}.{name}: {kind.rpartition('.')[2]} has no such key; leave it out"
     if not nearest(name, own) and (elsewhere := [key for key in nearest(name, known) if key.endswith(f".{name}")]):
         return f"{path}.{name}: no such key; did you mean {' or '.join(elsewhere)}?"
     return _suggest(f"{path}.", name, own)

@@ -80,8 +80,8 @@ class RowBatches:
         longer = self._of_any(whole.lengths > max_length)
         dropped = longer & (too_long == "drop")
         cut = cut_rows(whole.only(~dropped), max_length, too_long, len(controls.start))
-        taught = ~self._of_any(cut.target_tokens == 0)
         at, each = np.flatnonzero(~dropped), self._together
+        taught = ~self._of_any((cut.target_tokens == 0) | self._alike(cut, longer[at]))
         self._add("dropped", kinds[dropped][::each])
         self._add("truncated", kinds[longer & ~dropped][::each])
         self._add("no_target", kinds[at[~taught]][::each])
@@ -110,6 +110,16 @@ class RowBatches:
     def _of_any(self, flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """(rows,) whether it is true of any row of the same record."""
         return np.repeat(flags.reshape(-1, self._together).any(1), self._together)
+
+    def _alike(self, cut: RowArrays, shorter: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """(rows,) whether all rows of a record are the same, as they may be once cut; then nothing differs."""
+        found, each = np.zeros(len(shorter), bool), self._together
+        if each > 1:
+            offsets = cut.offsets
+            for first in np.flatnonzero(shorter)[::each].tolist():
+                one, *others = (cut.input_ids[offsets[row] : offsets[row + 1]] for row in range(first, first + each))
+                found[first : first + each] = all(np.array_equal(one, other) for other in others)
+        return found
 
     def _add(self, name: str, kinds: npt.NDArray[np.int32], amounts: npt.NDArray[np.integer] | None = None) -> None:
         for kind, amount in zip(self.counts, np.bincount(kinds, amounts, len(self.counts)), strict=True):

@@ -32,6 +32,7 @@ from firefly_lightning.data.row_batches import SCHEMA, Cut, RowBatches
 from firefly_lightning.data.sources import json_arrays as json_arrays_module
 from firefly_lightning.data.sources import known_forms as known_forms_module
 from firefly_lightning.data.sources import listed_turns as listed_turns_module
+from firefly_lightning.data.sources import pair_forms as pair_forms_module
 from firefly_lightning.data.sources import records as records_module
 from firefly_lightning.data.sources import row_forms as rows_module
 from firefly_lightning.data.sources import row_texts as row_texts_module
@@ -123,8 +124,8 @@ def _file_of(row_format: RowFormat | ReadRecord) -> str:
 
 
 _READERS = (
-    prompt_module, rows_module, known_forms_module, listed_turns_module, row_texts_module, records_module,
-    json_arrays_module, text_files_module, row_arrays_module, row_batches_module, windows_module,
+    prompt_module, rows_module, known_forms_module, listed_turns_module, row_texts_module, pair_forms_module,
+    records_module, json_arrays_module, text_files_module, row_arrays_module, row_batches_module, windows_module,
 )  # fmt: skip
 _CODE = [__file__, *(str(module.__file__) for module in _READERS)]
 

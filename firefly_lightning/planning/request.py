@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from pydoc import locate
 from typing import Any, Literal
 
 from firefly_lightning.checkpoints.paths import find_checkpoint
@@ -13,6 +14,7 @@ from firefly_lightning.planning.planned import Planned
 from firefly_lightning.planning.run_config import devices_of, model_size, read_fit, trained_of
 from firefly_lightning.planning.runs import Load, ModelSize, Run, Trained, check, row_shares
 from firefly_lightning.planning.training_rows import TrainingRows, training_rows
+from firefly_lightning.preference.datamodule import PreferenceDataModule
 
 DEVICES = (1, 2, 4, 8)
 """Numbers of devices to plan for by default, beside the number of the configuration."""
@@ -44,6 +46,12 @@ class Settings:
     def batch_size(self) -> int:
         """Rows of an optimizer step."""
         return int(self.fit.data.init_args.batch_size)
+
+    @property
+    def of_pairs(self) -> bool:
+        """Whether rows are pairs, each of two rows of tokens."""
+        module = locate(self.fit.data.class_path)
+        return isinstance(module, type) and issubclass(module, PreferenceDataModule)
 
     @property
     def checkpointing(self) -> bool:
@@ -92,12 +100,12 @@ class Settings:
             FireflyError: If the strategy cannot train the model like this and ``refuse`` is set.
         """
         share = self.share(strategy, devices) or rows
-        length = int(self.fit.data.init_args.max_length)
+        length, each = int(self.fit.data.init_args.max_length), 2 if self.of_pairs else 1
         micro_batches, tokens = -(-share // rows), self.fit.data.init_args.get("micro_batch_tokens")
         if load is None and tokens and self.rows:
             load, micro_batches = self.rows.of_tokens(row_shares(strategy, devices), rows, tokens)
         elif load is None:
-            load = self.rows.heaviest(rows) if self.rows else Load.full(rows, length)
+            load = self.rows.heaviest(rows) if self.rows else Load.full(each * rows, length)
         run = Run(
             self.model, strategy, devices, load, micro_batches, self.precision, checkpointing, self.device,
             self.trained, bool(self.fit.checkpoint.asynchronous),
@@ -195,12 +203,13 @@ def describe(settings: Settings) -> dict[str, Any]:
     about: dict[str, Any] = {"precision": settings.precision, "batch_size": settings.batch_size}
     if settings.rows is None:
         length = settings.fit.data.init_args.max_length
-        print(f"rows: each is taken for {length} tokens, all of them learned")
+        named = "pairs: each is taken for two rows of" if settings.of_pairs else "rows: each is taken for"
+        print(f"{named} {length} tokens, all of them learned")
         return about | {"epoch": None, "max_length": length}
-    epoch, last = settings.rows.counts(), settings.rows.last
+    epoch, last, rows = settings.rows.counts(), settings.rows.last, "pairs" if settings.of_pairs else "rows"
     what = "an epoch" if settings.rows.epoch <= last else "of an epoch, the part that the run takes"
     print(
-        f"{what}: {epoch['steps']:,} steps of {settings.batch_size} rows, {epoch['rows']:,} rows, "
+        f"{what}: {epoch['steps']:,} steps of {settings.batch_size} {rows}, {epoch['rows']:,} {rows}, "
         f"{epoch['tokens']:,} tokens, {epoch['target_tokens']:,} of them learned"
     )
     if last == math.inf:

@@ -3,11 +3,11 @@
 from typing import Any
 
 from firefly_lightning.data.datamodule import FireflyDataModule
+from firefly_lightning.data.sources.pair_forms import row_to_answer, rows_of_pair
 from firefly_lightning.data.sources.row_forms import RowRules
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.module import FireflyModule
 from firefly_lightning.preference.module import PreferenceModule
-from firefly_lightning.preference.pair_forms import row_to_answer, rows_of_pair
 from firefly_lightning.preference.pairs import PlannedPairs, TokenizedPairs
 
 

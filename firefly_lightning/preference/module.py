@@ -1,5 +1,6 @@
 """PreferenceModule: a Bloom that learns which of two answers to a prompt is better."""
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -49,6 +50,7 @@ class PreferenceModule(FireflyModule):
 
     totals = PairTotals
     shown_metrics = ("loss", "reward_accuracy")
+    has_reference = True
 
     def __init__(
         self,
@@ -154,7 +156,8 @@ class PreferenceModule(FireflyModule):
         """Takes the reference's log-probabilities.
 
         Raises:
-            FireflyError: If a training is to go on from a checkpoint that has none, or those of other pairs.
+            FireflyError: If a training is to go on from a checkpoint that has none, those of other pairs, or another
+                loss.
         """
         super().on_load_checkpoint(checkpoint)
         self.reference.take(checkpoint.get(REFERENCE_KEY, {}))
@@ -167,6 +170,7 @@ class PreferenceModule(FireflyModule):
                 f"{trainer.ckpt_path}: was saved by a training that has no reference; to tune its model by "
                 "preferences, write a folder with firefly export and name that as model.path"
             )
+        self._check_same_loss(checkpoint)
         if isinstance(data.train, PlannedPairs) and not self.reference.fits(data.train.rows):
             raise FireflyError(
                 f"{trainer.ckpt_path}: its reference log-probabilities are of other pairs than data.train_files; "
@@ -174,6 +178,17 @@ class PreferenceModule(FireflyModule):
             )
         if trainer.strategy.restore_checkpoint_after_setup:  # on_fit_start has come before
             self._ensure("train", "val", resumed=True)
+
+    def _check_same_loss(self, checkpoint: dict[str, Any]) -> None:
+        """Sees that a resumed training goes on with its loss: another one would be measured against the old one's."""
+        saved = checkpoint.get("hyper_parameters")
+        for name in ("loss", "beta", "label_smoothing"):
+            before, now = (saved if isinstance(saved, Mapping) else {}).get(name), getattr(self, name)
+            if before is not None and before != now:
+                raise FireflyError(
+                    f"model.{name}: the checkpoint was trained with {before}, this run has {now}; resume with "
+                    f"{before}, or write a folder with firefly export and name that as model.path"
+                )
 
     @property
     def _shares(self) -> bool:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from firefly_lightning.console import render
 from firefly_lightning.data.sources.known_forms import form_of
+from firefly_lightning.data.sources.pair_forms import is_pair
 from firefly_lightning.data.sources.records import DocumentPer, find_sources, read_records
 from firefly_lightning.data.sources.row_texts import beside_all, names_of, printable
 from firefly_lightning.errors import FireflyError, some
@@ -46,9 +47,9 @@ def clean(
 ) -> None:
     """Leaves out rows that would spoil a training: broken, empty, repeated, or in the validation rows.
 
-    Takes instruction rows and documents in any accepted form, also several forms in one file, and raw task rows; rows
-    that are kept are written as they were, documents of ``.txt`` files as ``{"text": …}``. Of duplicates the first is
-    kept. Rows that are left out are counted by kind and reason, with examples in the report.
+    Takes instruction rows, documents and pairs of answers in any accepted form, also several forms in one file, and raw
+    task rows; rows that are kept are written as they were, documents of ``.txt`` files as ``{"text": …}``. Of
+    duplicates the first is kept. Rows that are left out are counted by kind and reason, with examples in the report.
 
     Args:
         files: Files to clean (.jsonl, .json, .csv, .tsv, .parquet, .txt), globs, or datasets of the Hugging Face hub.
@@ -113,7 +114,7 @@ class Findings:
     def keep(self, kind: str, row: dict[str, Any]) -> None:
         """Counts one row more that was kept, and whether training can read it."""
         self.count(kind, "kept")
-        if form_of(row) is None:
+        if form_of(row) is None and not is_pair(row):
             self.first_raw = self.first_raw or printable(names_of(row))
             self.raw += 1
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from firefly_lightning.data.sources.row_forms import read_leniently
+from firefly_lightning.data.sources.any_record import read_leniently
 from firefly_lightning.data.sources.text_files import COMPRESSIONS
 from firefly_lightning.preparation.duplicates import Texts, normalise
 

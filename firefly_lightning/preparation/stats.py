@@ -53,10 +53,10 @@ def stats(
 
     Writes ``tasks.png``, ``lengths.png`` and ``stats.json``, and prints a table. What is cut and padded is what a
     training with the same settings on one device cuts and pads in its first epoch. Rows that training would refuse are
-    counted by reason and passed over.
+    counted by reason and passed over. A pair of answers counts as two rows, each of the prompt and one answer.
 
     Args:
-        files: Instruction rows and documents: files, globs or names of datasets, as for training.
+        files: Instruction rows, documents and pairs: files, globs or names of datasets, as for training.
         tokenizer: Folder or hub name of the tokenizer or the model.
         out: The folder to write, new or empty.
         max_length: Most tokens of a row, as in ``data.max_length``; the histogram has a line there.
@@ -81,6 +81,7 @@ def stats(
     check_new_folder(folder, inputs)
     from firefly_lightning.data.counts_table import unused_fields
     from firefly_lightning.data.prompt_choice import choose_format
+    from firefly_lightning.data.sources.any_record import answers_of_pair
     from firefly_lightning.data.sources.row_forms import RowRules
     from firefly_lightning.data.token_cache import WHOLE, default_cache_dir, tokenize
     from firefly_lightning.data.tokenized_rows import TokenizedRows
@@ -93,7 +94,7 @@ def stats(
     cache = default_cache_dir()
     told, loaded = prompt_format(prompt) if prompt is not None else None, load_tokenizer(tokenizer)
     encoder = PromptEncoder(loaded, choose_format(told, tokenizer, loaded, partial(print, file=sys.stderr)))
-    rules = RowRules(learn=learn, counting_faults=True, document_per=document_per)
+    rules = RowRules(learn=learn, counting_faults=True, document_per=document_per, read=answers_of_pair)
     whole, cut = (
         TokenizedRows([tokenize(one, encoder, length, too_long, cache, rules, stride) for one in sources], sources)
         for length in (WHOLE, max_length)

@@ -15,8 +15,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from firefly_lightning.data.sources.any_record import answers_of_pair
 from firefly_lightning.data.sources.records import FILE_SUFFIXES, find_sources, is_file
-from firefly_lightning.data.sources.row_forms import read_rows
+from firefly_lightning.data.sources.row_forms import Record, RowReader, RowRules
 from firefly_lightning.data.sources.text_files import format_of
 from firefly_lightning.data.sources.text_files import read_lines as read_text_lines
 from firefly_lightning.errors import FireflyError, describe_os_error
@@ -72,11 +73,21 @@ def token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 
 def read_texts(source: str) -> Iterator[str]:
-    """Inputs and targets of a source of instruction rows, or the lines of a file of any other suffix."""
+    """Texts of a source of rows, documents and pairs, or lines of a file of any other suffix; none is empty."""
     form = format_of(source)
     if form == ".txt" or (is_file(source) and form not in FILE_SUFFIXES):
         return read_lines(source)
-    return (text for row in read_rows(source) for turn in row.turns for text in turn)
+    rows = RowReader(source, RowRules(read=_texts_of_pair))
+    return (text for row in rows for turn in row.turns for text in turn if text)
+
+
+def _texts_of_pair(fields: Mapping[str, Any], number: int) -> Record | None:
+    """The rows of a pair, whose prompt is in the first of them only: it is one text, and counted once."""
+    record = answers_of_pair(fields, number)
+    if record is None:
+        return None
+    chosen, rejected = record.rows
+    return Record((chosen, rejected._replace(turns=(("", rejected.turns[-1][1]),))), record.unused)
 
 
 def read_lines(path: str | Path) -> Iterator[str]:

@@ -119,7 +119,7 @@ def _sections(made: _Made, origin: Origin, plotted: bool) -> Iterator[str]:
     if history.figures or plotted:
         yield "## Figures"
     if history.figures:
-        of_what = "the loss is the mean of pairs" if _of_pairs(history) else "losses are means in nats per target token"
+        of_what = "the loss is the mean of pairs" if origin.of_pairs else "losses are means in nats per target token"
         yield f"Of the validation after step {history.figures_step:,}; {of_what}:"
         figures = {name: {0: value} for name, value in history.figures.items()}
         yield from map(markdown, last_values(figures, "val", history.figures_rows))
@@ -147,14 +147,9 @@ def _summary(made: _Made, origin: Origin) -> Iterator[str]:
         yield f"Trained was an adapter, {kind}{f' of rank {rank}' if rank else ''}; the other weights were not."
     if origin.steps:
         learned = "only the tokens of answers were learned, and of texts all"
-        if origin.history and _of_pairs(origin.history):
+        if origin.of_pairs:
             learned = "learned was which of two answers is preferred"
         yield f"{origin.steps:,} optimizer steps; {learned}."
-
-
-def _of_pairs(history: History) -> bool:
-    """Whether a training was one of pairs of answers, by what its validation measured."""
-    return "val_reward_accuracy" in history.figures
 
 
 def _counted(history: History) -> Iterator[tuple[str, ...]]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from firefly_lightning.checkpoints.history import HISTORY, History
-from firefly_lightning.checkpoints.layout import ADAPTER_KEY, CONFIGURATION_KEY
+from firefly_lightning.checkpoints.layout import ADAPTER_KEY, CONFIGURATION_KEY, REFERENCE_KEY
 from firefly_lightning.errors import FireflyError
 
 _OF_A_MACHINE = ("path", "tokenizer", "cache_dir", "num_workers", "pin_memory", "_files")
@@ -30,6 +30,7 @@ class Origin(NamedTuple):
         steps: Number of optimizer steps.
         settings: The settings of the run that are not empty, by name.
         history: What else the run tells; None where its checkpoint has nothing of the kind.
+        of_pairs: Whether the run learned which of two answers is preferred.
     """
 
     base: str = ""
@@ -38,6 +39,7 @@ class Origin(NamedTuple):
     steps: int = 0
     settings: Mapping[str, str] = {}
     history: History | None = None
+    of_pairs: bool = False
 
 
 def origin_of(checkpoint: Mapping[str, Any]) -> Origin:
@@ -59,6 +61,7 @@ def origin_of(checkpoint: Mapping[str, Any]) -> Origin:
         steps=checkpoint.get("global_step", 0),
         settings={name: str(value) for name, value in settings.items() if not name.endswith(_OF_A_MACHINE)},
         history=history,
+        of_pairs=REFERENCE_KEY in checkpoint,
     )
 
 

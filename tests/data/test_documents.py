@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import math
 from collections import defaultdict
 
 import numpy as np
@@ -156,17 +157,46 @@ def test_a_document_of_a_form_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": " \n"}, "the text is empty"),
-        ({"text": None}, "field 'text' must be a string"),
+        *(({"text": value}, "field 'text' must be a string") for value in (None, 5, True, [], ["第一篇"], {})),
+        *(({"text": value}, "the text is empty") for value in ("", " ", "\u3000\n")),
+        ({"text": "\ud800"}, "half a surrogate pair"),
+        ({"title": "标题"}, "none of the accepted forms"),
         ({"text": "酒店不错", "label": "好评"}, "there is text beside 'text', in label; make instruction rows"),
         ({"text": "酒店不错", "meta": {}, "summary": "不错", "note": "x"}, "in summary, note;"),
     ],
 )
 def test_what_is_no_document(tmp_path, row, message):
-    path = write_rows(tmp_path / "rows.jsonl", [row])
-    with pytest.raises(FireflyError, match=r"rows\.jsonl:1") as raised:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in ({"text": "正文"}, row)), "utf-8")
+    with pytest.raises(FireflyError, match=r"rows\.jsonl:2") as raised:
         list(read_rows(str(path)))
     assert message in str(raised.value)
+    reader = RowReader(str(path), RowRules(counting_faults=True))
+    assert len(list(reader)) == sum(reader.faults.values()) == 1
+
+
+@pytest.mark.parametrize("most", [2, 3, 512])
+def test_the_shortest_texts_are_learned_and_measured(tiny_folder, tmp_path, most):
+    """Of one token, and of what looks like special tokens and is text like any other."""
+    texts = ["a", "</s>", "<s></s><pad>", "</s></s>"]
+    file = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    own = ["--data.val_files", file, "--data.max_length", most, "--data.batch_size", 2, "--trainer.max_steps", 2]
+    fit(tiny_folder, file, tmp_path, *own, "--trainer.val_check_interval", 1, "--model.warmup_steps", 0)
+    losses = [float(loss) for name in ("train_loss", "val_loss") for loss in logged(tmp_path, name).values()]
+    assert len(losses) == 4
+    assert all(math.isfinite(loss) and loss > 0 for loss in losses)
+    rows = data_of(tiny_folder, tmp_path, train_files=str(file), max_length=most).train.rows
+    encode = load_tokenizer(str(tiny_folder)).backend_tokenizer
+    encode.encode_special_tokens = True
+    lengths = [len(encode.encode(text, add_special_tokens=False).ids) for text in texts]
+    assert lengths[:2] == [1, 4]
+    assert rows.counts[0]["Text"]["target_tokens"] == sum(lengths) + len(texts)
+
+
+def test_texts_without_room_are_told(tiny_folder, tmp_path):
+    file = write_rows(tmp_path / "texts.jsonl", [{"text": "正文"}])
+    result = fit(tiny_folder, file, tmp_path, "--data.max_length", 1, check=False)
+    assert "no row has a target within 1 tokens" in one_line(result)
 
 
 def test_where_a_text_was_found_is_named_and_not_learned(tmp_path):

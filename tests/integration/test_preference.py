@@ -1,47 +1,18 @@
 """Preference tuning under every strategy is that of one process of plain PyTorch; runs stop, are killed, and move."""
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 
-from firefly_lightning import PreferenceModule
 from tests.integration.test_adapter_strategies import ABLE, ADAPTER, LORA
 from tests.integration.test_parity import REFUSED, SPELLED_OUT, STRATEGIES, ran, relative, weights_apart
 from tests.support.choice import DIVIDED
 from tests.support.helpers import fit, logged, run, run_ranks
 from tests.support.pair_runs import PREFERENCE, TrainedOnPairs
-from tests.support.strategies import BATCH_SIZE, STEPS
-
-
-class Stopping(PreferenceModule):
-    """A module that asks the trainer to stop in the middle of a step, as a time limit does."""
-
-    def __init__(self, stop_step: int, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.stop_step = stop_step
-
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        if batch["step"] == self.stop_step and not batch_idx % 2:
-            self.trainer.should_stop = True
-
-
-class Killed(PreferenceModule):
-    """A module that kills its own process in the middle of a step."""
-
-    def __init__(self, kill_step: int, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.kill_step = kill_step
-
-    def training_step(self, batch, batch_idx):
-        if batch["step"] == self.kill_step and batch_idx % 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().training_step(batch, batch_idx)
-
+from tests.support.strategies import BATCH_SIZE, CLIP, LEARNING_RATE, STEPS, WARMUP
 
 TOLERANCES = {"32-true": 1e-4, "bf16-mixed": 3e-2}
 
@@ -93,7 +64,7 @@ def test_a_run_moves_through_all_strategies(pair_args, expected_of_pairs, tmp_pa
         root = tmp_path / f"{number}-{strategy}"
         own = ["--data.cache_dir", root / "cache", *checkpoint]
         if end < STEPS:
-            own += ["--model", "tests.integration.test_preference.Stopping", "--model.stop_step", end - 1]
+            own += ["--model", "tests.support.helpers.StoppingOnPairs", "--model.stop_step", end - 1]
         ran(strategy, STRATEGIES[strategy][0], command(pair_args, strategy, root, *own))
         losses |= {step: float(loss) for step, loss in logged(root).items()}
         checkpoint = ["--ckpt_path", root / "checkpoints" / "last.ckpt"]
@@ -111,7 +82,7 @@ def test_an_adapter_trains_like_one_of_peft(strategy, pair_args, odd_folder, pai
         torch.manual_seed(0)
         return peft.get_peft_model(bloom, peft.LoraConfig(**LORA))
 
-    expected = TrainedOnPairs(odd_folder, pairs_file, planned_pairs, 1e-4, adapt)
+    expected = TrainedOnPairs(odd_folder, pairs_file, planned_pairs, LEARNING_RATE, WARMUP, CLIP, 1e-4, adapt)
     own = [*ADAPTER, "--data.cache_dir", tmp_path / "cache"]
     if ran(strategy, STRATEGIES[strategy][0], command(pair_args, strategy, tmp_path, *own)) is None:
         return
@@ -145,7 +116,7 @@ ARGS = [
 def test_a_killed_run_resumes_digit_for_digit(model_folder, pairs_file, tmp_path):
     """And without the cache of before, with which its first weights would not be needed."""
     fit(model_folder, pairs_file, tmp_path / "whole", *ARGS)
-    kill = ["--model", "tests.integration.test_preference.Killed", "--model.kill_step", 7]
+    kill = ["--model", "tests.support.helpers.KilledOnPairs", "--model.kill_step", 7]
     first = ["--data.cache_dir", tmp_path / "a"]
     killed = fit(model_folder, pairs_file, tmp_path / "run", *ARGS, *first, *kill, check=False, process=True)
     assert killed.returncode == -9

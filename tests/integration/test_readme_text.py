@@ -13,8 +13,8 @@ import torch
 import yaml
 from transformers import BloomConfig, BloomForCausalLM
 
+from firefly_lightning.data.sources.pair_forms import read_pair
 from firefly_lightning.data.sources.row_forms import read_rows
-from firefly_lightning.preference.pair_forms import read_pair
 from firefly_lightning.preparation.templates.reader import TEMPLATE_FOLDER
 from tests.conftest import write_rows
 from tests.integration.test_start import ORDER
@@ -249,7 +249,7 @@ def test_rows_that_are_documented_are_read(tmp_path):
     pairs = [row for row in shown if "chosen" in row]
     readme, raw, *rows = [row for row in shown if row not in pairs]
     assert readme == raw
-    assert [read_pair(row).chosen for row in pairs] == ["是好评。", "Goodbye.", "2", "2"]
+    assert [read_pair(row).chosen for row in pairs] == ["是好评。", "Goodbye.", "2", "2", "Goodbye."]
     assert raw.keys() == {"text", "label"}
     read = [next(read_rows(str(write_rows(tmp_path / f"{at}.jsonl", [row])))) for at, row in enumerate(rows)]
     assert [len(row.turns) for row in read] == [1, 1, 2, 2, 2, 2, 2, 1, 2, 1]

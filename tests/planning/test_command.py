@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,3 +172,28 @@ def test_flags_of_a_plan():
     assert list(gather_lists(given, plan)) == ["--measure", "true", "--devices", '["1", "2"]']
     assert list(gather_lists(["--memory=8GB", "12GB"], plan)) == ["--memory", '["8GB", "12GB"]']
     assert list(gather_lists(["--measure", "false"], plan)) == ["--measure", "false"]
+
+
+def test_pairs_are_planned_as_two_rows(tmp_path, model_folder, pairs_file):
+    """By their real lengths; where they are not here, each is taken for two rows of the greatest length."""
+
+    def planned(files: str, what: str, rows: int) -> tuple[str, dict]:
+        model = {"class_path": f"firefly_lightning.{what}Module", "init_args": {"path": str(model_folder)}}
+        data = {"train_files": files, "batch_size": 8, "max_length": 100}
+        config, out = (
+            tmp_path / f"{what}-{rows}-{Path(files).name}.yaml",
+            tmp_path / f"{what}-{rows}-{Path(files).name}",
+        )
+        data = {"class_path": f"firefly_lightning.{what}DataModule", "init_args": data}
+        config.write_text(yaml.safe_dump({"model": model, "data": data}), "utf-8")
+        own = ["--strategies", "auto", "--devices", 1, "--micro_batch_sizes", rows, "--out", out]
+        text = run("firefly", "plan", "--config", config, *own).stdout
+        return text, json.loads((out / "plan.json").read_text("utf-8"))
+
+    text, report = planned(str(pairs_file), "Preference", 1)
+    assert "5 steps of 8 pairs, 36 pairs" in text
+    assert report["epoch"]["rows"] == 36
+    text, of_pairs = planned("nobody/pairs", "Preference", 1)
+    assert "pairs: each is taken for two rows of 100 tokens" in text
+    _, of_rows = planned("nobody/rows", "Firefly", 2)
+    assert of_pairs["runs"][0]["device"] == of_rows["runs"][0]["device"]

@@ -33,18 +33,9 @@ DESCENT = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", LR,
            "--model.lr_scheduler", "torch.optim.lr_scheduler.ConstantLR", "--model.lr_scheduler.factor", 1,
            "--trainer.max_steps", 2, "--data.batch_size", 8]  # fmt: skip
 
-RECORD = ["--model", "tests.preference.test_module.Recording"]
+RECORD = ["--model", "tests.support.helpers.RecordingOnPairs"]
 
 FIGURES = ("reward_accuracy", "reward_margin", "chosen_log_prob", "rejected_log_prob")
-
-
-class Recording(PreferenceModule):
-    """A module that writes the gradients of every step into the run's folder."""
-
-    def on_before_optimizer_step(self, optimizer):
-        super().on_before_optimizer_step(optimizer)
-        grads = {name: parameter.grad.clone() for name, parameter in self.model.named_parameters()}
-        torch.save(grads, Path(self.trainer.default_root_dir) / f"grads-{self.global_step}-{self.global_rank}.pt")
 
 
 def steps_of(folder, pairs_file, count: int) -> list[list[int]]:

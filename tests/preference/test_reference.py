@@ -133,9 +133,16 @@ def test_other_pairs_are_no_reason_to_measure_trained_weights(
     assert computed == ["val.jsonl"]
 
 
-def test_a_training_of_targets_is_not_resumed(model_folder, rows_file, pairs_file, tmp_path):
+def test_a_training_of_targets_is_not_resumed_nor_one_of_pairs_on_targets(
+    model_folder, rows_file, pairs_file, tmp_path
+):
     common = ["--data.batch_size", 8, "--model.warmup_steps", 0]
     fit(model_folder, rows_file, tmp_path, *common, "--trainer.max_steps", 2)
+    fit(model_folder, pairs_file, tmp_path / "pairs", *ARGS)
+    on_targets = [*common, "--trainer.max_steps", 8, "--ckpt_path", "last"]
+    line = one_line(fit(model_folder, rows_file, tmp_path / "pairs", *on_targets, check=False))
+    assert "was saved by a training of preferences" in line
+    assert "firefly export" in line
     line = one_line(fit(model_folder, pairs_file, tmp_path, *ARGS, "--ckpt_path", "last", check=False))
     assert "was saved by a training that has no reference" in line
     assert "firefly export" in line

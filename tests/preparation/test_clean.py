@@ -107,6 +107,31 @@ def test_rows_of_every_form_and_raw_rows_are_cleaned(tmp_path):
     }  # fmt: skip
 
 
+def test_pairs_are_cleaned_in_all_their_forms(tmp_path, capsys):
+    """What training refuses is left out by name; the same pair in another form is a duplicate."""
+    asked = {"role": "user", "content": LONG}
+    said = [{"role": "assistant", "content": one} for one in ("在杭州。", "不知道。")]
+    pair = {"input": LONG, "chosen": "在杭州。", "rejected": "不知道。"}
+    good = [pair, {"kind": "Turned", "prompt": LONG, "chosen": "不知道。", "rejected": "在杭州。"}]
+    bad = {
+        "duplicate": {"chosen": [asked, said[0]], "rejected": [asked, said[1]]},
+        "equal": {**pair, "rejected": pair["chosen"]},
+        "empty": {**pair, "chosen": " "},
+        "no form": {**pair, "chosen": None},
+        "not text": {**pair, "rejected": 5},
+        "no question": {**pair, "input": ""},
+        "malformed": {"chosen": [said[0], asked], "rejected": [asked, said[1]]},
+        "no answer": {"chosen": [asked], "rejected": [asked, said[1]]},
+        "other prompts": {"chosen": [asked, said[0]], "rejected": [{**asked, "content": OTHER}, said[1]]},
+        "broken characters": {**pair, "rejected": "第\ufffd一"},
+    }
+    kept, report = cleaned(tmp_path, [*good, *bad.values()], near_duplicates=1)
+    assert kept == good
+    assert report["counts"]["all"] == {"read": 12, "kept": 2, **dict.fromkeys(bad, 1)}
+    assert report["counts"]["Turned"] == {"read": 1, "kept": 1}
+    assert "no form that training reads" not in capsys.readouterr().out
+
+
 def test_documents_are_cleaned_by_their_text(tmp_path):
     """No two of them ask the same, though none asks anything; a line of a text file becomes a row."""
     texts = [LONG, LONG[:-1] + "！", OTHER, "第\ufffd一", " "]

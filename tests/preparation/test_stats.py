@@ -171,3 +171,22 @@ def test_only_last_answers_are_counted_as_learned(files, tmp_path, tiny_folder, 
     last = len(tokenizer("明月何时", add_special_tokens=False)["input_ids"]) + 1
     first = len(tokenizer("春风", add_special_tokens=False)["input_ids"]) + 1
     assert learned == {"all": first + last, "last": last}
+
+
+def test_a_pair_counts_as_its_two_rows(tmp_path, tokenizer, tiny_folder, capsys):
+    pairs = [{"prompt": f"问{at}" * 9, "chosen": "好" * (1 + at), "rejected": "坏" * (2 + at)} for at in range(5)]
+    bad = {"prompt": "问", "chosen": "好", "rejected": "好"}
+    file = write_rows(tmp_path / "pairs.jsonl", [*pairs, bad, {"kind": "QA", "input": "问", "target": "答"}])
+    stats([str(file)], str(tiny_folder), str(tmp_path / "out"))
+    found = json.loads((tmp_path / "out" / "stats.json").read_text("utf-8"))
+    lengths = [
+        tokens(tokenizer, {"input": pair["prompt"], "target": pair[name]})
+        for pair in pairs
+        for name in ("chosen", "rejected")
+    ]
+    assert found["kinds"]["Preference"]["rows"] == 10
+    assert found["kinds"]["Preference"]["tokens"] == sum(map(sum, lengths))
+    assert found["kinds"]["Preference"]["target_tokens"] == sum(target for _, target in lengths)
+    assert found["kinds"]["QA"]["rows"] == 1
+    assert found["refused"] == {"equal": 1}
+    assert "1 (equal)" in capsys.readouterr().out

@@ -198,6 +198,27 @@ def test_verification_counts_and_passes(model, corpus, tmp_path, capsys):
     assert f"{whole} texts in the same tokens" in capsys.readouterr().out
 
 
+def test_a_corpus_of_documents_and_pairs(model, tmp_path):
+    """All their texts count, a prompt once; they also serve to verify with."""
+    texts = reviews()[1000:1006]
+    pairs = [{"prompt": texts[0], "chosen": texts[1], "rejected": texts[2]}]
+    pairs += [{side: [{"role": "user", "content": texts[3]}, {"role": "assistant", "content": texts[at]}]
+               for side, at in (("chosen", 4), ("rejected", 5))}]  # fmt: skip
+    files = {
+        "pairs": write(tmp_path / "pairs.jsonl", "\n".join(map(json.dumps, pairs))),
+        "documents": write(tmp_path / "documents.jsonl", "\n".join(json.dumps({"text": text}) for text in texts)),
+        "lines": write(tmp_path / "lines.txt", "\n".join(texts)),
+    }
+    for name, file in files.items():
+        prune(str(model), str(tmp_path / name), [str(file)], min_count=2, verify=str(file), keep=str(file))
+        assert vocabulary(tmp_path / name) == vocabulary(tmp_path / "pairs")
+    for name, file in files.items():
+        prune(str(model), str(tmp_path / f"{name}-2"), [str(file)], min_count=2)
+        assert vocabulary(tmp_path / f"{name}-2") == vocabulary(tmp_path / "pairs-2")
+    assert len(vocabulary(tmp_path / "pairs-2")) < len(vocabulary(tmp_path / "pairs"))
+    assert vocabulary(tmp_path / "pairs").keys() == set(expected_tokens(model, texts))
+
+
 def test_verification_finds_lost_merges(model, pruned, tmp_path):
     small = Path(shutil.copytree(pruned, tmp_path / "small"))
     spec = json.loads((small / "tokenizer.json").read_text("utf-8"))

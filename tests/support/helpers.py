@@ -29,7 +29,7 @@ import pytest
 import torch
 
 from benchmarks import processes
-from firefly_lightning import FireflyDataModule, FireflyModule
+from firefly_lightning import FireflyDataModule, FireflyModule, PreferenceModule
 from tests.support.ranks import BIN, bare, lean, run_rank
 
 ROOT = Path(__file__).parents[2]
@@ -243,8 +243,8 @@ def logged(root: Path, name: str = "train_loss", version: int = 0) -> dict[int, 
         return {int(row["step"]): row[name] for row in csv.DictReader(file) if row.get(name)}
 
 
-class Recording(FireflyModule):
-    """A module that writes the gradients of every step into the run's folder, before the optimizer sees them."""
+class Records:
+    """For modules that write the gradients of every step into the run's folder, before the optimizer sees them."""
 
     def on_before_optimizer_step(self, optimizer):
         super().on_before_optimizer_step(optimizer)
@@ -252,8 +252,16 @@ class Recording(FireflyModule):
         torch.save(grads, Path(self.trainer.default_root_dir) / f"grads-{self.global_step}-{self.global_rank}.pt")
 
 
-class Killed(FireflyModule):
-    """A module that kills its own process in the middle of a step."""
+class Recording(Records, FireflyModule):
+    """A module that writes down its gradients."""
+
+
+class RecordingOnPairs(Records, PreferenceModule):
+    """The same of pairs."""
+
+
+class KillsItself:
+    """For modules that kill their own process in the middle of a step."""
 
     def __init__(self, kill_step: int, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -263,6 +271,14 @@ class Killed(FireflyModule):
         if batch["step"] == self.kill_step and batch_idx % 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().training_step(batch, batch_idx)
+
+
+class Killed(KillsItself, FireflyModule):
+    """A module that kills its own process in the middle of a step."""
+
+
+class KilledOnPairs(KillsItself, PreferenceModule):
+    """The same of pairs."""
 
 
 class KilledRank(Killed):
@@ -289,8 +305,8 @@ class OnAFullDisk(FireflyModule):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-class Stopping(FireflyModule):
-    """A module that asks the trainer to stop in the middle of a step, as a time limit does."""
+class StopsEarly:
+    """For modules that ask the trainer to stop in the middle of a step, as a time limit does."""
 
     def __init__(self, stop_step: int, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -299,6 +315,14 @@ class Stopping(FireflyModule):
     def on_train_batch_end(self, outputs, batch, batch_idx):
         if batch["step"] == self.stop_step and not batch_idx % 2:
             self.trainer.should_stop = True
+
+
+class Stopping(StopsEarly, FireflyModule):
+    """A module that asks the trainer to stop in the middle of a step."""
+
+
+class StoppingOnPairs(StopsEarly, PreferenceModule):
+    """The same of pairs."""
 
 
 class NotingRows(FireflyModule):

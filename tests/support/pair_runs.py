@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import BloomForCausalLM, get_cosine_schedule_with_warmup
+from transformers import BloomForCausalLM
 
 from firefly_lightning import PreferenceDataModule
 from firefly_lightning.huggingface import load_tokenizer
 from tests.conftest import write_rows
-from tests.support.strategies import BATCH_SIZE, CLIP, LEARNING_RATE, STEPS, WARMUP
+from tests.support.reference import Trained
+from tests.support.strategies import CLIP, LEARNING_RATE, WARMUP, planned
 
 BETA = 0.3
 
@@ -111,53 +112,30 @@ def pair_backward(model, pairs: Pairs, reference, loss="sigmoid", beta=BETA, smo
     return total
 
 
-class TrainedOnPairs:
-    """A stock Bloom that is trained on the given pairs in each step, by DPO.
+class TrainedOnPairs(Trained):
+    """A stock Bloom that is trained on the given pairs in each step, by DPO."""
 
-    Args:
-        adapt: Gives the model that is trained in its place, such as one of peft; only what is not frozen is trained.
+    def learned(self, first: BloomForCausalLM, folder: Path, rows_file: Path) -> Callable:
+        pairs = labelled_pairs(folder, rows_file)
+        reference = reference_of(first, pairs)
 
-    Attributes:
-        model: The trained model.
-        losses: Loss of each step.
-        norms: Norm of the gradient before clipping, of each step.
-    """
-
-    def __init__(
-        self, folder: Path, pairs_file: Path, steps: Sequence[Sequence[int]], eps: float, adapt: Callable | None = None
-    ):
-        bloom = BloomForCausalLM.from_pretrained(folder).float()
-        pairs = labelled_pairs(folder, pairs_file)
-        reference = reference_of(bloom.eval(), pairs)
-        self.model = (adapt(bloom) if adapt else bloom).train()
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.losses, self.norms = [], []
-        optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, eps=eps, weight_decay=0.01)
-        schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP, len(steps))
-        for numbers in steps:
-            optimizer.zero_grad()
+        def backward_of(model, numbers: Sequence[int]) -> float:
             step = [pairs[number] for number in numbers], [reference[number] for number in numbers]
-            self.losses.append(pair_backward(self.model, *step))
-            self.norms.append(float(torch.nn.utils.clip_grad_norm_(trained, CLIP)))
-            optimizer.step()
-            schedule.step()
+            return pair_backward(model, *step)
+
+        return backward_of
 
 
 @pytest.fixture(scope="session")
 def planned_pairs(odd_folder, pairs_file, tmp_path_factory) -> list[list[int]]:
-    """Numbers of the pairs of every step, as the plan of steps gives them; other tests check the plan."""
-    data = PreferenceDataModule(
-        str(odd_folder), str(pairs_file), batch_size=BATCH_SIZE, cache_dir=str(tmp_path_factory.mktemp("cache"))
-    )
-    data.prepare_data()
-    data.setup("fit")
-    return [data.train.plan.rows(step).tolist() for step in range(STEPS)]
+    """Numbers of the pairs of every step."""
+    return planned(PreferenceDataModule, odd_folder, pairs_file, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def expected_of_pairs(odd_folder, pairs_file, planned_pairs) -> TrainedOnPairs:
     """The results that preference tuning must give."""
-    trained = TrainedOnPairs(odd_folder, pairs_file, planned_pairs, 1e-4)
+    trained = TrainedOnPairs(odd_folder, pairs_file, planned_pairs, LEARNING_RATE, WARMUP, CLIP, 1e-4)
     assert all(norm > 1.5 * CLIP for norm in trained.norms), "clipping is active in every step"
     return trained
 

@@ -1,6 +1,6 @@
 """The results that training must give: of stock Bloom, one row at a time, and PyTorch's own AdamW in one process."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -60,15 +60,24 @@ class Trained:
         self, folder: Path, rows_file: Path, steps: Sequence[Sequence[int]], lr, warmup, clip, eps, adapt=None
     ):
         bloom = BloomForCausalLM.from_pretrained(folder).float()
+        backward_of = self.learned(bloom.eval(), folder, rows_file)
         self.model = (adapt(bloom) if adapt else bloom).train()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.losses, self.norms = [], []
-        rows = labelled(folder, rows_file)
         optimizer = torch.optim.AdamW(trained, lr=lr, eps=eps, weight_decay=0.01)
         schedule = get_cosine_schedule_with_warmup(optimizer, warmup, len(steps))
         for numbers in steps:
             optimizer.zero_grad()
-            self.losses.append(backward(self.model, [rows[number] for number in numbers]))
+            self.losses.append(backward_of(self.model, numbers))
             self.norms.append(float(torch.nn.utils.clip_grad_norm_(trained, clip)))
             optimizer.step()
             schedule.step()
+
+    def learned(self, first: BloomForCausalLM, folder: Path, rows_file: Path) -> Callable:
+        """What computes loss and gradients of a step, from the model and the numbers of the step's rows.
+
+        Args:
+            first: The model before the first step.
+        """
+        rows = labelled(folder, rows_file)
+        return lambda model, numbers: backward(model, [rows[number] for number in numbers])

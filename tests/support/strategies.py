@@ -39,10 +39,13 @@ def odd_folder(tmp_path_factory, reviews) -> Path:
 
 @pytest.fixture(scope="session")
 def planned_rows(odd_folder, rows_file, tmp_path_factory) -> list[list[int]]:
-    """Numbers of the rows of every step, as the plan of steps gives them; other tests check the plan."""
-    data = FireflyDataModule(
-        str(odd_folder), str(rows_file), batch_size=BATCH_SIZE, cache_dir=str(tmp_path_factory.mktemp("cache"))
-    )
+    """Numbers of the rows of every step."""
+    return planned(FireflyDataModule, odd_folder, rows_file, tmp_path_factory.mktemp("cache"))
+
+
+def planned(data_class: type[FireflyDataModule], folder: Path, rows_file: Path, cache: Path) -> list[list[int]]:
+    """What makes every step, as the plan of steps gives it; other tests check the plan."""
+    data = data_class(str(folder), str(rows_file), batch_size=BATCH_SIZE, cache_dir=str(cache))
     data.prepare_data()
     data.setup("fit")
     return [data.train.plan.rows(step).tolist() for step in range(STEPS)]

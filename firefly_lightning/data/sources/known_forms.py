@@ -132,6 +132,11 @@ def no_form(fields: Mapping[str, Any]) -> str:
         missing = form.required - fields.keys()
         if len(missing) == 1 < len(form.required):
             return f"field {next(iter(missing))!r} is missing; the row has {names_of(fields)}; use {forms}"
+    if fields.keys() >= {"chosen", "rejected"}:
+        return (
+            "the row is a pair of a chosen and a rejected answer, which firefly_lightning.PreferenceDataModule reads; "
+            f"name that as data.class_path; else use {forms}"
+        )
     if _DOCUMENT.required <= fields.keys() and (beside := _DOCUMENT.foreign(fields)):
         return (
             f"the row is no document, since there is text beside 'text', in {some(beside)}; make instruction rows of "
@@ -149,8 +154,13 @@ def _firefly_turns(fields: Mapping[str, Any]) -> Said:
 
 
 def _belle_turns(fields: Mapping[str, Any]) -> Said:
+    return Said((*earlier_turns(fields), (instruction_of(fields), text_of(fields, "output"))))
+
+
+def instruction_of(fields: Mapping[str, Any]) -> str:
+    """What is asked by an instruction and its input, which may be missing or null."""
     parts = [text_of(fields, "instruction"), "" if fields.get("input") is None else text_of(fields, "input")]
-    return Said((*earlier_turns(fields), ("\n".join(filter(None, parts)), text_of(fields, "output"))))
+    return "\n".join(filter(None, parts))
 
 
 def earlier_turns(fields: Mapping[str, Any]) -> Iterator[Turn]:

@@ -1,7 +1,6 @@
-"""Rows to learn of files and Hugging Face datasets, and two readers of them.
+"""Rows to learn of files and Hugging Face datasets: their reader, which refuses or counts what cannot be learned.
 
-:class:`RowReader` is strict: it gives rows that can be learned, and refuses all others. :func:`read_leniently` says of
-any record what it holds and what is wrong with it.
+:func:`firefly_lightning.data.sources.any_record.read_leniently` says of any record what it holds and what is wrong.
 """
 
 from collections import Counter
@@ -10,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import xxhash
 
-from firefly_lightning.data.sources.known_forms import form_of, no_form, raw_or_firefly, with_open_target
+from firefly_lightning.data.sources.known_forms import form_of, no_form, with_open_target
 from firefly_lightning.data.sources.records import DocumentPer, read_records
 from firefly_lightning.data.sources.row_texts import BadRowError, Said, document_of, text_of
 from firefly_lightning.errors import FireflyError, reason
@@ -67,22 +66,6 @@ class Record(NamedTuple):
 
 ReadRecord = Callable[[Mapping[str, Any], int], Record | None]
 """Gives the rows of a record from its fields and its number, or None where it is in one of the known forms."""
-
-
-class Reading(NamedTuple):
-    """What a record says, whatever is wrong with it.
-
-    Attributes:
-        kind: The kind that the record names, else the name of its form; None where neither is known.
-        turns: (input, target) pairs; empty for a raw row, and for a row that has a fault.
-        others: Values of the fields that are neither a part of the turns nor the kind.
-        fault: Why no turns can be read though the row is in a known form, in a word or two; None where they can.
-    """
-
-    kind: str | None
-    turns: tuple[Turn, ...]
-    others: list[Any]
-    fault: str | None = None
 
 
 class RowRules(NamedTuple):
@@ -191,28 +174,9 @@ def read_rows(source: str, row_format: RowFormat | None = None) -> Iterator[Row]
     return iter(RowReader(source, RowRules(row_format)))
 
 
-def read_leniently(fields: Mapping[str, Any]) -> Reading:
-    """What a record says: its turns where it is a row in a known form, the values of its fields where not (a raw row).
-
-    A Firefly row needs no kind here, since the templates that build rows are given the kind apart.
-    """
-    form = form_of(fields)
-    if form is None and (form := raw_or_firefly(fields)):
-        fields = {**fields, "kind": ""}
-    if form is None:
-        return Reading(_named_kind(fields), (), _values(fields, {"kind"}))
-    try:
-        kind, said = form.kind(fields), form.read(fields)
-        if not said.turns:
-            raise _nothing_to_learn()
-    except BadRowError as error:
-        return Reading(_named_kind(fields) or form.name, (), _values(fields, {"kind"}), error.fault)
-    return Reading(kind, said.turns, _values(fields, form.known))
-
-
 def _to_learn(kind: str, said: Said, number: int) -> Row:
     if not said.turns:
-        raise _nothing_to_learn()
+        raise nothing_to_learn()
     for index, (_, target) in enumerate(said.turns, 1):
         if not target.strip():
             turn = f" of turn {index}" if len(said.turns) > 1 else ""
@@ -228,7 +192,8 @@ def _to_answer(kind: str, said: Said, number: int) -> Row:
     return Row(kind, turns, number, False, learned)
 
 
-def _nothing_to_learn() -> BadRowError:
+def nothing_to_learn() -> BadRowError:
+    """The error of a row none of whose turns has an answer."""
     return BadRowError("no turn has an answer, so there is nothing to learn; remove the row", "empty")
 
 
@@ -258,15 +223,3 @@ def _read_own(row_format: RowFormat, fields: Mapping[str, Any]) -> tuple[str, Sa
 def _name_of(row_format: RowFormat) -> str:
     parts = (getattr(row_format, "__module__", None), getattr(row_format, "__qualname__", repr(row_format)))
     return ".".join(filter(None, parts))
-
-
-def _named_kind(fields: Mapping[str, Any]) -> str | None:
-    """The kind that a record names; None where it names none, or none that is proper text."""
-    try:
-        return text_of(fields, "kind") or None
-    except BadRowError:
-        return None
-
-
-def _values(fields: Mapping[str, Any], known: set[str] | frozenset[str]) -> list[Any]:
-    return [value for name, value in fields.items() if name not in known]

@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from firefly_lightning.data.sources.row_forms import Row, RowReader, RowRules, read_leniently, read_rows
+from firefly_lightning.data.sources.any_record import read_leniently
+from firefly_lightning.data.sources.row_forms import Row, RowReader, RowRules, read_rows
 from firefly_lightning.errors import FireflyError
 from tests.conftest import write_rows
 

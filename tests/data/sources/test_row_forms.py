@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from demo.raw_rows import package_file
 from firefly_lightning.data.sources import json_arrays
+from firefly_lightning.data.sources.any_record import read_leniently
 from firefly_lightning.data.sources.records import find_sources, read_records
-from firefly_lightning.data.sources.row_forms import Row, read_leniently, read_rows
+from firefly_lightning.data.sources.row_forms import Row, read_rows
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.interrupts import Terminated
 from tests.support.helpers import raised_line

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from firefly_lightning.data import datamodule
 from firefly_lightning.data.datamodule import FireflyDataModule
+from firefly_lightning.data.sources.any_record import read_leniently
 from firefly_lightning.data.sources.known_forms import form_of
-from firefly_lightning.data.sources.row_forms import Row, RowReader, RowRules, read_leniently, read_rows
+from firefly_lightning.data.sources.row_forms import Row, RowReader, RowRules, read_rows
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.evaluation import predictions
 from firefly_lightning.preparation import figures

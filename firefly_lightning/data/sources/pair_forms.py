@@ -1,14 +1,15 @@
 """The forms that pairs are in, a prompt with a chosen and a rejected answer, and the two rows that each of them gives.
 
-The forms are ``{input, chosen, rejected}`` with ``history`` and ``system`` as instruction rows have them, and those of
-TRL: ``{prompt, chosen, rejected}`` as texts or as lists of messages, and ``{chosen, rejected}`` as whole conversations.
+The forms are ``{input, chosen, rejected}`` with ``history`` and ``system`` as instruction rows have them, the same with
+an ``instruction`` as Alpaca's rows have it, and those of TRL: ``{prompt, chosen, rejected}`` as texts or as lists of
+messages, and ``{chosen, rejected}`` as whole conversations, beside which ``prompt`` may repeat the question.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from firefly_lightning.data.sources.known_forms import TURN_SEPARATOR, earlier_turns
-from firefly_lightning.data.sources.listed_turns import listed_turns
+from firefly_lightning.data.sources.known_forms import TURN_SEPARATOR, earlier_turns, form_of, instruction_of
+from firefly_lightning.data.sources.listed_turns import ROLES, listed_turns
 from firefly_lightning.data.sources.row_forms import Record, Row
 from firefly_lightning.data.sources.row_texts import (
     BadRowError,
@@ -24,9 +25,10 @@ from firefly_lightning.prompt import Turn
 KIND = "Preference"
 """Kind of a pair that names none."""
 
-FORMS = "{input, chosen, rejected}, {prompt, chosen, rejected} or {chosen, rejected} of whole conversations"
+FORMS = "{input, chosen, rejected}, the same with prompt or instruction, or {chosen, rejected} of whole conversations"
 
-_KNOWN = frozenset({"kind", "system", "history", "input", "prompt", "chosen", "rejected"})
+KNOWN = frozenset({"kind", "system", "history", "instruction", "input", "prompt", "chosen", "rejected"})
+"""All fields of a pair that are read."""
 
 
 class Pair(NamedTuple):
@@ -45,6 +47,15 @@ class Pair(NamedTuple):
     chosen: str
     rejected: str
     unused: tuple[str, ...] = ()
+
+
+def is_pair(fields: Mapping[str, Any]) -> bool:
+    """Whether a record is meant as a pair: it has both answers, and is no instruction row beside them."""
+    if not fields.keys() >= {"chosen", "rejected"}:
+        return False
+    form = form_of(fields)
+    # A table has the columns of all its rows in each of them.
+    return form is None or None in map(fields.get, form.required)
 
 
 def rows_of_pair(fields: Mapping[str, Any], number: int) -> Record:
@@ -108,7 +119,7 @@ def read_pair(fields: Mapping[str, Any]) -> Pair:
                 f"field {name!r} is missing, so this is no pair; the row has {names_of(fields)}; use {FORMS}", "no form"
             )
     pair = _listed_pair(fields) if isinstance(fields["chosen"], list) else _plain_pair(fields)
-    others = [printable(name) for name, value in fields.items() if name not in _KNOWN and has_text(value)]
+    others = [printable(name) for name, value in fields.items() if name not in KNOWN and has_text(value)]
     if not isinstance(fields.get("kind"), str) and has_text(fields.get("kind")):
         others.append("kind")
     return pair._replace(unused=(*others, *pair.unused))
@@ -116,34 +127,46 @@ def read_pair(fields: Mapping[str, Any]) -> Pair:
 
 def _plain_pair(fields: Mapping[str, Any]) -> Pair:
     if isinstance(fields["rejected"], list):
-        raise BadRowError("chosen is a text and rejected a list; give both in one form", "malformed")
-    named = [name for name in ("input", "prompt") if fields.get(name) is not None]
-    if not named:
-        raise BadRowError(f"there is no input or prompt; the row has {names_of(fields)}; use {FORMS}", "no form")
-    name, answers = named[-1], [_closed(text_of(fields, one)) for one in ("chosen", "rejected")]
-    if len(named) == 2 and has_text(fields["input"]) and has_text(fields["prompt"]):
-        raise BadRowError("input and prompt are both given; keep the one that is asked", "malformed")
+        raise _not_in_one_form()
+    name = _asking(fields)
+    answers = [_closed(text_of(fields, one)) for one in ("chosen", "rejected")]
     if isinstance(fields[name], list):
+        _without_history(fields)
         asked = listed_turns(name)(fields)
     else:
-        asked = Said(tuple(earlier_turns(fields)), (), text_of(fields, name))
+        question = instruction_of(fields) if name == "instruction" else text_of(fields, name)
+        asked = Said(tuple(earlier_turns(fields)), (), question)
     asked = _with_system(fields, asked)
     if asked.question is None or not asked.question.strip():
         raise _no_question(name)
     return Pair(asked.turns, asked.question, answers[0], answers[1], asked.unused)
 
 
+def _asking(fields: Mapping[str, Any]) -> str:
+    """The field that asks: one of prompt, instruction and input; an instruction may have its input."""
+    named = [name for name in ("prompt", "instruction", "input") if fields.get(name) is not None]
+    if not named:
+        raise BadRowError(f"there is no input or prompt; the row has {names_of(fields)}; use {FORMS}", "no form")
+    asking = [name for name in named if has_text(fields[name])]
+    if "prompt" in asking and len(asking) > 1:
+        raise BadRowError(f"{asking[1]} and prompt are both given; keep the one that is asked", "malformed")
+    return (asking or named)[0]
+
+
 def _listed_pair(fields: Mapping[str, Any]) -> Pair:
     """A pair whose answers are messages, after those of the prompt, or whole conversations with a common beginning."""
     prompt: Any = fields.get("prompt")
-    if has_text(fields.get("input")) or (prompt is not None and not isinstance(prompt, list)):
+    asks = has_text([fields.get("input"), fields.get("instruction")]) or not isinstance(prompt, list | str | None)
+    if asks or (has_text(prompt) and isinstance(prompt, str) and _begins_with_an_answer(fields["chosen"])):
         raise BadRowError("answers that are messages need a prompt of messages, or none; mend the row", "malformed")
+    _without_history(fields)
+    before_both = prompt if isinstance(prompt, list) else []
     both = []
     for name in ("chosen", "rejected"):
         said = fields[name]
         if not isinstance(said, list):
-            raise BadRowError("chosen is a list and rejected none; give both in one form", "malformed")
-        whole = listed_turns(name)({name: [*(prompt or ()), *said]})
+            raise _not_in_one_form()
+        whole = listed_turns(name)({name: [*before_both, *said]})
         if whole.question is not None or not whole.turns:
             raise BadRowError(f"the last message of {name} is not by the assistant; mend the row", "no answer")
         both.append(_with_system(fields, whole))
@@ -152,9 +175,22 @@ def _listed_pair(fields: Mapping[str, Any]) -> Pair:
     if (before, question) != (others, other_question):
         raise BadRowError("chosen and rejected answer different prompts; give both the same one", "other prompts")
     if not question.strip():
-        raise _no_question("prompt" if prompt else "chosen")
+        raise _no_question("prompt" if before_both else "chosen")
+    if isinstance(prompt, str) and prompt.strip() and prompt.strip() not in {one.strip() for one, _ in chosen.turns}:
+        raise BadRowError("prompt is none of the questions of chosen; leave it out, or mend the row", "malformed")
     unused = tuple(dict.fromkeys((*chosen.unused, *rejected.unused)))
     return Pair(tuple(before), question, _closed(better), _closed(worse), unused)
+
+
+def _begins_with_an_answer(messages: Sequence[Any]) -> bool:
+    first = messages[0] if messages and isinstance(messages[0], dict) else {}
+    return ROLES.get(str(first.get("role") or first.get("from"))) == "assistant"
+
+
+def _without_history(fields: Mapping[str, Any]) -> None:
+    if has_text(fields.get("history")):
+        message = "history belongs to a prompt that is a text, not to messages; put its turns among them"
+        raise BadRowError(message, "malformed")
 
 
 def _with_system(fields: Mapping[str, Any], said: Said) -> Said:
@@ -172,6 +208,12 @@ def _closed(answer: str) -> str:
     while answer.rstrip().endswith(TURN_SEPARATOR):
         answer = answer.rstrip().removesuffix(TURN_SEPARATOR)
     return answer
+
+
+def _not_in_one_form() -> BadRowError:
+    return BadRowError(
+        "of chosen and rejected, one is a list of messages and the other is not; give both in one form", "malformed"
+    )
 
 
 def _no_question(name: str) -> BadRowError:

@@ -5,12 +5,15 @@ import json
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from firefly_lightning import FireflyError
+from firefly_lightning.data.sources.pair_forms import KNOWN, row_to_answer, rows_of_pair
 from firefly_lightning.data.sources.row_forms import RowReader, RowRules
 from firefly_lightning.data.sources.row_texts import BadRowError
-from firefly_lightning.preference.pair_forms import row_to_answer, rows_of_pair
 from tests.conftest import write_rows
+from tests.support.fuzzed_rows import PROPER, VALUES
 from tests.support.helpers import raised_line
 
 
@@ -28,6 +31,12 @@ SAME = {
     "TRL's messages": {"prompt": ASKED, "chosen": BETTER, "rejected": WORSE},
     "TRL's conversations": {"chosen": [*ASKED, *BETTER], "rejected": [*ASKED, *WORSE]},
     "texts after messages": {"prompt": ASKED, "chosen": "是 2。", "rejected": "是 4。"},
+    "a prompt beside conversations": {
+        "prompt": "不对。", "chosen": [*ASKED, *BETTER], "rejected": [*ASKED, *WORSE],
+    },
+    "an instruction": {
+        "instruction": "不对。", "input": "", "history": [["1+1=?", "3"]], "chosen": "是 2。", "rejected": "是 4。",
+    },
     "a closing </s> written out": {
         "history": [["1+1=?", "3"]], "input": "不对。", "chosen": "是 2。</s>", "rejected": "是 4。</s>",
     },
@@ -81,9 +90,83 @@ BAD = {
     "a text beside a list": ({"prompt": ASKED, "chosen": BETTER, "rejected": "坏"}, "malformed", "in one form"),
     "a list beside a text": ({"prompt": "问", "chosen": "好", "rejected": WORSE}, "malformed", "in one form"),
     "messages for a text": ({"prompt": "问", "chosen": BETTER, "rejected": WORSE}, "malformed", "prompt of messages"),
+    "a prompt that no conversation asks": (
+        {"prompt": "另", "chosen": [*ASKED, *BETTER], "rejected": [*ASKED, *WORSE]}, "malformed", "none of the"),
+    "a history beside messages": (
+        {"prompt": ASKED, "chosen": BETTER, "rejected": WORSE, "history": [["a", "b"]]}, "malformed", "put its turns"),
+    "a history beside a prompt of messages": (
+        {"prompt": ASKED, "chosen": "好", "rejected": "坏", "history": [["a", "b"]]}, "malformed", "put its turns"),
+    "an instruction beside a prompt": (
+        {"instruction": "译", "prompt": "问", "chosen": "好", "rejected": "坏"}, "malformed", "both given"),
+    "two questions": (
+        {"prompt": [*ASKED, ASKED[0]], "chosen": BETTER, "rejected": WORSE}, "malformed", "two questions"),
+    "a system text that comes late": (
+        {"prompt": [*ASKED, message("system", "x")], "chosen": BETTER, "rejected": WORSE}, "malformed", "must come"),
+    "a role of tools": (
+        {"prompt": [message("tool", "x")], "chosen": BETTER, "rejected": WORSE}, "malformed", "none of the known"),
     "two prompts": ({"input": "问", "prompt": "另", "chosen": "好", "rejected": "坏"}, "malformed", "both given"),
-    "a number": ({"input": "问", "chosen": 1, "rejected": "坏"}, "not text", "must be a string"),
 }  # fmt: skip
+
+
+PLAIN = {"input": "问", "chosen": "好", "rejected": "坏"}
+LISTED = {"prompt": ASKED, "chosen": BETTER, "rejected": WORSE}
+
+NO_TEXTS = {
+    "null": None, "a number": 5, "a truth value": True, "an object": {}, "an empty list": [], "a list": ["好"],
+    "an empty text": "", "blanks": " \n", "only </s>": " </s></s>", "half a character": "\ud800",
+}  # fmt: skip
+NO_MESSAGES = {
+    **{name: value for name, value in NO_TEXTS.items() if name != "an empty list"},
+    "no role": [{"content": "好"}], "null for a role": [message(None, "好")], "no content": [{"role": "assistant"}],
+    **{f"{name} for content": [message("assistant", value)] for name, value in NO_TEXTS.items()},
+}  # fmt: skip
+
+
+def odd_pairs() -> dict[str, dict]:
+    """Pairs each of which has in one field what is no proper text, or no messages; or lacks the field."""
+    pairs = {}
+    for whole, odd in ((PLAIN, NO_TEXTS), (LISTED, NO_MESSAGES)):
+        for field in whole:
+            pairs[f"{field} of {len(pairs)}, missing"] = {name: whole[name] for name in whole if name != field}
+            pairs |= {f"{field} of {len(pairs)}, {name}": {**whole, field: value} for name, value in odd.items()}
+    return {name: pair for name, pair in pairs.items() if not (name.startswith("input") and name.endswith("only </s>"))}
+
+
+@pytest.mark.parametrize("name", odd_pairs())
+def test_every_odd_value_of_every_field_is_refused_or_counted(name, tmp_path):
+    pair = odd_pairs()[name]
+    with pytest.raises(BadRowError) as raised:
+        rows_of_pair(pair, 1)
+    assert raised_line(raised)
+    assert raised.value.fault in (
+        "no form", "malformed", "not text", "empty", "no question", "no answer", "equal", "broken characters",
+    )  # fmt: skip
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in (PLAIN, pair)))
+    with pytest.raises(FireflyError, match=r"pairs\.jsonl:2") as refused:
+        list(RowReader(str(path), RowRules(read=rows_of_pair, together=2)))
+    assert raised_line(refused)
+    reader = RowReader(str(path), RowRules(read=rows_of_pair, together=2, counting_faults=True))
+    assert len(list(reader)) == 2
+    assert sum(reader.faults.values()) == 1
+
+
+ANY = st.one_of(VALUES, PROPER, st.sampled_from([ASKED, BETTER, WORSE, [*ASKED, *BETTER]]))
+
+
+@given(st.dictionaries(st.sampled_from(sorted(KNOWN)), ANY))
+def test_any_values_give_two_rows_or_are_refused(fields):
+    try:
+        rows, unused = rows_of_pair(fields, 1)
+    except BadRowError:
+        return
+    assert [len(row.turns) for row in rows] == [len(rows[0].turns)] * 2
+    assert rows[0].turns[:-1] == rows[1].turns[:-1]
+    assert rows[0].turns[-1][0] == rows[1].turns[-1][0]
+    assert rows[0].turns != rows[1].turns
+    assert all(row.turns[-1][0].strip() and row.turns[-1][1].strip() for row in rows)
+    assert set(unused) <= {"kind"} | {name for name in unused if "." in name}
+    assert row_to_answer(fields, 1).rows[0].turns == rows[0].turns
 
 
 @pytest.mark.parametrize("fault", BAD)
