@@ -1,6 +1,7 @@
 """A run that is started again by the same command, however it ended, leaves what an undisturbed run leaves."""
 
 import csv
+import json
 import os
 import random
 import signal
@@ -284,3 +285,25 @@ def test_nothing_whole_is_said_and_nothing_is_begun(model_folder, rows_file, tmp
     message = one_line(fit(model_folder, rows_file, tmp_path, *RUN, *AUTO, check=False))
     assert "no checkpoint of the run is whole" in message
     assert len(list((tmp_path / "lightning_logs").iterdir())) == 1
+
+
+def test_processes_pass_over_a_damaged_part_of_an_engines_own_form_together(model_folder, rows_file, tmp_path):
+    """Each of the parts is of one process, and all processes have to choose the same checkpoint."""
+    parts = {"class_path": "firefly_lightning.strategies.FSDP2Strategy"}
+    parts["init_args"] = {"save_distributed_checkpoint": True}
+    own = ["--trainer.strategy", json.dumps(parts), "--trainer.devices", 2]
+    own += ["--checkpoint.portable", "false", "--checkpoint.keep", 2]
+    common = ["--model.path", model_folder, "--data.train_files", rows_file, "--trainer.default_root_dir", tmp_path]
+    command = ["firefly-fit", "fit", *ONE, *RUN, *AUTO, *common, *own, "--checkpoint.every_n_steps", 2]
+    run_ranks(2, [*command, "--trainer.max_steps", 5])
+    first = rows_of(tmp_path)
+    part = tmp_path / "checkpoints" / "last.ckpt" / "rank-1.pt"
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    said = run_ranks(2, [*command, "--trainer.max_steps", 6])
+    assert said.count(f"passes over {part}: damaged") == 1, "one process says so for all"
+    assert "step=4.ckpt, saved after 4 steps" in said
+    again = rows_of(tmp_path)
+    assert again[: len(first)] == first
+    assert [int(row["step"]) for row in again if row["train_loss"]] == [*range(6)]
