@@ -7,6 +7,8 @@ all of it, since the pace of a disk changes; medians of the rounds are printed, 
 
 Then ``firefly-fit`` trains, with saves that it waits for and with ``checkpoint.asynchronous``: how long each save keeps
 the training from its next step, and what steps take beside a write.
+
+Longer than 300 lines, since all of it is one measurement in rounds.
 """
 
 import argparse
@@ -61,7 +63,11 @@ def main() -> None:
     options.hidden, options.layers, options.heads = map(int, options.size.split("x"))
     print(json.dumps(machine() | {"threads": options.threads, "size": options.size}), flush=True)
     with tempfile.TemporaryDirectory(dir=options.place) as folder:
-        rounds = [one_round(Path(folder), options) for _ in range(options.rounds)]
+        rounds = []
+        for number in range(options.rounds):
+            rounds.append(one_round(Path(folder), options))
+            seconds = {what: round(took, 2) for what, (_, took) in rounds[-1].items()}
+            print(json.dumps({"round": number + 1, "seconds": seconds}), flush=True)
         for what in rounds[0]:
             print(json.dumps(median(what, rounds)), flush=True)
         if options.steps:
