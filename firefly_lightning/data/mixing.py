@@ -158,9 +158,9 @@ def split(
         held_out = held_out[_first_windows(rows)]  # nothing of a document that is validated on is trained on
     taken = mix(rows, ~held_out & ~repeated, sources, kinds)
     if not taken or (val_fraction and not held_out.any()):
-        raise FireflyError(
-            f"data.val_fraction {val_fraction} of {len(rows)} rows leaves one side empty; choose another"
-        )
+        documents = np.count_nonzero(rows.windows <= 0)  # all windows of a document are on one side
+        of = f"{len(rows)} rows" if documents == len(rows) else f"{len(rows)} rows, windows of {documents} documents,"
+        raise FireflyError(f"data.val_fraction {val_fraction} of {of} leaves one side empty; choose another")
     return taken, [WeightedRows(np.flatnonzero(held_out))]
 
 

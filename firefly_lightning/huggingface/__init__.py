@@ -16,6 +16,7 @@ from firefly_lightning.huggingface.folder import base_of, load_config, load_prom
 from firefly_lightning.huggingface.weights import (
     Quantize,
     check_model,
+    digest_of_settings,
     digest_of_weights,
     load_bloom,
     random_bloom,
@@ -34,6 +35,7 @@ __all__ = [
     "check_same_model",
     "check_sizes",
     "describe",
+    "digest_of_settings",
     "digest_of_weights",
     "find_model_file",
     "load_bloom",

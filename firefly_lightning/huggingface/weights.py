@@ -152,6 +152,19 @@ def digest_of_weights(path: str) -> str:
     return digest.hexdigest()
 
 
+def digest_of_settings(path: str) -> str:
+    """A digest of what, beside its weights, a model computes by: its ``config.json``, and an adapter's own.
+
+    Args:
+        path: Folder or hub name of the model or the adapter.
+    """
+    base, digest = base_of(path), xxhash.xxh3_128()
+    for folder, name in ((base or path, "config.json"), *([(path, "adapter_config.json")] if base else [])):
+        if file := find_model_file(folder, name):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def _quantization(quantize: Quantize, compute_dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 

@@ -17,6 +17,7 @@ from firefly_lightning.huggingface import (
     Quantize,
     base_of,
     check_model,
+    digest_of_settings,
     digest_of_weights,
     load_bloom,
     load_config,
@@ -123,7 +124,8 @@ class ModelSource:
         if self._from_scratch:
             return None
         digest = self._digest or share(digest_of_weights(self.path) if first else None)
-        return f"{digest} {self.quantize or 'as they are'}"
+        settings = share(digest_of_settings(self.path) if first else None)
+        return f"{digest} {self.quantize or 'as they are'} {settings}"
 
     def record(self) -> dict[str, Any] | None:
         """What a checkpoint says of the adapter and its base, in plain values; None where all weights are trained."""

@@ -123,6 +123,14 @@ def test_a_document_is_on_one_side_of_a_split(model_folder, documents, tmp_path,
     assert taken == len(data.train.rows)
 
 
+def test_one_document_cannot_be_on_two_sides(model_folder, documents, tmp_path):
+    whole = tmp_path / "whole.txt"
+    whole.write_text(documents.read_text("utf-8"), "utf-8")
+    own = {"train_files": str(whole), "max_length": 32, "document_per": "file", "val_fraction": 0.5}
+    with pytest.raises(FireflyError, match=r"val_fraction 0\.5 of \d+ rows, windows of 1 documents, leaves one side"):
+        data_of(model_folder, tmp_path, **own)
+
+
 def test_text_files_are_documents(tmp_path):
     content = "第一篇\r\n\n  第二篇 \n\n"
     plain, packed = tmp_path / "a.txt", tmp_path / "b.txt.xz"

@@ -70,7 +70,11 @@ def test_other_weights_rows_and_precisions_are_computed_anew(model_folder, pairs
     with torch.no_grad():
         model.transformer.ln_f.bias += 0.1
     model.save_pretrained(other)
-    ways = [(model_folder, []), (other, []), (model_folder, ["--data.max_length", 40]),
+    set_otherwise = tmp_path / "set otherwise"  # the same weights
+    shutil.copytree(model_folder, set_otherwise)
+    config = json.loads((set_otherwise / "config.json").read_text("utf-8"))
+    (set_otherwise / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 0.1}), "utf-8")
+    ways = [(model_folder, []), (other, []), (set_otherwise, []), (model_folder, ["--data.max_length", 40]),
             (model_folder, ["--trainer.precision", "bf16-mixed"]), (model_folder, ["--model.attention", "eager"]),
             (model_folder, ["--data.prompt", "firefly_single"])]  # fmt: skip
     for at, (folder, own) in enumerate(ways):
