@@ -355,6 +355,7 @@ CHECKS = {
     "firefly-fit fit .*native_tp.yaml": check_run("native", range(3)),
     "firefly-fit fit .*gemini.yaml": check_run("gemini", range(3)),
     "torchrun --nproc_per_node": check_run("torchrun", range(3)),
+    "firefly-fit fit .*runs/asynchronous$": check_run("asynchronous", range(3)),
     "torchrun --nnodes 1:3": check_run("elastic", range(3)),
     "firefly-fit predict": check_predictions,
     "firefly-fit fit .*sgd.yaml": check_run("sgd", range(3)),
