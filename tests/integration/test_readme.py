@@ -178,15 +178,15 @@ OF_ROWS = ("val_perplexity", "val_accuracy", "val_eos_accuracy")
 OF_PAIRS = ("val_reward_accuracy", "val_reward_margin", "val_chosen_log_prob", "val_rejected_log_prob")
 
 
-def check_run(name: str, steps: range, version: int = 0, pairs: bool = False, **columns: int):
+def check_run(name: str, steps: range, version: int = 0, pairs: bool = False, validations: int = 1, **columns: int):
     def check(box: Path, out: str) -> None:
         root = box / "runs" / name
         assert sorted(logged(root, version=version)) == list(steps)
         for column in ("lr", "grad_norm", "target_tokens_per_second", "data_wait", "memory_gb", "mfu", "epoch"):
             assert logged(root, column, version).keys() >= set(steps), column
         for column, count in {
-            "val_loss": 1,
-            **dict.fromkeys(OF_PAIRS if pairs else OF_ROWS, 1),
+            "val_loss": validations,
+            **dict.fromkeys(OF_PAIRS if pairs else OF_ROWS, validations),
             **columns,
         }.items():
             assert len(logged(root, column, version)) == count, column
@@ -365,7 +365,7 @@ CHECKS = {
     "firefly export .*--adapter$": check_adapter,
     "firefly chat --model lora-adapter": check_answer,
     "firefly-fit fit .*low-memory.yaml": check_run("low-memory", range(3)),
-    "firefly-fit fit .*--ckpt_path last": check_run("first", range(5)),
+    "firefly-fit fit .*--ckpt_path last": check_run("first", range(5), validations=2),
     "firefly-fit fit .*runs/moved$": check_moved("moved", range(5, 7)),
     "firefly-fit fit .*runs/back$": check_moved("back", range(7, 9)),
     "firefly-fit validate": check_evaluation("val"),
@@ -398,7 +398,7 @@ README_CHECKS = {
     "firefly build": check_rows("rows.jsonl", "SentimentAnalyze", 61),
     "firefly prune": check_pruned("bloom-zh", verified=True),
     "firefly-fit fit --config reviews.yaml$": check_run("reviews", range(3)),
-    "firefly-fit fit .*--ckpt_path last": check_run("reviews", range(5)),
+    "firefly-fit fit .*--ckpt_path last": check_run("reviews", range(5), validations=2),
     "firefly-fit validate": check_evaluation("val", run="reviews"),
     "firefly export": check_exported("reviews-model"),
     "firefly chat .*--prompt": check_answer,
