@@ -38,7 +38,7 @@ pytest_plugins = [
 
 OF_ONE_STACK = {
     "current": (
-        "callbacks", "chat", "checkpoints/test_damage", "checkpoints/test_newest",
+        "callbacks", "chat", "checkpoints/test_asynchronous", "checkpoints/test_damage", "checkpoints/test_newest",
         "checkpoints/test_io_plugin.py::test_a_full_disk", "checkpoints/test_portable", "checkpoints/test_saved_config",
         "data", "demo", "evaluation/test_answer", "evaluation/test_metric_names", "evaluation/test_predictions",
         "evaluation/test_rows_in_flight", "checkpoints/test_forged_states", "model/test_adapters",
