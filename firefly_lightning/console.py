@@ -1,5 +1,6 @@
 """Tables: as plain text of the terminal's width, and in Markdown for files."""
 
+import re
 from collections.abc import Iterator, Sequence
 from shutil import get_terminal_size
 
@@ -41,9 +42,14 @@ def markdown(table: Table) -> str:
     columns = table.columns
     lines = [tuple(str(column.header) for column in columns), *_rows(columns)]
     rules = ["---:" if column.justify == "right" else "---" for column in columns]
-    written = [f"| {' | '.join(map(_cell, line))} |" for line in lines]
+    written = [f"| {' | '.join(map(escaped, line))} |" for line in lines]
     written.insert(1, f"| {' | '.join(rules)} |")
     return "\n".join([*([f"{table.title}\n"] if table.title else []), *written])
+
+
+def escaped(text: str) -> str:
+    """A text on one line of Markdown, as itself: none of its characters is a mark, nor ends the cell of a table."""
+    return re.sub(r"[\\`*\[\]|$]", r"\\\g<0>", " ".join(text.split())).replace("<", "&lt;")
 
 
 def _fitting(columns: Sequence[Column], width: int) -> Iterator[list[Column]]:
@@ -88,8 +94,3 @@ def _needed(column: Column) -> int:
 def _taken(columns: Sequence[Column]) -> int:
     """Characters that columns take at least, with the space around them."""
     return sum(_needed(column) + 2 for column in columns) + 1
-
-
-def _cell(text: str) -> str:
-    """A text as a cell of a table in Markdown, in which a bar would end the cell."""
-    return " ".join(text.split()).replace("|", "\\|")

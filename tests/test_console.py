@@ -1,12 +1,13 @@
 """Tables fit the width that they are shown in, and lose nothing."""
 
+import html
 import os
 import re
 
 import pytest
 from rich.cells import cell_len
 
-from firefly_lightning.console import markdown, new_table, render
+from firefly_lightning.console import escaped, markdown, new_table, render
 
 KINDS = ["对联", "SentimentAnalyze", "[/x] [bold]b[/bold] :smile:", "a|b"]
 HEADINGS = ["rows read", "share", "mean tokens", "last turn not answered", "over 512", "tokens kept", "90 %"]
@@ -67,5 +68,13 @@ def test_markdown_has_every_cell_of_a_row_in_its_line(table):
     cells = [re.split(r" (?<!\\)\| ", line.removeprefix("| ").removesuffix(" |")) for line in lines]
     assert cells[0] == ["kind", *HEADINGS]
     assert cells[1] == ["---", *["---:"] * len(HEADINGS)]
-    shown = [kind.replace("|", "\\|") for kind in KINDS]
+    shown = ["对联", "SentimentAnalyze", "\\[/x\\] \\[bold\\]b\\[/bold\\] :smile:", "a\\|b"]
     assert cells[2:] == [[kind, *numbers] for kind, numbers in zip(shown, NUMBERS, strict=True)]
+
+
+def test_what_would_be_a_mark_of_markdown_stands_for_itself():
+    from markdown import markdown as as_html
+
+    for text in ("*重要*", "<b>粗</b>", "[链接](http://x)", "`code`", "\\*", "对联"):
+        assert html.unescape(as_html(escaped(text))) == f"<p>{text}</p>"
+    assert escaped("a|b, $x$") == "a\\|b, \\$x\\$"

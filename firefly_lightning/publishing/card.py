@@ -10,7 +10,7 @@ from torch import Tensor
 
 from firefly_lightning.callbacks.run_figures import draw_losses
 from firefly_lightning.checkpoints.history import History
-from firefly_lightning.console import markdown
+from firefly_lightning.console import escaped, markdown
 from firefly_lightning.errors import shown as printable
 from firefly_lightning.evaluation.result_tables import filled_table, last_values
 from firefly_lightning.files.published import CARD
@@ -112,7 +112,7 @@ def _sections(made: _Made, origin: Origin, plotted: bool) -> Iterator[str]:
     use = (_ADAPTER if made.is_adapter else _WHOLE).format(name=quoted, question=_QUESTION)
     yield f"## Use\n\n```python\n{use}\n```\n\nor, in a terminal, `firefly chat --model {shlex.quote(made.name)}`."
     if history.kinds:
-        yield f"## Data\n\n{', '.join(map(printable, history.sources))}"
+        yield f"## Data\n\n{', '.join(escaped(printable(name)) for name in history.sources)}"
         yield markdown(filled_table(("kind", "rows", "tokens", "tokens learned"), _counted(history)))
         if float(origin.settings.get("data.val_fraction") or 0):
             yield "These are all rows of the files, those that were held out for validation among them."
@@ -141,7 +141,7 @@ def _summary(made: _Made, origin: Origin) -> Iterator[str]:
     yield f"一个中英文对话模型（Bloom{of}），{made.parameters:,} 个参数，词表 {made.tokens:,}。"
     if origin.base:
         begun = "random weights in the shape of" if origin.from_scratch else "the weights of"
-        yield f"It began with {begun} {printable(origin.base)}."
+        yield f"It began with {begun} {escaped(printable(origin.base))}."
     if origin.adapter is not None:
         kind, rank = origin.adapter.get("peft_type", "adapter"), origin.adapter.get("r")
         yield f"Trained was an adapter, {kind}{f' of rank {rank}' if rank else ''}; the other weights were not."

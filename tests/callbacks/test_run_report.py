@@ -150,7 +150,7 @@ def test_the_report_of_a_training(shown):
         values = [logged(root, name).get(3) for name in names]
         shown = [f"{float(value):,.4g}" if value else "–" for value in values]
         assert results[kind.replace("|", "\\|")][1:] == shown
-    of_kinds = [int(results[kind][0]) for kind in ("对联", "Summary", "a\\|b$c")]
+    of_kinds = [int(results[kind][0]) for kind in ("对联", "Summary", "a\\|b\\$c")]
     assert results["rows"] == [str(sum(of_kinds))] == ["24"], "0.4 of 60 rows"
     assert table["lightning"] == [lightning_version]
     assert table["all"][0] == "60"
@@ -187,7 +187,7 @@ def test_the_reports_of_a_validation_and_a_test(model_folder, rows, tmp_path):
         columns = ["rows", "accuracy", "eos_accuracy", "perplexity"]
         columns += ["bleu", "chrf", "rouge_l"] if stage == "test" else []
         assert sorted(table["kind"]) == sorted(columns)
-        assert [table[kind][0] for kind in ("对联", "Summary", "a\\|b$c")] == ["20"] * 3
+        assert [table[kind][0] for kind in ("对联", "Summary", "a\\|b\\$c")] == ["20"] * 3
 
 
 def results_of(text: str) -> dict[str, list[str]]:
