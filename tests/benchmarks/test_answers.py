@@ -12,9 +12,8 @@ def test_the_same_rows_are_answered_by_every_system(model_folder, rows_file):
     assert [line["system"] for line in lines] == list(SYSTEMS)
     first = lines[0]
     assert first["tokens"] > 40
-    for line in lines[:3]:
-        assert line["same_answers"] == "6 of 6"
-        assert line["tokens"] == first["tokens"]
+    assert {line["tokens"] for line in lines[:3]} == {first["tokens"]}
+    assert not any("same_answers" in line for line in lines), "random weights say one token again and again"
     assert [line["starts"] for line in (first_start, second, third)] == ["float32", "bfloat16", "q8_0"]
     started, *_, remark = compared([*lines, first_start, second, third])
     assert f"the first characters {first_start['seconds']} s after its imports" in started
