@@ -241,7 +241,7 @@ def test_a_timer_runs_with_its_default_interval(model_folder, rows_file, tmp_pat
 
 
 def test_a_start_that_fails_leaves_no_folder(model_folder, rows_file, tmp_path):
-    wrong = ["--data.micro_batch_size", 5]
+    wrong = ["--data.micro_batch_tokens", 5]
     one_line(fit(model_folder, rows_file, tmp_path, *wrong, check=False))
     assert not list(tmp_path.rglob("version_*"))
     fit(model_folder, rows_file, tmp_path, "--trainer.max_steps", 1, "--model.warmup_steps", 1)

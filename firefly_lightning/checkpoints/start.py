@@ -7,10 +7,14 @@ from typing import Any, NamedTuple
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from firefly_lightning.checkpoints.contents import check_contents
+from firefly_lightning.checkpoints.layout import LAST_STEP_KEY, RUN_KEY
 from firefly_lightning.checkpoints.newest import AUTO, Newest, newest_whole, slurm_checkpoint
 from firefly_lightning.checkpoints.paths import find_checkpoint
 from firefly_lightning.checkpoints.torch_file import load_file, trainer_file
 from firefly_lightning.errors import FireflyError
+
+
+_KEPT = (RUN_KEY, LAST_STEP_KEY, "global_step")
 
 
 class Start(NamedTuple):
@@ -18,7 +22,7 @@ class Start(NamedTuple):
 
     Attributes:
         checkpoint: The checkpoint, or None.
-        saved: What Lightning saved in it besides weights and states; empty without a checkpoint.
+        saved: What it says of its run, by the keys of ``_KEPT``; empty without a checkpoint.
         same_run: Whether it goes on as the run that saved it, from the last that it saved.
         lines: What there is to say of how it was found.
     """
@@ -64,7 +68,8 @@ def _start(checkpoint: Path | None, same_run: bool, lines: Sequence[str] = ()) -
         return Start(lines=lines)
     saved = load_file(trainer_file(checkpoint), "cpu")
     check_contents(saved, trainer_file(checkpoint))
-    return Start(checkpoint, saved, same_run, lines)
+    # Not all of it: its tensors would keep the file, which a save replaces, for as long as the run lasts.
+    return Start(checkpoint, {key: saved[key] for key in _KEPT if key in saved}, same_run, lines)
 
 
 def _said(found: Newest, folder: Path) -> list[str]:

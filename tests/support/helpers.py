@@ -313,6 +313,7 @@ class StopsEarly:
         self.stop_step = stop_step
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
+        super().on_train_batch_end(outputs, batch, batch_idx)
         if batch["step"] == self.stop_step and not batch_idx % 2:
             self.trainer.should_stop = True
 
