@@ -13,7 +13,6 @@ from firefly_lightning.checkpoints.paths import find_checkpoint
 from firefly_lightning.checkpoints.torch_file import load_file, trainer_file
 from firefly_lightning.errors import FireflyError
 
-
 _KEPT = (RUN_KEY, LAST_STEP_KEY, "global_step")
 
 
