@@ -123,9 +123,9 @@ def _balanced(tokens: Sequence[int], ranks: int, most: int) -> list[list[int]]:
         ranks: Number of ranks.
         most: Rows of a rank at most.
     """
-    shares: list[list[int]] = [[] for _ in range(ranks)]
     if ranks == 1:
         return [list(range(len(tokens)))]
+    shares: list[list[int]] = [[] for _ in range(ranks)]
     queue = [(0, rank) for rank in range(ranks)]
     for place, count in enumerate(tokens):
         taken, rank = queue[0]

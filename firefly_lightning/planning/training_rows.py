@@ -76,6 +76,12 @@ class TrainingRows:
             rows: Rows of a micro-batch at most.
             tokens: Tokens of a micro-batch at most.
         """
+        limits = world_size, rows, tokens
+        if limits not in self._under_limits:  # strategies and devices share them, and each takes a look at many steps
+            self._under_limits[limits] = self._look_at(*limits)
+        return self._under_limits[limits]
+
+    def _look_at(self, world_size: int, rows: int, tokens: int) -> tuple[Load, int]:
         steps = int(min(self.epoch, self.last, STEPS_LOOKED_AT))
         division = division_of(self.plan, world_size, rows, tokens, steps)
         shared = (division.shared(self.plan.rows(step), self.lengths) for step in range(steps))
@@ -83,6 +89,10 @@ class TrainingRows:
         padded, targets = (max(getattr(load, name) for load in loads) for name in ("padded", "targets"))
         most = self.heaviest(rows)
         return Load(min(tokens, most.tokens), padded, most.longest, targets), division.micro_batches
+
+    @cached_property
+    def _under_limits(self) -> dict[tuple[int, int, int], tuple[Load, int]]:
+        return {}
 
     def _load(self, rows: npt.NDArray[np.int64]) -> Load:
         lengths = self.lengths[rows]

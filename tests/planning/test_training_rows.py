@@ -55,3 +55,15 @@ def test_a_plan_has_the_rows_that_are_overfitted(share, tiny_folder, short_rows)
 def test_a_run_without_limits_has_lightnings_or_no_end(tiny_folder, short_rows):
     assert counted(tiny_folder, short_rows).last == 5 * 1000
     assert counted(tiny_folder, short_rows, max_epochs=-1).last == float("inf")
+
+
+def test_a_limit_of_tokens_bounds_a_micro_batch(tiny_folder, short_rows):
+    found = counted(tiny_folder, short_rows, max_epochs=1)
+    limit = int(found.lengths.max())
+    load, micro_batches = found.of_tokens(1, BATCH_SIZE, limit)
+    tokens = [int(found.lengths[found.plan.rows(step)].sum()) for step in range(int(found.last))]
+    assert load.tokens == load.longest == limit
+    # As many as hold the heaviest step; of two that follow each other, the rows of both are more than one may have.
+    assert max(tokens) / limit <= micro_batches <= 2 * max(tokens) / limit + 1
+    whole, once = found.of_tokens(1, BATCH_SIZE, 10**6)
+    assert (whole.tokens, once) == (found.heaviest(BATCH_SIZE).tokens, 1)
