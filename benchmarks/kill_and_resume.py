@@ -102,23 +102,25 @@ class Run:
             before: What was logged before it was started.
         """
         end = time.monotonic() + PATIENCE
-        while self.losses()[-1:] == before[-1:]:
+        while losses_of(self.root)[-1:] == before[-1:]:
             if not process.is_alive() or time.monotonic() > end:
                 sys.exit(f"a run did not begin:\n{self._log.read_text('utf-8')[-3000:]}")
             time.sleep(0.01)
 
-    def losses(self) -> list[tuple[int, str]]:
-        """Steps and their losses, digit for digit, in the order of the whole lines of the newest version."""
-        file = max(self.root.glob("lightning_logs/version_*/metrics.csv"), default=None, key=os.path.getmtime)
-        lines = file.read_text("utf-8").splitlines(keepends=True) if file else []
-        rows = csv.DictReader(line for line in lines if line.endswith("\n"))  # a kill may cut the last line
-        return [(int(row["step"]), row["train_loss"]) for row in rows if row.get("train_loss")]
 
-    def shown(self) -> list[int]:
-        """Steps whose losses TensorBoard shows, sorted."""
-        (folder,) = {file.parent for file in self.root.glob("lightning_logs/version_*/metrics.csv")}
-        events = EventAccumulator(str(folder), {"scalars": 0}).Reload()
-        return sorted(event.step for event in events.Scalars("train_loss"))
+def losses_of(root: Path) -> list[tuple[int, str]]:
+    """Steps of a run and their losses, digit for digit, in the order of the whole lines of its newest version."""
+    file = max(root.glob("lightning_logs/version_*/metrics.csv"), default=None, key=os.path.getmtime)
+    lines = file.read_text("utf-8").splitlines(keepends=True) if file else []
+    rows = csv.DictReader(line for line in lines if line.endswith("\n"))  # a kill may cut the last line
+    return [(int(row["step"]), row["train_loss"]) for row in rows if row.get("train_loss")]
+
+
+def shown_by_tensorboard(root: Path) -> list[int]:
+    """Steps of a run whose losses TensorBoard shows, sorted."""
+    (folder,) = {file.parent for file in root.glob("lightning_logs/version_*/metrics.csv")}
+    events = EventAccumulator(str(folder), {"scalars": 0}).Reload()
+    return sorted(event.step for event in events.Scalars("train_loss"))
 
 
 def kill_often(run: Run, kills: int, longest: float, chance: random.Random) -> list[dict[str, Any]]:
@@ -132,7 +134,7 @@ def kill_often(run: Run, kills: int, longest: float, chance: random.Random) -> l
     """
     done: list[dict[str, Any]] = []
     for number in range(kills):
-        before, process = run.losses(), run.start()
+        before, process = losses_of(run.root), run.start()
         run.wait_for_steps(process, before)
         time.sleep(chance.uniform(0, longest))
         if number % 2:
@@ -143,13 +145,18 @@ def kill_often(run: Run, kills: int, longest: float, chance: random.Random) -> l
         process.join()
         kill = {
             "kill": number + 1,
-            "last_step_logged": run.losses()[-1][0],
-            "during_a_save": partial_path(run.last).exists() or not run.last.exists(),
+            "last_step_logged": losses_of(run.root)[-1][0],
+            "during_a_save": is_saving(run.last),
             "resumes_at": load_file(find_checkpoint(str(run.last.parent)) / TRAINER_FILE, "cpu")["global_step"],
         }
         print(json.dumps(kill), flush=True)
         done.append(kill)
     return done
+
+
+def is_saving(last: Path) -> bool:
+    """Whether the last checkpoint is being written, or takes the place of the one before."""
+    return partial_path(last).exists() or not last.exists()
 
 
 def wait_for_a_save(last: Path) -> None:
@@ -161,17 +168,17 @@ def wait_for_a_save(last: Path) -> None:
 
 def compare(whole: Run, killed: Run, kills: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Compares the losses of the killed run with those of the one that nobody killed, step by step."""
-    expected, found = whole.losses(), killed.losses()
+    expected, found = losses_of(whole.root), losses_of(killed.root)
     steps = [step for step, _ in expected]
     return {
         "kills": len(kills),
         "during_a_save": sum(kill["during_a_save"] for kill in kills),
         "steps": len(expected),
-        "steps_made_again": sum(kill["last_step_logged"] + 1 - kill["resumes_at"] for kill in kills),
+        "steps_made_again": sum(max(kill["last_step_logged"] + 1 - kill["resumes_at"], 0) for kill in kills),
         "steps_missing_or_doubled": sum((Counter(steps) - Counter(step for step, _ in found)).values())
         + sum((Counter(step for step, _ in found) - Counter(steps)).values()),
         "losses_that_differ": sum(one != other for one, other in zip(expected, found, strict=False)),
-        "shown_once_by_tensorboard": killed.shown() == steps,
+        "shown_once_by_tensorboard": shown_by_tensorboard(killed.root) == steps,
     }
 
 

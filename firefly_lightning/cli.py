@@ -191,7 +191,7 @@ class FireflyCLI(LightningCLI):
         goes_on = start.same_run and go_on(loggers, start.saved, config.log_every_n_steps)
         self._record = RunRecord(start.checkpoint, start.saved.get(RUN_KEY), start.same_run, goes_on)
         trainer = super().instantiate_trainer(**kwargs)
-        take_files(trainer, self.subcommand == "fit", goes_on)
+        take_files(trainer, goes_on)
         for callback in trainer.checkpoint_callbacks:
             # Checkpoints lie beside, not inside, the logs of one run, so that the next run finds `last`.
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:

@@ -59,12 +59,11 @@ def go_on(loggers: Sequence[Logger], saved: Mapping[str, Any], every: int) -> bo
     return True
 
 
-def take_files(trainer: L.Trainer, fitting: bool, goes_on: bool) -> None:
+def take_files(trainer: L.Trainer, goes_on: bool) -> None:
     """Has loggers of files write where nothing is lost, neither what is there nor what a kill would cost.
 
     Args:
         trainer: The trainer, before it runs anything.
-        fitting: Whether it trains.
         goes_on: Whether what is there is of the run that goes on.
     """
     for logger in csv_loggers(trainer):
@@ -73,7 +72,7 @@ def take_files(trainer: L.Trainer, fitting: bool, goes_on: bool) -> None:
                 other._version = logger.version
         if not goes_on:
             keep_metrics(Path(logger.log_dir))
-        if fitting and trainer.is_global_zero and logger._experiment is None:
+        if trainer.is_global_zero and logger._experiment is None:
             logger._experiment = MetricsFile(logger.log_dir)  # type: ignore[assignment]
 
 

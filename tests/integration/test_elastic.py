@@ -4,11 +4,11 @@ import signal
 
 import pytest
 
+from benchmarks.elastic_run import ElasticRun, Recorded
+from benchmarks.nodes import nodes
 from firefly_lightning import FireflyDataModule
 from tests.integration.test_parity import relative
-from tests.support.elastic import ElasticRun, Recorded
 from tests.support.helpers import logged
-from tests.support.nodes import nodes
 from tests.support.reference import Trained
 from tests.support.strategies import CLIP, LEARNING_RATE, WARMUP
 

@@ -31,10 +31,10 @@ class Nodes:
         holders: A process for each node that holds its namespace.
     """
 
-    def __init__(self, holders: list[subprocess.Popen]) -> None:
+    def __init__(self, holders: list[subprocess.Popen[bytes]]) -> None:
         self._holders = holders
 
-    def start(self, node: int, *command: object, output: Path, **environment: str) -> subprocess.Popen:
+    def start(self, node: int, *command: object, output: Path, **environment: str) -> subprocess.Popen[bytes]:
         """Starts a command on a node, in a process group of its own; what it prints is added to a file."""
         with output.open("ab") as file:
             return subprocess.Popen(
@@ -84,6 +84,7 @@ def nodes(count: int) -> Iterator[Nodes]:
         made = Nodes(started[1:])
         store = subprocess.Popen(entering(head, sys.executable, "-c", _STORE), stdout=subprocess.PIPE)
         started.append(store)
+        assert store.stdout is not None
         assert store.stdout.readline() == b"listens\n"
         yield made
         for node in range(count):
@@ -94,24 +95,24 @@ def nodes(count: int) -> Iterator[Nodes]:
             process.wait()
 
 
-def ip(holder: subprocess.Popen, *commands: str) -> None:
+def ip(holder: subprocess.Popen[bytes], *commands: str) -> None:
     """Runs commands of the program ``ip`` where a process is."""
     for words in commands:
         subprocess.run(entering(holder, "ip", *words.split()), check=True)
 
 
-def entering(holder: subprocess.Popen, *command: object) -> list[str]:
+def entering(holder: subprocess.Popen[bytes], *command: object) -> list[str]:
     """The command line that runs a command where another process is."""
     place = ["nsenter", "--target", str(holder.pid), "--user", "--net", "--preserve-credentials", "--"]
     return [*place, *map(str, command)]
 
 
-def namespace(process: subprocess.Popen) -> str:
+def namespace(process: subprocess.Popen[bytes]) -> str:
     """What identifies the network that a process is in."""
     return str(Path(f"/proc/{process.pid}/ns/net").readlink())
 
 
-def wait_for(holder: subprocess.Popen) -> None:
+def wait_for(holder: subprocess.Popen[bytes]) -> None:
     """Waits until a process has made its place and does nothing but hold it."""
     while Path(f"/proc/{holder.pid}/comm").read_text() != "sleep\n":
         assert holder.poll() is None

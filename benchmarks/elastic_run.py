@@ -2,13 +2,21 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from benchmarks.nodes import HEAD, PORT, Nodes
 from firefly_lightning import FireflyModule
-from tests.support.helpers import BIN, PATIENCE, ROOT
-from tests.support.nodes import HEAD, PORT, Nodes
+
+BIN, ROOT = Path(sys.executable).parent, Path(__file__).parents[1]
+
+PATIENCE = 1800
+"""Seconds after which a run counts as hanging."""
 
 SOON = "is_host=false,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
 """Settings of the rendezvous with which a lost node is noticed within seconds."""
@@ -21,11 +29,12 @@ class Recorded(FireflyModule):
         pause: Seconds that a micro-batch takes longer.
     """
 
-    def __init__(self, pause: float, *args, **kwargs):
+    def __init__(self, pause: float, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.pause = pause
 
-    def training_step(self, batch, batch_idx):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """Takes a micro-batch as any module of firefly does."""
         taken = {"step": batch["step"], "rows": batch["rows"].tolist()}
         start = f"{os.environ.get('MASTER_PORT', 0)}-{self.trainer.world_size}"
         with (Path(self.trainer.default_root_dir) / f"taken-{start}-{self.global_rank}.jsonl").open("a") as file:
@@ -43,9 +52,10 @@ class ElasticRun:
         arguments: The command ``firefly-fit fit`` with all its arguments.
     """
 
-    def __init__(self, where: Nodes, root: Path, arguments: list[object]) -> None:
+    def __init__(self, where: Nodes, root: Path, arguments: Sequence[object]) -> None:
         self.nodes, self.root, self.output = where, root, root / "output"
-        self.arguments, self.agents = arguments, {}
+        self.arguments = arguments
+        self.agents: dict[int, subprocess.Popen[bytes]] = {}
         root.mkdir(parents=True, exist_ok=True)
 
     def start(self, node: int) -> None:
@@ -61,7 +71,7 @@ class ElasticRun:
 
     def taken(self) -> dict[tuple[str, int], dict[int, list[int]]]:
         """For each start of the processes and their number: by step, the rows that they took, sorted."""
-        found = defaultdict(lambda: defaultdict(list))
+        found: dict[tuple[str, int], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
         for file in sorted(self.root.glob("taken-*.jsonl"), key=lambda path: path.stat().st_mtime):
             _, start, processes, _ = file.stem.split("-")
             for line in file.read_text().splitlines():
