@@ -1,7 +1,9 @@
-"""A file that is written in pieces and appears when it is whole; after a kill, writing goes on where it stopped."""
+"""Work that is done in pieces, whose result appears when it is whole; after a kill, it goes on where it stopped."""
 
 import fcntl
+import glob
 import json
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -48,7 +50,7 @@ class ResumableFile:
                 raise FireflyError(f"{self.target}: is a folder; name a file")
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.partial.open("a+b")
-            self._lock()
+            lock(self._file, self.target, fcntl.LOCK_EX)
             self._lines = self.journal.open("a+b")
             self._find_last_piece()
         except OSError as error:
@@ -79,14 +81,6 @@ class ResumableFile:
                     path.unlink()
         if isinstance(error, OSError):
             raise FireflyError(describe_os_error(error, self.target)) from error
-
-    def _lock(self) -> None:
-        try:
-            # lockf and not flock, whose lock would live on in the workers of a process that was killed.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            self._file.close()
-            raise FireflyError(f"{self.target}: another process is writing it; wait, or name another file") from error
 
     def _find_last_piece(self) -> None:
         """Moves to the end of the last piece that is whole on the disk, which holds after a power failure too."""
@@ -120,6 +114,70 @@ class ResumableFile:
             raise ValueError("the file is not what the journal says")
         self.state = line["state"]
         return int(line["end"])
+
+
+class WorkFolder:
+    """A hidden folder beside an output, for pieces of work that it is made from; used as a context.
+
+    A piece is a file that appears when it is whole. Only a process that is killed or interrupted leaves the folder for
+    the next one. An error removes it, since mending the error changes the pieces; so does the end of the work.
+
+    Args:
+        target: The output.
+        identity: Text of all that the pieces follow from; what was left of the same output under another is removed.
+        sharing: Whether other processes work in the folder too, which is then left for the one that ends the work.
+
+    Attributes:
+        path: The folder.
+
+    Raises:
+        FireflyError: If the folder cannot be made, or another process has it and does not share it.
+    """
+
+    def __init__(self, target: Path, identity: str, sharing: bool = False) -> None:
+        self.target, self.sharing = target, sharing
+        self.path = target.with_name(f".{target.name}.work-{xxhash.xxh3_64_hexdigest(identity.encode())}")
+        self._lock: BinaryIO
+
+    def __enter__(self) -> "WorkFolder":
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / "lock").open("a+b")
+            lock(self._lock, self.target, fcntl.LOCK_SH if self.sharing else fcntl.LOCK_EX)
+        except OSError as error:
+            raise FireflyError(describe_os_error(error, self.target)) from error
+        for other in () if self.sharing else self.target.parent.glob(f".{glob.escape(self.target.name)}.work-*"):
+            if other != self.path:
+                shutil.rmtree(other, ignore_errors=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.close()
+        if not self.sharing and (error is None or isinstance(error, Exception)):
+            shutil.rmtree(self.path, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, FireflyError):
+            raise FireflyError(describe_os_error(error, self.target)) from error
+
+
+def lock(file: BinaryIO, target: Path, kind: int) -> None:
+    """Takes the lock of an open file, which is let go when the file is closed.
+
+    Args:
+        file: The file.
+        target: The output whose making it guards.
+        kind: The kind of lock, as ``fcntl.lockf`` takes it.
+
+    Raises:
+        FireflyError: If another process has it.
+    """
+    try:
+        # lockf and not flock, whose lock would live on in the workers of a process that was killed.
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        raise FireflyError(f"{target}: another process is writing it; wait, or name another file") from error
 
 
 def code_digest(*modules: str) -> str:

@@ -14,6 +14,13 @@ Small chunks are faster on a CPU, in whose cache they stay; on a GPU with small 
 would take longer than the matrix products.
 """
 
+CHUNKS_TOGETHER = {"cpu": {4: 2, 2: 4}, "cuda": {4: 1, 2: 1}}
+"""Chunks whose logits' gradients are multiplied with the head and the hidden states at once, by device and bytes
+of a number.
+
+A product with few rows reads the head, and adds to its gradient, as often as there are products.
+"""
+
 FEWEST_TARGETS = 64
 """Fewest targets of a chunk, however large the vocabulary is."""
 
@@ -152,6 +159,12 @@ def chunk_size(vocabulary: int, device: str) -> int:
     return max(FEWEST_TARGETS, LOGIT_BYTES["cpu" if device == "cpu" else "cuda"] // (4 * vocabulary))
 
 
+def group_size(vocabulary: int, device: str, itemsize: int) -> int:
+    """Number of targets whose logits' gradients exist at a time on a type of device; ``itemsize`` is in bytes."""
+    chunks = CHUNKS_TOGETHER["cpu" if device == "cpu" else "cuda"].get(itemsize, 1)
+    return chunk_size(vocabulary, device) * chunks
+
+
 def _scores(hidden: Tensor, head: Tensor) -> Tensor:
     return F.log_softmax((hidden @ head.t()).float(), -1)
 
@@ -186,20 +199,25 @@ class _FusedTargetCrossEntropy(torch.autograd.Function):
         # The sum is at least in float32: in half precision it would lose small products.
         d_weight = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32)) if learns_weight else None
         chunk = chunk_size(len(weight), weight.device.type)
-        for start in range(0, len(inputs), chunk):
-            part, ids = inputs[start : start + chunk], target_ids[start : start + chunk, None]
-            scores = _scores(part, head)
-            loss -= scores.gather(1, ids).sum()
-            if learns_hidden or learns_weight:
-                d_logits = scores.exp_().scatter_add_(1, ids, scores.new_full((1, 1), -1.0).expand_as(ids)).to(dtype)
-                del scores  # or they would be in memory together with the product and the next scores
-                if d_hidden is not None:
-                    torch.mm(d_logits, head, out=d_hidden[start : start + chunk])
-                if d_weight is not None:
-                    _add_product(d_weight, d_logits.t(), part)
-                del d_logits
-            else:
-                del scores
+        together = group_size(len(weight), weight.device.type, dtype.itemsize)
+        for start in range(0, len(inputs), together):
+            group, ids = inputs[start : start + together], target_ids[start : start + together, None]
+            d_logits = group.new_empty((len(group), len(weight))) if learns_hidden or learns_weight else None
+            for at in range(0, len(group), chunk):
+                scores, here = _scores(group[at : at + chunk], head), ids[at : at + chunk]
+                loss -= scores.gather(1, here).sum()
+                if d_logits is not None:
+                    of_chunk = scores.exp_().scatter_add_(1, here, scores.new_full((1, 1), -1.0).expand_as(here))
+                    d_logits[at : at + chunk] = of_chunk
+                    del of_chunk
+                del scores  # or they would be in memory together with the next ones
+            if d_logits is None:
+                continue
+            if d_hidden is not None:
+                torch.mm(d_logits, head, out=d_hidden[start : start + together])
+            if d_weight is not None:
+                _add_product(d_weight, d_logits.t(), group)
+            del d_logits
         ctx.save_for_backward(
             None if d_hidden is None else d_hidden.to(hidden.dtype),
             None if d_weight is None else d_weight.to(weight.dtype),

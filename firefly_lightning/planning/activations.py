@@ -1,6 +1,6 @@
 """Bytes that the forward pass of a micro-batch leaves for the backward pass; dropout is off, as in Bloom's own."""
 
-from firefly_lightning.model.loss import SUMMED_ROWS, chunk_size
+from firefly_lightning.model.loss import SUMMED_ROWS, chunk_size, group_size
 from firefly_lightning.planning.runs import Run
 
 
@@ -72,20 +72,22 @@ def autocast_copies(run: Run) -> float:
 def fused_logits(run: Run) -> float:
     """Bytes that the loss in chunks takes at its most.
 
-    They are logits and their logarithms, or the products that make the head's gradient. This gradient is summed in
-    float32 and converted to the weight's type at the end; a frozen head has none. Autocast keeps a 16-bit copy of the
-    head.
+    They are logits and their logarithms, or the products that make the head's gradient, beside the gradients of the
+    logits of some chunks. The head's gradient is summed in float32 and converted to the weight's type at the end; a
+    frozen head has none. Autocast keeps a 16-bit copy of the head.
     """
     model, targets = run.model, run.load.targets
     logits = model.vocab_size * min(chunk_size(model.vocab_size, run.device), targets)
-    hidden = 2.0 * targets * model.hidden_size * run.computed_bytes
+    together = group_size(model.vocab_size, run.device, int(run.computed_bytes))
+    grouped = model.vocab_size * min(together, targets) * run.computed_bytes
+    hidden = 2.0 * targets * model.hidden_size * run.computed_bytes + grouped
     copied = 2 * model.embedding if run.computed_bytes < run.weight_bytes else 0
     if run.frozen:
         return hidden + copied + 8 * logits
     gradient = 4 * model.embedding
     if run.computed_bytes == 4:
         return hidden + gradient + 8 * logits
-    products = 2 * logits + 6 * min(SUMMED_ROWS, model.vocab_size) * model.hidden_size
+    products = 6 * min(SUMMED_ROWS, model.vocab_size) * model.hidden_size
     converted = 2 * model.embedding if run.weight_bytes == 2 else 0
     return hidden + copied + gradient + max(8 * logits, products, converted)
 

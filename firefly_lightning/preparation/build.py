@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
-from firefly_lightning.data.sources.records import find_sources, is_file, load_hub_dataset, read_records
+from firefly_lightning.data.sources.chunks import Chunk, read_chunks, records_of
+from firefly_lightning.data.sources.records import find_sources, identify_source, read_records
 from firefly_lightning.data.sources.row_texts import printable
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.files.atomic import check_new_file
@@ -99,7 +100,7 @@ def build(
         columns,
         bad_rows,
         unusable,
-        [_identify(name) for name in sources],
+        [identify_source(name) for name in sources],
         _CODE,
     ]
     with ResumableFile(target, json.dumps(identity)) as file:
@@ -134,11 +135,15 @@ class Totals(NamedTuple):
         return f"{self.read} raw rows, lost {', '.join(reasons) or 'none'}"
 
 
-class Chunk(NamedTuple):
-    """Consecutive raw rows: the position of the first, counted from 1, and the place and the content of each."""
+class Numbered(NamedTuple):
+    """Consecutive raw rows: the position of the first among all, counted from 1, and where they are.
+
+    Of them, the first ones are ``skipped`` where an earlier run has built them.
+    """
 
     first: int
-    rows: list[tuple[str, dict[str, Any]]]
+    rows: Chunk
+    skipped: int
 
 
 @dataclass(frozen=True)
@@ -151,11 +156,13 @@ class ChunkBuilder:
     per_row: int | Literal["all"]
     bad_rows: BadRows
 
-    def __call__(self, chunk: Chunk) -> tuple[bytes, Totals]:
+    def __call__(self, chunk: Numbered) -> tuple[bytes, Totals]:
         """The instruction rows of a chunk, a JSON object a line, and what became of its raw rows."""
         lost: Counter[str] = Counter()
         lines: list[str] = []
-        for number, (where, row) in enumerate(chunk.rows, chunk.first):
+        rows = islice(enumerate(records_of(chunk.rows), chunk.first), chunk.skipped, None)
+        for number, (line, row) in rows:
+            where = f"{chunk.rows.source}:{line}"
             try:
                 built = self._fill(row, where, number)
                 lines += [json.dumps(filled, ensure_ascii=False) + "\n" for filled in built]
@@ -167,7 +174,7 @@ class ChunkBuilder:
                         f"{error}; or leave such rows out and have them counted with --bad_rows skip"
                     ) from error
                 lost[printable(str(error).removeprefix(f"{where}: "))] += 1
-        return "".join(lines).encode(), Totals(len(chunk.rows), len(lines), lost)
+        return "".join(lines).encode(), Totals(chunk.rows.size - chunk.skipped, len(lines), lost)
 
     def _fill(self, row: dict[str, Any], where: str, number: int) -> list[dict[str, str]]:
         if reason := self.columns.why_not(row):
@@ -179,7 +186,7 @@ class ChunkBuilder:
 def _write(
     file: ResumableFile,
     sources: Sequence[str],
-    work: Callable[[Chunk], tuple[bytes, Totals]],
+    work: Callable[[Numbered], tuple[bytes, Totals]],
     kind: str,
     workers: int | None,
 ) -> Totals:
@@ -194,12 +201,13 @@ def _write(
     return totals
 
 
-def _chunks(sources: Sequence[str], skipped: int) -> Iterator[Chunk]:
-    records = ((f"{source}:{line}", row) for source in sources for line, row in read_records(source))
-    first, rest = skipped + 1, islice(records, skipped, None)
-    while rows := list(islice(rest, ROWS_PER_CHUNK)):
-        yield Chunk(first, rows)
-        first += len(rows)
+def _chunks(sources: Sequence[str], skipped: int) -> Iterator[Numbered]:
+    first = 1
+    for source in sources:
+        for rows in read_chunks(source, ROWS_PER_CHUNK):
+            if first + rows.size > skipped + 1:
+                yield Numbered(first, rows, max(skipped + 1 - first, 0))
+            first += rows.size
 
 
 def _check_columns(work: ChunkBuilder, source: str) -> None:
@@ -208,14 +216,6 @@ def _check_columns(work: ChunkBuilder, source: str) -> None:
         columns = list(dict.fromkeys(name for row in looked_at for name in row))
         work.columns.check(columns, source)
         work.templates.check_columns(work.columns.apply(dict.fromkeys(columns)), source)
-
-
-def _identify(source: str) -> list[Any]:
-    """A value that changes when a source changes, found without reading the source."""
-    if is_file(source):
-        status = Path(source).stat()
-        return [str(Path(source).resolve()), status.st_size, status.st_mtime_ns]
-    return [source, load_hub_dataset(source)._fingerprint]
 
 
 def _check_positive(**flags: int) -> None:

@@ -1,38 +1,28 @@
 """``firefly clean``: picks the rows that are worth training on."""
 
 import json
-from collections import Counter, defaultdict
+import re
 from collections.abc import Iterator, Sequence
-from datetime import date, time, timedelta
-from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
-from uuid import UUID
+from typing import BinaryIO, Literal, NamedTuple
 
-from rich.box import SIMPLE
-from rich.cells import cell_len
-from rich.table import Table
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from firefly_lightning.console import render
-from firefly_lightning.data.sources.known_forms import form_of
-from firefly_lightning.data.sources.pair_forms import is_pair
-from firefly_lightning.data.sources.records import DocumentPer, find_sources, read_records
-from firefly_lightning.data.sources.row_texts import beside_all, names_of, printable
-from firefly_lightning.errors import FireflyError, some
+from firefly_lightning.data.sources.chunks import Chunk, read_chunks
+from firefly_lightning.data.sources.records import DocumentPer, find_sources, identify_source
+from firefly_lightning.errors import FireflyError
 from firefly_lightning.files.atomic import check_new_file, new_file
-from firefly_lightning.preparation.compared_rows import KeptRows, ValidationRows
-from firefly_lightning.preparation.duplicates import Duplicate, Texts, sign
-from firefly_lightning.preparation.row_checks import kind_of, texts_of, what_is_wrong
+from firefly_lightning.files.resumable import WorkFolder, code_digest
+from firefly_lightning.preparation.cleaning import duplicates, lines, row_checks, signed_rows
+from firefly_lightning.preparation.cleaning.choice import Chooser
+from firefly_lightning.preparation.cleaning.findings import Findings
+from firefly_lightning.preparation.cleaning.signed_rows import ChunkSigner, SignedRows
+from firefly_lightning.processes import map_in_order
 
-EXAMPLES = 5
-"""Number of rows that the report shows of each kind and reason."""
-
-SHOWN = 200
-"""Number of characters of a text that the report shows."""
-
-MANY = 10
-"""Number of near duplicates beside the row that they repeat from which on a hint says where they may come from."""
+ROWS_PER_CHUNK = 5000
+"""Number of rows that a process works on at a time; a killed run goes on with the portions that were not whole."""
 
 
 def clean(
@@ -44,12 +34,15 @@ def clean(
     max_characters: int | None = None,
     report: str | None = None,
     document_per: Literal["line", "file"] = "line",
+    workers: int | None = None,
+    share: str | None = None,
 ) -> None:
     """Leaves out rows that would spoil a training: broken, empty, repeated, or in the validation rows.
 
     Takes instruction rows, documents and pairs of answers in any accepted form, also several forms in one file, and raw
     task rows; rows that are kept are written as they were, documents of ``.txt`` files as ``{"text": …}``. Of
-    duplicates the first is kept. Rows that are left out are counted by kind and reason, with examples in the report.
+    duplicates the first is kept. Rows that are left out are counted by kind and reason, with examples in the report. A
+    run that was killed goes on where it was when the same command is given again.
 
     Args:
         files: Files to clean (.jsonl, .json, .csv, .tsv, .parquet, .txt), globs, or datasets of the Hugging Face hub.
@@ -62,172 +55,107 @@ def clean(
         max_characters: Most characters of a row's whole text; longer rows are left out.
         report: The .json file with counts and examples; OUT.report.json by default.
         document_per: What of a .txt file is a document, as in ``data.document_per``.
+        workers: Number of processes to work with; one for each core by default.
+        share: PART/PARTS, such as 3/8, to do a part of the work only, which the same command without it then finds
+            done: for many machines with one disk.
 
     Raises:
         FireflyError: If a file cannot be read or written, or nothing is left.
     """
     if not 0 < near_duplicates <= 1:
         raise FireflyError(f"--near_duplicates {near_duplicates}: must be above 0 and at most 1")
-    sources = find_sources(files)
-    target = Path(out).expanduser().resolve()
-    validation = find_sources(val_files or [])
+    if workers is not None and workers < 1:
+        raise FireflyError(f"--workers {workers}: must be at least 1")
+    part = _part(share) if share else None
+    sources, validation = find_sources(files), find_sources(val_files or [])
     inputs = [*sources, *validation]
+    target = Path(out).expanduser().resolve()
     reported = Path(report).expanduser().resolve() if report else Path(f"{target}.report.json")
     check_new_file(target, inputs)
     check_new_file(reported, inputs)
     if reported == target:
         raise FireflyError(f"--report {report}: is also --out; write to another file")
-    lengths = range(min_characters, (max_characters or 2**62) + 1)
-    forbidden = ValidationRows(_progress(validation, "validation rows", document_per), near_duplicates)
-    findings = Findings()
-    with new_file(target, inputs) as file:
-        kept = KeptRows(file, near_duplicates)
-        for where, row in _progress(sources, "cleaning", document_per):
-            _sort(row, where, lengths, forbidden, kept, findings)
+    identity = [len(sources), *map(identify_source, inputs), min_characters, max_characters, document_per, _CODE]
+    with WorkFolder(target, json.dumps(identity), sharing=part is not None) as folder:
+        looking = Looking(folder.path, document_per, workers, part or (1, 1))
+        looking.tell_of_earlier_run(out)
+        forbidden = looking.at(validation, "validation rows", None)
+        tables = looking.at(sources, "cleaning", range(min_characters, (max_characters or 2**62) + 1))
+        if part:
+            return
+        rows, findings = SignedRows([*forbidden, *tables], len(forbidden)), Findings()
+        chooser = Chooser(rows, near_duplicates, findings, workers)
+        chooser.choose()
         if not findings.kept:
             raise FireflyError(f"{', '.join(sources)}: nothing is left of {findings.read} rows: {findings.reasons()}")
-        with new_file(reported, inputs) as written:
+        with new_file(target, inputs) as file, new_file(reported, inputs) as written:
+            _write(rows, chooser.kept, file)
             written.write(json.dumps(findings.as_json(), ensure_ascii=False, indent=1).encode())
     print("\n".join([findings.table(out), *findings.hints()]))
 
 
-class Findings:
-    """Counts and examples of what became of rows, by kind and reason."""
+class Looking(NamedTuple):
+    """Looks at rows one by one, on all cores, and keeps what is known of them then.
 
-    def __init__(self) -> None:
-        self.counts: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
-        self.examples: defaultdict[str, defaultdict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
-        self.neighbours: Counter[str] = Counter()
-        self.raw, self.first_raw = 0, ""
-
-    def count(self, kind: str, reason: str) -> None:
-        """Counts one row more that was ``read``, ``kept``, or left out for a reason."""
-        self.counts[kind][reason] += 1
-
-    def leave_out(self, kind: str, reason: str, where: str, texts: Texts, like: str | None = None) -> None:
-        """Counts one row more that was left out; the first such rows become examples."""
-        self.count(kind, reason)
-        if len(self.examples[kind][reason]) < EXAMPLES:
-            shown = printable(texts.whole[:SHOWN])
-            self.examples[kind][reason].append({"where": where, "text": shown, **({"like": like} if like else {})})
-
-    def keep(self, kind: str, row: dict[str, Any]) -> None:
-        """Counts one row more that was kept, and whether training can read it."""
-        self.count(kind, "kept")
-        if form_of(row) is None and not is_pair(row):
-            self.first_raw = self.first_raw or printable(names_of(row))
-            self.raw += 1
-
-    @property
-    def read(self) -> int:
-        """Number of rows read."""
-        return sum(counts["read"] for counts in self.counts.values())
-
-    @property
-    def kept(self) -> int:
-        """Number of rows kept."""
-        return sum(counts["kept"] for counts in self.counts.values())
-
-    def totals(self) -> dict[str, int]:
-        """Counts over all kinds: rows read and kept, then rows left out by reason, the commonest first."""
-        totals: defaultdict[str, int] = defaultdict(int)
-        for counts in self.counts.values():
-            for reason, count in counts.items():
-                totals[reason] += count
-        return dict(sorted(totals.items(), key=lambda item: (item[0] not in ("read", "kept"), -item[1])))
-
-    def reasons(self) -> str:
-        """Why rows were left out, in words."""
-        return ", ".join(f"{count} ({name})" for name, count in self.totals().items() if name not in ("read", "kept"))
-
-    def hints(self) -> list[str]:
-        """A line on rows that training cannot read, and one for each kind whose near duplicates follow their rows."""
-        raw = (
-            f"{self.raw:,} of the rows that were kept are in no form that training reads, and were taken for raw rows "
-            f"of firefly build; the first has the fields {self.first_raw}; rename the columns of instruction rows"
-        )
-        return [raw] * bool(self.raw) + [
-            f"{count:,} of {read:,} {kind} rows nearly repeat the row before them, "
-            "as rows do that firefly build makes of one raw row by --per_row; "
-            "to keep them, clean raw rows before they are built, or use --near_duplicates 1"
-            for kind, count in self.neighbours.items()
-            if count >= MANY and count >= 0.2 * (read := self.counts[kind]["read"])
-        ]
-
-    def as_json(self) -> dict[str, Any]:
-        """The content of the report."""
-        named = {beside_all(kind): counts for kind, counts in self.counts.items()}
-        return {"counts": {"all": self.totals(), **named}, "examples": self.examples}
-
-    def table(self, title: str) -> str:
-        """The counts as a table with a line for each kind and one for all, and a column for each reason."""
-        reasons = list(self.totals())
-        table = Table(title=title, box=SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
-        named = {beside_all(kind): counts for kind, counts in self.counts.items()}
-        table.add_column("kind", min_width=max(map(cell_len, named)))
-        for reason in reasons:
-            table.add_column(reason, justify="right")
-        for kind, counts in [*sorted(named.items()), ("all", self.totals())]:
-            table.add_row(kind, *(f"{counts.get(reason, 0):,}" for reason in reasons))
-        return render(table)
-
-
-def _sort(
-    row: dict[str, Any], where: str, lengths: range, forbidden: ValidationRows, kept: KeptRows, findings: Findings
-) -> None:
-    """Keeps a row, or leaves it out for the first reason there is."""
-    kind, texts = kind_of(row, where), texts_of(row)
-    findings.count(kind, "read")
-    line = _line(row, where)
-    if (reason := what_is_wrong(row, kind, texts, lengths)) or line is None:
-        findings.leave_out(kind, reason or "broken characters", where, texts)
-        return
-    signature = sign(texts.whole)
-    if like := forbidden.find(row, texts, signature):
-        findings.leave_out(kind, "in the validation rows", where, texts, like)
-    elif duplicate := kept.index.find(texts, signature):
-        findings.leave_out(kind, _name(duplicate), where, texts, kept.where(duplicate.key))
-        findings.neighbours[kind] += not duplicate.exact and kept.is_last(duplicate.key, where)
-    else:
-        findings.keep(kind, row)
-        kept.add(line, where, signature)
-
-
-def _line(row: dict[str, Any], where: str) -> bytes | None:
-    """The line to write for a row; None where half a surrogate pair is in the row, be it in the name of a field.
-
-    Raises:
-        FireflyError: If a value of a table or a dataset has no place in a line of JSON.
+    Attributes:
+        folder: Where that is kept, in portions.
+        document_per: What of a ``.txt`` file is a document.
+        workers: Number of processes; one for each core where None.
+        part: Which part of the portions is worked on, counted from 1, and of how many.
     """
-    try:
-        return json.dumps(row, ensure_ascii=False, default=_plain).encode() + b"\n"
-    except TypeError as error:
-        names = [printable(name) for name, value in row.items() if not _fits(value)]
-        message = f"{where}: the field {some(names)} holds {error}, which a line of JSON cannot; leave the column out"
-        raise FireflyError(message) from error
-    except UnicodeEncodeError:
-        return None
+
+    folder: Path
+    document_per: DocumentPer
+    workers: int | None
+    part: tuple[int, int]
+
+    def tell_of_earlier_run(self, out: str) -> None:
+        """Says how much an earlier run has left."""
+        if before := sum(1 for _ in self.folder.glob("*.arrow")):
+            print(f"{out}: going on with {before} portions of at most {ROWS_PER_CHUNK:,} rows that were looked at")
+
+    def at(self, sources: Sequence[str], name: str, lengths: range | None) -> list[Path]:
+        """Looks at the rows of sources; returns the tables of all portions.
+
+        Args:
+            sources: Files and datasets.
+            name: What the rows are.
+            lengths: Numbers of characters that a text may have; None for validation rows.
+        """
+        tables: list[Path] = []
+        chunks = self._chunks(sources, name.replace(" ", "_"), tables)
+        with tqdm(desc=name, unit=" rows", delay=2) as progress:
+            for count in map_in_order(ChunkSigner(lengths), chunks, self.workers):
+                progress.update(count)
+        return tables
+
+    def _chunks(self, sources: Sequence[str], name: str, tables: list[Path]) -> Iterator[tuple[Path, Chunk]]:
+        part, parts = self.part
+        for source in sources:
+            for chunk in read_chunks(source, ROWS_PER_CHUNK, self.document_per):
+                tables.append(self.folder / f"{name}-{len(tables):06}.arrow")
+                if len(tables) % parts == part % parts:
+                    yield tables[-1], chunk
 
 
-def _plain(value: Any) -> str:
-    """A time or an exact number of a table, as a text."""
-    if isinstance(value, date | time | timedelta | Decimal | UUID):
-        return str(value)
-    raise TypeError(type(value).__name__)
+def _write(rows: SignedRows, kept: NDArray[np.bool_], file: BinaryIO) -> None:
+    """Writes the lines of the rows that were kept."""
+    for at in range(rows.validation_tables, len(rows.tables)):
+        of_portion = kept[rows.portion(at).start : rows.portion(at).stop]
+        ends = np.append(0, rows.ends(at)).astype(np.int64)
+        content = memoryview(rows.lines(at).read_bytes())
+        # Neighbours that stay are written at once.
+        turns = np.flatnonzero(np.diff(np.concatenate([[False], of_portion, [False]]))).reshape(-1, 2)
+        for first, last in turns.tolist():
+            file.write(content[ends[first] : ends[last]])
 
 
-def _fits(value: Any) -> bool:
-    try:
-        json.dumps(value, default=_plain)
-    except TypeError:
-        return False
-    return True
+def _part(share: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", share)
+    part, parts = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= part <= parts:
+        raise FireflyError(f"--share {share}: must be PART/PARTS, such as 3/8 for the third of eight parts")
+    return part, parts
 
 
-def _name(duplicate: Duplicate) -> str:
-    return "duplicate" if duplicate.exact else "near duplicate"
-
-
-def _progress(sources: Sequence[str], name: str, document_per: DocumentPer) -> Iterator[tuple[str, dict[str, Any]]]:
-    records = ((f"{source}:{line}", row) for source in sources for line, row in read_records(source, document_per))
-    yield from tqdm(records, desc=name, unit=" rows", delay=2)
+_CODE = code_digest(*(str(module.__file__) for module in (duplicates, lines, row_checks, signed_rows)))

@@ -53,6 +53,14 @@ def is_file(source: str) -> bool:
     return Path(source).is_file()
 
 
+def identify_source(source: str) -> list[Any]:
+    """A value that changes when a source changes, found without reading the source."""
+    if is_file(source):
+        status = Path(source).stat()
+        return [str(Path(source).resolve()), status.st_size, status.st_mtime_ns]
+    return [source, load_hub_dataset(source)._fingerprint]
+
+
 def read_records(source: str, document_per: DocumentPer = "line") -> Iterator[tuple[int, dict[str, Any]]]:
     """Streams (number, fields) of the records of one file or dataset, unchanged; of a ``.txt`` file, its documents.
 
@@ -60,12 +68,7 @@ def read_records(source: str, document_per: DocumentPer = "line") -> Iterator[tu
         FireflyError: If the source cannot be read or a row is not an object; the message names file and line.
     """
     try:
-        for number, fields in _read(source, document_per):
-            if not isinstance(fields, dict):
-                raise FireflyError(
-                    f"{source}:{number}: a row must be a JSON object, this is {type(fields).__name__}; mend the line"
-                )
-            yield number, fields
+        yield from _objects(source, _read(source, document_per))
     except OSError as error:
         raise FireflyError(describe_os_error(error, source)) from error
 
@@ -104,7 +107,27 @@ def _read(source: str, document_per: DocumentPer) -> Iterator[tuple[int, Any]]:
         return _read_documents(source, document_per)
     if form == ".json" and _first_character(source) == "[":
         return read_json_array(source)
-    return _read_json_lines(source)
+    return _parse_lines(source, read_lines(source))
+
+
+def holds_json_lines(source: str) -> bool:
+    """Whether a source is a file with a record on each line that is not blank."""
+    form = format_of(source)
+    others = form in (".parquet", ".csv", ".tsv", ".txt") or (form == ".json" and _first_character(source) == "[")
+    return is_file(source) and not others
+
+
+def read_json_lines(source: str, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Streams (number, fields) of some lines of a file of JSON lines; blank ones are passed over.
+
+    Args:
+        source: The file.
+        lines: The lines, each with its number.
+
+    Raises:
+        FireflyError: If a row is not an object; the message names file and line.
+    """
+    return _objects(source, _parse_lines(source, lines))
 
 
 def _first_character(source: str) -> str:
@@ -121,8 +144,17 @@ def _read_documents(source: str, document_per: DocumentPer) -> Iterator[tuple[in
         yield 1, {"text": text.strip("\n")}
 
 
-def _read_json_lines(source: str) -> Iterator[tuple[int, Any]]:
-    for number, text in read_lines(source):
+def _objects(source: str, records: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, fields in records:
+        if not isinstance(fields, dict):
+            raise FireflyError(
+                f"{source}:{number}: a row must be a JSON object, this is {type(fields).__name__}; mend the line"
+            )
+        yield number, fields
+
+
+def _parse_lines(source: str, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, Any]]:
+    for number, text in lines:
         if text.strip():
             yield number, _load_json(text, source, number)
 

@@ -6,7 +6,7 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -69,6 +69,17 @@ def is_compressed(source: str) -> bool:
         return _compression(file.read(8)) is not None
 
 
+def is_plain(source: str) -> bool:
+    """Whether a file of text is neither compressed nor in another encoding than UTF-8.
+
+    Raises:
+        FireflyError: If it holds no text.
+        OSError: If the system does not let it be read.
+    """
+    with open_text(source) as file:
+        return file.encoding == "utf-8-sig" and not is_compressed(source)
+
+
 @contextmanager
 def open_text(source: str) -> Iterator[TextFile]:
     """Opens a file of text for reading.
@@ -105,13 +116,22 @@ def read_lines(source: str) -> Iterator[tuple[int, str]]:
         if file.encoding != "utf-8-sig":
             yield from _decoded_lines(file, source)
             return
-        for number, line in enumerate(file.bytes, 1):
-            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            try:
-                text = content.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise not_encoded(source, number, error) from error
-            yield number, text
+        yield from decode_lines(source, enumerate(file.bytes, 1))
+
+
+def decode_lines(source: str, lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, str]]:
+    """The text of lines in UTF-8, each with its number.
+
+    Raises:
+        FireflyError: If a line is not UTF-8.
+    """
+    for number, line in lines:
+        content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise not_encoded(source, number, error) from error
+        yield number, text
 
 
 def not_encoded(source: str, line: int, error: UnicodeDecodeError) -> FireflyError:

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from firefly_lightning.data.sources.any_record import read_leniently
+from firefly_lightning.data.sources.any_record import Reading
 from firefly_lightning.data.sources.text_files import COMPRESSIONS
-from firefly_lightning.preparation.duplicates import Texts, normalise
+from firefly_lightning.preparation.cleaning.duplicates import Texts, normalise
 
 BROKEN = re.compile(
     # control characters, halves of surrogate pairs, private use, marks of a wrong decoding, invisible characters
@@ -20,9 +20,8 @@ REPEATED = 10
 """A target that begins with the whole input repeats it if the input has at least this many characters."""
 
 
-def what_is_wrong(row: dict[str, Any], kind: str, texts: Texts, lengths: range) -> str | None:
+def what_is_wrong(said: Reading, kind: str, texts: Texts, lengths: range) -> str | None:
     """The first thing that is wrong with a row by itself, or None."""
-    said = read_leniently(row)
     if said.fault:
         return said.fault
     if not texts.whole.strip() or any(not target.strip() for _, target in said.turns):
@@ -44,20 +43,14 @@ def _repeats(question: str, target: str) -> bool:
     return question == target or (len(question) >= REPEATED and target.startswith(question))
 
 
-def kind_of(row: dict[str, Any], where: str) -> str:
+def kind_of(said: Reading, source: str) -> str:
     """The kind that a row names, else the name of the row's form, else the name of its file."""
-    file = Path(where.rpartition(":")[0])
-    return read_leniently(row).kind or (Path(file.stem).stem if file.suffix in COMPRESSIONS else file.stem)
+    file = Path(source)
+    return said.kind or (Path(file.stem).stem if file.suffix in COMPRESSIONS else file.stem)
 
 
-def turns_of(row: dict[str, Any]) -> list[tuple[str, str]]:
-    """Questions and answers of an instruction row in any form; none for a raw row or one that cannot be read."""
-    return list(read_leniently(row).turns)
-
-
-def texts_of(row: dict[str, Any]) -> Texts:
+def texts_of(said: Reading) -> Texts:
     """All text of a row but its kind, the same whatever form its turns are in, and the text of its targets."""
-    said = read_leniently(row)
     turns = [text for turn in said.turns for text in turn]
     return Texts("\n".join([*filter(None, turns), *_flat(said.others)]), "\n".join(turns[1::2]))
 

@@ -1,0 +1,70 @@
+"""Finds rows that say what an earlier row said, word for word or nearly.
+
+Candidates come from MinHash signatures with locality-sensitive hashing (Broder, "On the resemblance and containment of
+documents", 1997; `rensa` computes them); each is then compared with the row itself, so that no row is taken for a
+duplicate by chance. Rows of a Jaccard similarity of 0.8 are found in 95 of 100 cases, rows of 0.9 in all but one of
+10,000.
+"""
+
+import re
+import unicodedata
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from rensa import RMinHash
+
+PERMUTATIONS, BANDS, SEED = 128, 16, 1
+SHINGLE = 5
+"""Number of characters of the pieces (shingles) by which two texts are compared."""
+
+_NO_WORD = re.compile(r"[\W_]+")
+
+
+class Texts(NamedTuple):
+    """The texts of a row that are compared: all its text, and its targets alone."""
+
+    whole: str
+    target: str
+
+
+def signatures(pieces: Sequence[Collection[str]]) -> NDArray[np.uint32]:
+    """The MinHash signatures of texts, given by their pieces; shape (texts, ``PERMUTATIONS``)."""
+    if not pieces:
+        return np.empty((0, PERMUTATIONS), np.uint32)
+    return np.array(RMinHash.digest_matrix_from_token_sets(pieces, PERMUTATIONS, SEED).to_rows(), np.uint32)
+
+
+def bands(signatures: NDArray[np.uint32]) -> NDArray[np.uint64]:
+    """Hashes of the bands of signatures; two texts are candidates if they have one in common. Shape (``BANDS``, texts).
+
+    Args:
+        signatures: The signatures, as :func:`signatures` gives them.
+    """
+    words = signatures.reshape(len(signatures), BANDS, -1).view(np.uint64)
+    hashes = np.zeros(words.shape[:2], np.uint64)
+    for column in range(words.shape[2]):  # the steps and constants of SplitMix64 (Steele, Lea and Flood, 2014)
+        hashes = (hashes ^ words[:, :, column]) + np.uint64(0x9E3779B97F4A7C15)
+        hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        hashes ^= hashes >> np.uint64(31)
+    return np.ascontiguousarray(hashes.T)
+
+
+def normalise(text: str) -> str:
+    """A text without what makes no difference to a comparison: blanks, punctuation, full width, upper case."""
+    bare = _NO_WORD.sub("", text)
+    if not unicodedata.is_normalized("NFKC", bare):  # asking costs less; most text is normalised
+        bare = _NO_WORD.sub("", unicodedata.normalize("NFKC", bare))
+    return bare.casefold() or text.strip()
+
+
+def shingles(text: str) -> set[str]:
+    """All pieces of ``SHINGLE`` characters of a text; a shorter text is one piece."""
+    return {text[start : start + SHINGLE] for start in range(max(1, len(text) - SHINGLE + 1))}
+
+
+def jaccard(one: set[str], other: set[str]) -> float:
+    """The Jaccard similarity of two sets of pieces: those in both sets as a share of those in either."""
+    return len(one & other) / len(one | other)

@@ -1,0 +1,229 @@
+"""What is known of a row without comparing it with others, worked out in portions and kept on the disk.
+
+Each portion has two files: the lines of its rows (``NAME.rows``), and a table that has a line for each row
+(``NAME.arrow``), which appears when both are whole.
+"""
+
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from firefly_lightning.data.sources.any_record import Reading, read_leniently
+from firefly_lightning.data.sources.chunks import Chunk, records_of
+from firefly_lightning.data.sources.known_forms import form_of
+from firefly_lightning.data.sources.pair_forms import is_pair
+from firefly_lightning.data.sources.row_texts import printable
+from firefly_lightning.files.atomic import whole_file
+from firefly_lightning.preparation.cleaning.duplicates import (
+    BANDS,
+    Texts,
+    bands,
+    normalise,
+    shingles,
+    signatures,
+)
+from firefly_lightning.preparation.cleaning.lines import line_of
+from firefly_lightning.preparation.cleaning.row_checks import kind_of, texts_of, what_is_wrong
+
+SHOWN = 200
+"""Number of characters of a text that the report shows."""
+
+BAND = [f"band_{number}" for number in range(BANDS)]
+
+SCHEMA = pa.schema(
+    {
+        "number": pa.uint64(),  # of the record in its source
+        "kind": pa.string(),
+        "fault": pa.string(),  # what is wrong with the row by itself
+        "shown": pa.string(),  # the beginning of the text of a row with a fault
+        "raw": pa.bool_(),  # whether training reads no such rows
+        "end": pa.uint64(),  # of the row's line in the file of lines
+        "question": pa.uint64(),  # hash of what the row asks first; 0 if it asks nothing
+        "exact_0": pa.uint64(),  # hash of all that is compared, in two halves
+        "exact_1": pa.uint64(),
+        "pieces": pa.uint32(),  # number of shingles of the whole text
+        **dict.fromkeys(BAND, pa.uint64()),
+    }
+)
+
+
+@dataclass(frozen=True)
+class ChunkSigner:
+    """Works out what is known of the rows of a portion; this object can be sent to another process.
+
+    Args:
+        lengths: Numbers of characters that a text may have; None for validation rows, which are kept whatever they are.
+    """
+
+    lengths: range | None
+
+    def __call__(self, portion: tuple[Path, Chunk]) -> int:
+        """Writes the table and the lines of a portion, unless they are there; returns the number of its rows."""
+        table, chunk = portion
+        if table.exists():
+            return chunk.size
+        columns = Columns(*([] for _ in Columns._fields))
+        with whole_file(table.with_suffix(".rows"), durable=False) as lines:
+            for number, row in records_of(chunk):
+                self._add(columns, lines, chunk.source, number, row)
+        with whole_file(table, durable=False) as file:
+            schema = SCHEMA.with_metadata({"source": os.fsencode(chunk.source)})
+            with pa.ipc.new_file(file, schema) as writer:
+                writer.write_table(columns.table(schema))
+        return chunk.size
+
+    def _add(self, columns: "Columns", lines: BinaryIO, source: str, number: int, row: dict[str, Any]) -> None:
+        said = read_leniently(row)
+        kind, texts = kind_of(said, source), texts_of(said)
+        if self.lengths is None:
+            fault: str | None = None
+            line: bytes | None = json.dumps(texts).encode()
+        else:
+            line = line_of(row, f"{source}:{number}")
+            fault = what_is_wrong(said, kind, texts, self.lengths) or (None if line else "broken characters")
+        columns.add(number, kind, fault, texts, said, form_of(row) is None and not is_pair(row))
+        if line and not fault:
+            lines.write(line)
+        columns.end.append(lines.tell())
+
+
+class Columns(NamedTuple):
+    """The columns of a portion's table, as they are filled; names are those of the table, whose bands come last."""
+
+    number: list[int]
+    kind: list[str]
+    fault: list[str | None]
+    shown: list[str | None]
+    raw: list[bool]
+    end: list[int]
+    question: list[int]
+    exact_0: list[int]
+    exact_1: list[int]
+    pieces: list[set[str]]
+
+    def add(self, number: int, kind: str, fault: str | None, texts: Texts, said: Reading, raw: bool) -> None:
+        """Adds a row, all but the end of its line."""
+        whole, target = ("", "") if fault else map(normalise, texts)
+        exact = xxhash.xxh3_128_intdigest(f"{len(whole)}:{whole}{target}".encode("utf-8", "surrogatepass"))
+        self.number.append(number)
+        self.kind.append(printable(kind))
+        self.fault.append(fault)
+        self.shown.append(printable(texts.whole[:SHOWN]) if fault else None)
+        self.raw.append(raw)
+        self.question.append(0 if fault else _question(said))
+        self.exact_0.append(exact >> 64)
+        self.exact_1.append(exact & (1 << 64) - 1)
+        self.pieces.append(shingles(printable(whole)))
+
+    def table(self, schema: pa.Schema) -> pa.Table:
+        """The columns as a table, with the bands of all rows."""
+        columns = self._asdict() | {"pieces": np.array(list(map(len, self.pieces)), np.uint32)}
+        hashes = dict(zip(BAND, bands(signatures(self.pieces)), strict=True))
+        return pa.table({**columns, **hashes}, schema)
+
+
+class SignedRows:
+    """Rows that were looked at, of which only what is asked for is read from the disk.
+
+    Args:
+        tables: The tables of all portions, in the order of the rows.
+        validation_tables: How many of them are of validation rows, which come first.
+
+    Attributes:
+        starts: Number of the first row of each portion, and at the end the number of all rows.
+        validation: Number of validation rows.
+    """
+
+    def __init__(self, tables: Sequence[Path], validation_tables: int) -> None:
+        self.tables, self.validation_tables = tables, validation_tables
+        self.starts, self._sources = [0], []
+        for table in tables:
+            with pa.OSFile(str(table)) as file:
+                read = pa.ipc.open_file(file)
+                rows = sum(read.get_batch(at).num_rows for at in range(read.num_record_batches))
+                self.starts.append(self.starts[-1] + rows)
+                self._sources.append(os.fsdecode(read.schema.metadata[b"source"]))
+        self.validation = self.starts[validation_tables]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def portion(self, at: int) -> range:
+        """The rows of a portion."""
+        return range(self.starts[at], self.starts[at + 1])
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A column of numbers, of all rows."""
+        return np.concatenate([_read(table, [name])[name].to_numpy() for table in self.tables])
+
+    def sound(self) -> NDArray[np.bool_]:
+        """Whether each row has no fault."""
+        return np.concatenate([_read(table, ["fault"])["fault"].is_null().to_numpy() for table in self.tables])
+
+    def columns(self, at: int, names: Sequence[str]) -> dict[str, list[Any]]:
+        """Columns of one portion, in the order of their names."""
+        read = _read(self.tables[at], names)
+        return {name: read[name].to_pylist() for name in names}
+
+    def source(self, row: int) -> str:
+        """The file or dataset that a row is from."""
+        return self._sources[self._place(row)[0]]
+
+    def where(self, row: int) -> str:
+        """The file and line of a row."""
+        at, within = self._place(row)
+        return f"{self.source(row)}:{_read(self.tables[at], ['number'])['number'][within]}"
+
+    def line(self, row: int) -> bytes:
+        """The line of a row."""
+        at, within = self._place(row)
+        ends = self.ends(at)
+        start = int(ends[within - 1]) if within else 0
+        with self.lines(at).open("rb") as file:
+            file.seek(start)
+            return file.read(int(ends[within]) - start)
+
+    def lines(self, at: int) -> Path:
+        """The file of the lines of a portion."""
+        return self.tables[at].with_suffix(".rows")
+
+    def ends(self, at: int) -> NDArray[np.uint64]:
+        """Where each line of a portion ends in its file."""
+        return _ends(self.tables[at])
+
+    def texts(self, row: int) -> Texts:
+        """The texts of a row that are compared."""
+        read = json.loads(self.line(row))
+        return Texts(*read) if row < self.validation else texts_of(read_leniently(read))
+
+    def _place(self, row: int) -> tuple[int, int]:
+        at = bisect_right(self.starts, row) - 1
+        return at, row - self.starts[at]
+
+
+def _question(said: Reading) -> int:
+    """A hash of what a row asks first, as it is compared; 0 for a document or a raw row."""
+    question = normalise(said.turns[0][0]) if said.turns else ""
+    return xxhash.xxh3_64_intdigest(question.encode("utf-8", "surrogatepass")) if question else 0
+
+
+def _read(table: Path, names: Sequence[str]) -> pa.Table:
+    with pa.OSFile(str(table)) as file:
+        fields = [SCHEMA.get_field_index(name) for name in names]
+        return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=fields)).read_all()
+
+
+@lru_cache(4096)
+def _ends(table: Path) -> NDArray[np.uint64]:
+    ends: NDArray[np.uint64] = _read(table, ["end"])["end"].to_numpy()
+    return ends
