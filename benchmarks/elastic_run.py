@@ -64,7 +64,7 @@ class ElasticRun:
         self.agents[node] = self.nodes.start(
             node, BIN / "torchrun", "--no-python", "--nnodes", "1:3", "--nproc-per-node", 1, "--max-restarts", 100,
             "--monitor-interval", 0.2, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{HEAD}:{PORT}", "--rdzv-id",
-            "run", "--rdzv-conf", SOON, "--local-addr", f"10.78.0.{node + 1}", BIN / name, *arguments,
+            self.root.name, "--rdzv-conf", SOON, "--local-addr", f"10.78.0.{node + 1}", BIN / name, *arguments,
             output=self.output, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="",
             TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
         )  # fmt: skip
@@ -87,6 +87,7 @@ class ElasticRun:
             for (_, count), taken in list(self.taken().items())[after:]
         ):
             assert time.monotonic() < end, self.output.read_text("utf-8", "replace")[-5000:]
+            assert any(agent.poll() is None for agent in self.agents.values()), "the run is at its end"
             lost = [agent.poll() for agent in self.agents.values() if agent.poll()]
             assert set(lost) <= {-9}, self.output.read_text("utf-8", "replace")[-10000:]
             time.sleep(0.1)

@@ -40,7 +40,12 @@ def main() -> None:
     """Trains once undisturbed and once with many kills, and compares the losses and rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=300, help="of the run; at least five times as many as kills")
+    parser.add_argument(
+        "--steps", type=int, default=300, help="of the run; at least 50 and five times as many as kills"
+    )
+    parser.add_argument(
+        "--pause", type=float, default=0.3, help="seconds more for a micro-batch, so that nodes join in time"
+    )
     parser.add_argument("--model", default="demo_run/bloom-zh", help="folder; bin/demo makes the default")
     parser.add_argument("--rows", nargs="+", default=["demo_run/rows/*.jsonl"], help="instruction rows to train on")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
@@ -73,7 +78,7 @@ def make_run(where: Nodes, root: Path, options: argparse.Namespace) -> ElasticRu
     set_saves(root, asynchronous=False)
     return ElasticRun(where, root, [
         "firefly-fit", "fit", "--config", root / "saves.yaml", "--model", f"{Recorded.__module__}.Recorded",
-        "--model.pause", 0, "--model.path", options.model, "--data.train_files", *options.rows,
+        "--model.pause", options.pause, "--model.path", options.model, "--data.train_files", *options.rows,
         "--data.cache_dir", root.parent / "cache", "--data.max_length", 128, "--data.batch_size", 8,
         "--model.warmup_steps", 10, "--model.learning_rate", 1e-3, "--trainer.max_steps", options.steps,
         "--samples.prompts", "[]", "--trainer.strategy", "lightning.pytorch.strategies.DDPStrategy",
@@ -103,7 +108,7 @@ def ended(run: ElasticRun) -> None:
 
 def plan_of_kills(kills: int, steps: int, chance: random.Random) -> list[tuple[int, str]]:
     """The steps after which something is killed, each with what that is; as many of each kind as can be."""
-    at = sorted(chance.sample(range(3, steps - 3, 3), kills))
+    at = sorted(chance.sample(range(3, steps - 40, 3), kills))  # the last node, too, comes back before the end
     kinds = list(itertools.islice(itertools.cycle(KILLS), kills))
     chance.shuffle(kinds)
     return list(zip(at, kinds, strict=True))
@@ -114,13 +119,13 @@ def kill_often(run: ElasticRun, planned: Sequence[tuple[int, str]]) -> Iterator[
     chance, last = random.Random(str(planned)), run.root / "checkpoints" / "last.ckpt"
     for number, (step, kind) in enumerate(planned, 1):
         following = planned[number][1] if number < len(planned) else kind
-        while (logged := losses_of(run.root)[-1][0]) < step:
+        while (logged := max((one for one, _ in losses_of(run.root)), default=-1)) < step:
             time.sleep(0.02)
         time.sleep(chance.uniform(0, 0.3))
         if kind.endswith("save"):
             wait_for_a_save(last)
             time.sleep(chance.uniform(0, 0.01))
-        # The next start saves as the next kill wants it; so does this one if nothing else is in need of a start.
+        # Whatever is killed, all processes start again then, and save as the next kill wants it.
         set_saves(run.root, following == "asynchronous save")
         before, node, began = len(run.taken()), chance.randrange(NODES), time.monotonic()
         if kind == "node":

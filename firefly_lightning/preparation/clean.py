@@ -17,6 +17,7 @@ from firefly_lightning.files.atomic import check_new_file, new_file
 from firefly_lightning.files.resumable import WorkFolder, code_digest
 from firefly_lightning.preparation.cleaning import duplicates, lines, row_checks, signed_rows
 from firefly_lightning.preparation.cleaning.choice import Chooser
+from firefly_lightning.preparation.cleaning.compared_texts import opened
 from firefly_lightning.preparation.cleaning.findings import Findings
 from firefly_lightning.preparation.cleaning.signed_rows import ChunkSigner, SignedRows
 from firefly_lightning.processes import map_in_order
@@ -75,7 +76,8 @@ def clean(
     check_new_file(reported, inputs)
     if reported == target:
         raise FireflyError(f"--report {report}: is also --out; write to another file")
-    identity = [len(sources), *map(identify_source, inputs), min_characters, max_characters, document_per, _CODE]
+    how = [min_characters, max_characters, document_per, ROWS_PER_CHUNK, _CODE]
+    identity = [len(sources), *map(identify_source, inputs), *how]
     with WorkFolder(target, json.dumps(identity), sharing=part is not None) as folder:
         looking = Looking(folder.path, document_per, workers, part or (1, 1))
         looking.tell_of_earlier_run(out)
@@ -85,7 +87,10 @@ def clean(
             return
         rows, findings = SignedRows([*forbidden, *tables], len(forbidden)), Findings()
         chooser = Chooser(rows, near_duplicates, findings, workers)
-        chooser.choose()
+        try:
+            chooser.choose()
+        finally:
+            opened.cache_clear()
         if not findings.kept:
             raise FireflyError(f"{', '.join(sources)}: nothing is left of {findings.read} rows: {findings.reasons()}")
         with new_file(target, inputs) as file, new_file(reported, inputs) as written:
@@ -142,12 +147,11 @@ def _write(rows: SignedRows, kept: NDArray[np.bool_], file: BinaryIO) -> None:
     """Writes the lines of the rows that were kept."""
     for at in range(rows.validation_tables, len(rows.tables)):
         of_portion = kept[rows.portion(at).start : rows.portion(at).stop]
-        ends = np.append(0, rows.ends(at)).astype(np.int64)
-        content = memoryview(rows.lines(at).read_bytes())
+        content, ends = rows.lines(at)
         # Neighbours that stay are written at once.
         turns = np.flatnonzero(np.diff(np.concatenate([[False], of_portion, [False]]))).reshape(-1, 2)
         for first, last in turns.tolist():
-            file.write(content[ends[first] : ends[last]])
+            file.write(memoryview(content)[ends[first] : ends[last]])
 
 
 def _part(share: str) -> tuple[int, int]:

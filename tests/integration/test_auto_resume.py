@@ -307,3 +307,22 @@ def test_processes_pass_over_a_damaged_part_of_an_engines_own_form_together(mode
     again = rows_of(tmp_path)
     assert again[: len(first)] == first
     assert [int(row["step"]) for row in again if row["train_loss"]] == [*range(6)]
+
+
+def test_an_adapter_goes_on_in_a_folder_of_its_own_choice(model_folder, rows_file, tmp_path):
+    own = ["--model.adapter", "lora", "--checkpoint.dirpath", tmp_path / "elsewhere", "--checkpoint.every_n_steps", 2]
+    for root, ends in ((tmp_path / "undisturbed", [6]), (tmp_path / "stopped", [3, 6])):
+        own[3] = root / "elsewhere"
+        for end in ends:
+            fit(model_folder, rows_file, root, *RUN, *AUTO, *own, "--trainer.max_steps", end)
+    first, second = (rows_of(tmp_path / name) for name in ("undisturbed", "stopped"))
+    assert [row for row in second if row["train_loss"]] == [row for row in first if row["train_loss"]]
+    assert (tmp_path / "stopped" / "elsewhere" / "last.ckpt").is_dir()
+
+
+def test_a_checkpoint_of_another_model_is_no_start(model_folder, odd_folder, rows_file, tmp_path):
+    fit(model_folder, rows_file, tmp_path, *RUN, *AUTO, "--trainer.max_steps", 2)
+    before = contents(tmp_path)
+    message = one_line(fit(odd_folder, rows_file, tmp_path, *RUN, *AUTO, check=False))
+    assert "vocab" in message or "tokenizer" in message, message
+    assert contents(tmp_path) == before

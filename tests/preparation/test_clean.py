@@ -17,7 +17,7 @@ from firefly_lightning.data.sources.row_forms import read_rows
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.preparation.build import build
 from firefly_lightning.preparation.clean import clean
-from firefly_lightning.preparation.cleaning.duplicates import jaccard, normalise, shingles, signatures
+from firefly_lightning.preparation.cleaning.duplicates import encoded, jaccard, normalise, shingles, signatures
 from tests.conftest import write_rows
 from tests.support.helpers import raised_line
 
@@ -296,12 +296,13 @@ def test_near_duplicates_of_real_text_are_found(tmp_path, reviews, share, found)
 
 
 def test_similarity_is_that_of_jaccard():
-    assert shingles("abcdefg") == {"abcde", "bcdef", "cdefg"}
-    assert shingles("abc") == {"abc"}
-    assert jaccard({"a", "b", "c"}, {"b", "c", "d"}) == 0.5
+    assert shingles(b"abcdefg") == {b"abcde", b"bcdef", b"cdefg"}
+    assert shingles("春a眠😀不b".encode()) == {"春a眠😀不".encode(), "a眠😀不b".encode()}
+    assert shingles("春眠不觉".encode()) == {"春眠不觉".encode()}
+    assert jaccard({b"a", b"b", b"c"}, {b"b", b"c", b"d"}) == 0.5
     assert normalise("Ａ，b 　C!") == "abc"
     assert normalise("！？") == "！？"
-    one, other = signatures([shingles(normalise(text)) for text in ("一二三四五六", "一二三，四五六！")])
+    one, other = signatures([shingles(encoded(normalise(text))) for text in ("一二三四五六", "一二三，四五六！")])
     assert (one == other).all()
 
 

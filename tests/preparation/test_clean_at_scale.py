@@ -21,7 +21,7 @@ from firefly_lightning.errors import FireflyError
 from firefly_lightning.files.resumable import WorkFolder
 from firefly_lightning.preparation import clean as module
 from firefly_lightning.preparation.clean import clean
-from firefly_lightning.preparation.cleaning.duplicates import jaccard, normalise, shingles
+from firefly_lightning.preparation.cleaning.duplicates import normalise
 from tests.conftest import write_rows
 from tests.support.helpers import raised_line
 
@@ -47,16 +47,20 @@ def made_rows(reviews, count, seed=0):
 def kept_one_by_one(rows, forbidden):
     """Numbers of the rows that stay, and why each of the others does not, each compared with all that stay before."""
 
+    def pieces(text):
+        return {text[at : at + 5] for at in range(max(1, len(text) - 4))}
+
     def sign(row):
         signature = RMinHash(128, 1)
-        signature.update(list(shingles(normalise(f"{row['input']}\n{row['target']}"))))
+        signature.update(list(pieces(normalise(f"{row['input']}\n{row['target']}"))))
         return signature
 
     def like(row, other):
         texts = [[normalise(f"{one['input']}\n{one['target']}"), normalise(one["target"])] for one in (row, other)]
         if texts[0] == texts[1]:
             return 2
-        alike = [jaccard(shingles(one), shingles(two)) for one, two in zip(*texts, strict=True)]
+        of_both = [(pieces(one), pieces(two)) for one, two in zip(*texts, strict=True)]
+        alike = [len(one & two) / len(one | two) for one, two in of_both]
         return alike[0] if min(alike) >= THRESHOLD else 0
 
     index, kept, reasons = RMinHashLSH(THRESHOLD, 128, 16), [], {}

@@ -18,12 +18,14 @@ class Reading(NamedTuple):
         turns: (input, target) pairs; empty for a raw row, and for a row that has a fault.
         others: Values of the fields that are neither a part of the turns nor the kind.
         fault: Why no turns can be read though the row is in a known form, in a word or two; None where they can.
+        raw: Whether the record is in no form that training reads.
     """
 
     kind: str | None
     turns: tuple[Turn, ...]
     others: list[Any]
     fault: str | None = None
+    raw: bool = False
 
 
 def read_leniently(fields: Mapping[str, Any]) -> Reading:
@@ -35,17 +37,18 @@ def read_leniently(fields: Mapping[str, Any]) -> Reading:
     if is_pair(fields):
         return _read_pair(fields)
     form = form_of(fields)
+    raw = form is None
     if form is None and (form := raw_or_firefly(fields)):
         fields = {**fields, "kind": ""}
     if form is None:
-        return Reading(_named_kind(fields), (), _values(fields, {"kind"}))
+        return Reading(_named_kind(fields), (), _values(fields, {"kind"}), raw=True)
     try:
         kind, said = form.kind(fields), form.read(fields)
         if not said.turns:
             raise nothing_to_learn()
     except BadRowError as error:
-        return Reading(_named_kind(fields) or form.name, (), _values(fields, {"kind"}), error.fault)
-    return Reading(kind, said.turns, _values(fields, form.known))
+        return Reading(_named_kind(fields) or form.name, (), _values(fields, {"kind"}), error.fault, raw)
+    return Reading(kind, said.turns, _values(fields, form.known), raw=raw)
 
 
 def answers_of_pair(fields: Mapping[str, Any], number: int) -> Record | None:

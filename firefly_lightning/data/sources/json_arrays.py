@@ -37,7 +37,7 @@ def checked_depth(value: Any, brackets: int, source: str, line: int) -> Any:
         FireflyError: If it is nested more than ``DEEPEST`` deep.
     """
     level = [value] if brackets > DEEPEST else []
-    for _ in range(DEEPEST):
+    for _ in range(DEEPEST if level else 0):
         inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
         level = [one for many in inner for one in many]
     if any(isinstance(one, dict | list) for one in level):

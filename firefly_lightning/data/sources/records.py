@@ -13,7 +13,7 @@ from firefly_lightning.data.sources.json_arrays import checked_depth, not_json, 
 from firefly_lightning.data.sources.text_files import format_of, is_compressed, open_text, read_lines
 from firefly_lightning.errors import FireflyError, describe_os_error, reason, some
 from firefly_lightning.files.hub import NOT_ASKED, hub_problem, patiently
-from firefly_lightning.files.json_object import STRICT_JSON
+from firefly_lightning.files.json_object import read_json
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")
 """What a file of rows is called; it may be compressed, as in ``rows.jsonl.gz``."""
@@ -161,7 +161,7 @@ def _parse_lines(source: str, lines: Iterable[tuple[int, str]]) -> Iterator[tupl
 
 def _load_json(text: str, source: str, number: int) -> Any:
     try:
-        value = STRICT_JSON.decode(text)
+        value = read_json(text)
     except json.JSONDecodeError as error:
         raise not_json(source, number, error.colno, error.msg) from error
     except (RecursionError, ValueError) as error:  # nested too deeply, a number of thousands of digits, or a key twice

@@ -6,8 +6,9 @@ like it, as if they came one by one.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from array import array
+from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,13 +16,10 @@ from tqdm import tqdm
 
 from firefly_lightning.data.sources.row_texts import names_of, printable
 from firefly_lightning.preparation.cleaning.buckets import Buckets
-from firefly_lightning.preparation.cleaning.duplicates import jaccard, normalise, shingles
+from firefly_lightning.preparation.cleaning.compared_texts import ComparedTexts, Comparer, Comparison, Pair
 from firefly_lightning.preparation.cleaning.findings import Findings
-from firefly_lightning.preparation.cleaning.signed_rows import SHOWN, SignedRows
+from firefly_lightning.preparation.cleaning.signed_rows import SignedRows
 from firefly_lightning.processes import map_in_order
-
-Pair = tuple[int, int]
-"""A row, and an earlier one that it may be like."""
 
 
 class Duplicate(NamedTuple):
@@ -36,37 +34,6 @@ class Duplicate(NamedTuple):
     row: int
     similarity: float
     exact: bool
-
-
-class Comparer:
-    """Compares pairs of rows; this object can be sent to another process.
-
-    Two rows are near duplicates if both their whole texts and their targets are alike: two questions about one long
-    passage are no near duplicates.
-
-    Args:
-        rows: The rows.
-        threshold: Jaccard similarity from which on two texts are alike.
-    """
-
-    def __init__(self, rows: SignedRows, threshold: float) -> None:
-        self.rows, self.threshold = rows, threshold
-
-    def __call__(self, portion: tuple[int, Sequence[Pair]]) -> tuple[int, dict[Pair, float]]:
-        """The similarity of each pair of a portion of rows, 0 for those that are not alike."""
-        at, pairs = portion
-        pieces = lru_cache(1024)(self._pieces)
-        return at, {(row, other): self._compare(pieces(row), pieces(other)) for row, other in pairs}
-
-    def _compare(self, one: tuple[set[str], set[str]], two: tuple[set[str], set[str]]) -> float:
-        (whole, target), (other_whole, other_target) = one, two
-        similarity = jaccard(whole, other_whole)
-        alike = similarity >= self.threshold and jaccard(target, other_target) >= self.threshold
-        return similarity if alike else 0
-
-    def _pieces(self, row: int) -> tuple[set[str], set[str]]:
-        whole, target = map(normalise, self.rows.texts(row))
-        return shingles(whole), shingles(target)
 
 
 class Chooser:
@@ -86,9 +53,10 @@ class Chooser:
         self.rows, self.threshold, self.findings, self.workers = rows, threshold, findings, workers
         self.kept = np.zeros(len(rows), np.bool_)
         self._buckets = Buckets(rows)
-        self._exact = np.stack([rows.column("exact_0"), rows.column("exact_1")], axis=1)
-        self._sizes = rows.column("pieces")
-        self._compare = Comparer(rows, threshold)
+        # Numbers of arrays of this kind are Python's own, and so are faster to look at one by one.
+        self._exact = [array("Q", rows.column(name).tobytes()) for name in ("exact_0", "exact_1")]
+        self._sizes = array("I", rows.column("pieces").tobytes())
+        self._texts, self._compare = ComparedTexts(rows), Comparer(rows.tables, threshold)
         self._questions: dict[int, int] = {}
         self._last = -1
 
@@ -103,25 +71,24 @@ class Chooser:
                 self._decide(at, known)
                 progress.update(len(self.rows.portion(at)))
 
-    def _portions(self) -> Iterator[tuple[int, list[Pair]]]:
+    def _portions(self) -> Iterator[Comparison]:
         for at in range(self.rows.validation_tables, len(self.rows.tables)):
             sharing = (row for row in self.rows.portion(at) if self._buckets.shares[row])
-            yield at, [(row, other) for row in sharing for other in self._like(row)[1]]
+            yield self._texts.comparison(at, [(row, other) for row in sharing for other in self._like(row)[1]])
 
     def _like(self, row: int) -> tuple[int | None, list[int]]:
         """The first kept row that is the same as a row; if there is none, the kept rows that may be like it."""
         others = self._buckets.kept_beside(row)
-        if not others:
-            return None, []
-        same = (self._exact[others] == self._exact[row]).all(axis=1)
-        if same.any():
-            return others[int(same.argmax())], []
+        first, second = self._exact
+        for other in others:
+            if first[other] == first[row] and second[other] == second[row]:
+                return other, []
         if self.threshold == 1:  # other texts may have the same pieces in another order
             return None, []
-        one, sizes = self._sizes[row], self._sizes[others]
         # What both have is at most what the smaller one has, and what either has at least what the larger one has.
-        plausible = np.minimum(sizes, one) >= self.threshold * np.maximum(sizes, one)
-        return None, [other for other, may_be in zip(others, plausible.tolist(), strict=True) if may_be]
+        size = self._sizes[row]
+        least, most = self.threshold * size, size / self.threshold
+        return None, [other for other in others if least <= self._sizes[other] <= most]
 
     def _decide(self, at: int, known: dict[Pair, float]) -> None:
         columns = self.rows.columns(at, ["kind", "fault", "shown", "raw", "question"])
@@ -146,7 +113,7 @@ class Chooser:
             return Duplicate(same, 1, True)
         late = [(row, other) for other in others if (row, other) not in known]
         if late:
-            known = known | self._compare((0, late))[1]
+            known = known | self._compare(self._texts.comparison(0, late))[1]
         alike = [Duplicate(other, similarity, False) for other in others if (similarity := known[row, other])]
         forbidden = [one for one in alike if one.row < self.rows.validation]
         return max(forbidden or alike, key=lambda one: one.similarity, default=None)
@@ -165,8 +132,7 @@ class Chooser:
         self.findings.leave_out(kind, reason, partial(self._example, row, None, duplicate.row))
 
     def _example(self, row: int, shown: str | None, like: int | None = None) -> dict[str, str]:
-        text = printable(self.rows.texts(row).whole[:SHOWN]) if shown is None else shown
-        found = {"where": self.rows.where(row), "text": text}
+        found = {"where": self.rows.where(row), "text": self.rows.shown(row) if shown is None else shown}
         return found if like is None else {**found, "like": self.rows.where(like)}
 
     def _names(self, row: int) -> str:

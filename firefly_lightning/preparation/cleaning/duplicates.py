@@ -9,6 +9,7 @@ duplicate by chance. Rows of a Jaccard similarity of 0.8 are found in 95 of 100 
 import re
 import unicodedata
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -29,11 +30,11 @@ class Texts(NamedTuple):
     target: str
 
 
-def signatures(pieces: Sequence[Collection[str]]) -> NDArray[np.uint32]:
+def signatures(pieces: Sequence[Collection[bytes]]) -> NDArray[np.uint32]:
     """The MinHash signatures of texts, given by their pieces; shape (texts, ``PERMUTATIONS``)."""
     if not pieces:
         return np.empty((0, PERMUTATIONS), np.uint32)
-    return np.array(RMinHash.digest_matrix_from_token_sets(pieces, PERMUTATIONS, SEED).to_rows(), np.uint32)
+    return np.array(RMinHash.digest_matrix_from_token_byte_sets(pieces, PERMUTATIONS, SEED).to_rows(), np.uint32)
 
 
 def bands(signatures: NDArray[np.uint32]) -> NDArray[np.uint64]:
@@ -52,6 +53,7 @@ def bands(signatures: NDArray[np.uint32]) -> NDArray[np.uint64]:
     return np.ascontiguousarray(hashes.T)
 
 
+@lru_cache(64)  # a row's question and answer are looked at by themselves, and as what is compared
 def normalise(text: str) -> str:
     """A text without what makes no difference to a comparison: blanks, punctuation, full width, upper case."""
     bare = _NO_WORD.sub("", text)
@@ -60,11 +62,22 @@ def normalise(text: str) -> str:
     return bare.casefold() or text.strip()
 
 
-def shingles(text: str) -> set[str]:
-    """All pieces of ``SHINGLE`` characters of a text; a shorter text is one piece."""
-    return {text[start : start + SHINGLE] for start in range(max(1, len(text) - SHINGLE + 1))}
+def encoded(text: str) -> bytes:
+    """A text in UTF-8; halves of surrogate pairs, which validation rows may have, stay what they are."""
+    return text.encode("utf-8", "surrogatepass")
 
 
-def jaccard(one: set[str], other: set[str]) -> float:
+def shingles(text: bytes) -> set[bytes]:
+    """All pieces of ``SHINGLE`` characters of a text in UTF-8; a shorter text is one piece."""
+    # A character begins at each byte that does not go on with one.
+    starts = np.flatnonzero((np.frombuffer(text, np.uint8) & 0xC0) != 0x80).tolist()
+    if len(starts) <= SHINGLE:
+        return {text}
+    starts.append(len(text))
+    return {text[start:end] for start, end in zip(starts, starts[SHINGLE:], strict=False)}
+
+
+def jaccard(one: set[bytes], other: set[bytes]) -> float:
     """The Jaccard similarity of two sets of pieces: those in both sets as a share of those in either."""
-    return len(one & other) / len(one | other)
+    both = len(one & other)
+    return both / (len(one) + len(other) - both)

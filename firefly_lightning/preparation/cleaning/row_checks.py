@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,13 @@ def _repeats(question: str, target: str) -> bool:
 
 def kind_of(said: Reading, source: str) -> str:
     """The kind that a row names, else the name of the row's form, else the name of its file."""
+    return said.kind or _stem(source)
+
+
+@lru_cache(64)
+def _stem(source: str) -> str:
     file = Path(source)
-    return said.kind or (Path(file.stem).stem if file.suffix in COMPRESSIONS else file.stem)
+    return Path(file.stem).stem if file.suffix in COMPRESSIONS else file.stem
 
 
 def texts_of(said: Reading) -> Texts:

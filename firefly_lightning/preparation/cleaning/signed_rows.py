@@ -1,7 +1,7 @@
 """What is known of a row without comparing it with others, worked out in portions and kept on the disk.
 
-Each portion has two files: the lines of its rows (``NAME.rows``), and a table that has a line for each row
-(``NAME.arrow``), which appears when both are whole.
+Each portion has three files: the lines of its rows (``NAME.rows``), their texts as they are compared (``NAME.texts``),
+and a table that has a line for each row (``NAME.arrow``), which appears when all are whole.
 """
 
 import json
@@ -9,7 +9,6 @@ import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,14 +19,12 @@ from numpy.typing import NDArray
 
 from firefly_lightning.data.sources.any_record import Reading, read_leniently
 from firefly_lightning.data.sources.chunks import Chunk, records_of
-from firefly_lightning.data.sources.known_forms import form_of
-from firefly_lightning.data.sources.pair_forms import is_pair
 from firefly_lightning.data.sources.row_texts import printable
 from firefly_lightning.files.atomic import whole_file
 from firefly_lightning.preparation.cleaning.duplicates import (
     BANDS,
-    Texts,
     bands,
+    encoded,
     normalise,
     shingles,
     signatures,
@@ -48,6 +45,8 @@ SCHEMA = pa.schema(
         "shown": pa.string(),  # the beginning of the text of a row with a fault
         "raw": pa.bool_(),  # whether training reads no such rows
         "end": pa.uint64(),  # of the row's line in the file of lines
+        "texts_end": pa.uint64(),  # of its texts, the whole one and that of the targets, in the file of texts
+        "target_size": pa.uint32(),  # bytes of the latter
         "question": pa.uint64(),  # hash of what the row asks first; 0 if it asks nothing
         "exact_0": pa.uint64(),  # hash of all that is compared, in two halves
         "exact_1": pa.uint64(),
@@ -73,28 +72,33 @@ class ChunkSigner:
         if table.exists():
             return chunk.size
         columns = Columns(*([] for _ in Columns._fields))
-        with whole_file(table.with_suffix(".rows"), durable=False) as lines:
+        lines, texts = (whole_file(table.with_suffix(suffix), durable=False) for suffix in (".rows", ".texts"))
+        with lines as line_file, texts as text_file:
             for number, row in records_of(chunk):
-                self._add(columns, lines, chunk.source, number, row)
+                self._add(columns, line_file, text_file, chunk.source, number, row)
         with whole_file(table, durable=False) as file:
             schema = SCHEMA.with_metadata({"source": os.fsencode(chunk.source)})
             with pa.ipc.new_file(file, schema) as writer:
                 writer.write_table(columns.table(schema))
         return chunk.size
 
-    def _add(self, columns: "Columns", lines: BinaryIO, source: str, number: int, row: dict[str, Any]) -> None:
+    def _add(
+        self, columns: "Columns", lines: BinaryIO, compared: BinaryIO, source: str, number: int, row: dict[str, Any]
+    ) -> None:
         said = read_leniently(row)
         kind, texts = kind_of(said, source), texts_of(said)
-        if self.lengths is None:
-            fault: str | None = None
-            line: bytes | None = json.dumps(texts).encode()
-        else:
-            line = line_of(row, f"{source}:{number}")
-            fault = what_is_wrong(said, kind, texts, self.lengths) or (None if line else "broken characters")
-        columns.add(number, kind, fault, texts, said, form_of(row) is None and not is_pair(row))
-        if line and not fault:
-            lines.write(line)
+        fault, line = None, b""
+        if self.lengths is not None:
+            written = line_of(row, f"{source}:{number}")
+            fault = what_is_wrong(said, kind, texts, self.lengths) or (None if written else "broken characters")
+            line = written if written and not fault else b""
+        whole, target = (b"", b"") if fault else (encoded(normalise(text)) for text in texts)
+        columns.add(number, kind, fault, texts.whole, said)
+        columns.add_texts(whole, target)
+        lines.write(line)
         columns.end.append(lines.tell())
+        compared.write(whole + target)
+        columns.texts_end.append(compared.tell())
 
 
 class Columns(NamedTuple):
@@ -106,24 +110,29 @@ class Columns(NamedTuple):
     shown: list[str | None]
     raw: list[bool]
     end: list[int]
+    texts_end: list[int]
+    target_size: list[int]
     question: list[int]
     exact_0: list[int]
     exact_1: list[int]
-    pieces: list[set[str]]
+    pieces: list[set[bytes]]
 
-    def add(self, number: int, kind: str, fault: str | None, texts: Texts, said: Reading, raw: bool) -> None:
-        """Adds a row, all but the end of its line."""
-        whole, target = ("", "") if fault else map(normalise, texts)
-        exact = xxhash.xxh3_128_intdigest(f"{len(whole)}:{whole}{target}".encode("utf-8", "surrogatepass"))
+    def add(self, number: int, kind: str, fault: str | None, whole: str, said: Reading) -> None:
+        """Adds what a row says; its whole text is shown where it has a fault."""
         self.number.append(number)
         self.kind.append(printable(kind))
         self.fault.append(fault)
-        self.shown.append(printable(texts.whole[:SHOWN]) if fault else None)
-        self.raw.append(raw)
+        self.shown.append(printable(whole[:SHOWN]) if fault else None)
+        self.raw.append(said.raw)
         self.question.append(0 if fault else _question(said))
+
+    def add_texts(self, whole: bytes, target: bytes) -> None:
+        """Adds the texts of a row as they are compared."""
+        exact = xxhash.xxh3_128_intdigest(b"%d:%b%b" % (len(whole), whole, target))
         self.exact_0.append(exact >> 64)
         self.exact_1.append(exact & (1 << 64) - 1)
-        self.pieces.append(shingles(printable(whole)))
+        self.target_size.append(len(target))
+        self.pieces.append(shingles(whole))
 
     def table(self, schema: pa.Schema) -> pa.Table:
         """The columns as a table, with the bands of all rows."""
@@ -177,36 +186,30 @@ class SignedRows:
 
     def source(self, row: int) -> str:
         """The file or dataset that a row is from."""
-        return self._sources[self._place(row)[0]]
+        return self._sources[self.place(row)[0]]
 
     def where(self, row: int) -> str:
         """The file and line of a row."""
-        at, within = self._place(row)
+        at, within = self.place(row)
         return f"{self.source(row)}:{_read(self.tables[at], ['number'])['number'][within]}"
 
     def line(self, row: int) -> bytes:
         """The line of a row."""
-        at, within = self._place(row)
-        ends = self.ends(at)
-        start = int(ends[within - 1]) if within else 0
-        with self.lines(at).open("rb") as file:
-            file.seek(start)
-            return file.read(int(ends[within]) - start)
+        at, within = self.place(row)
+        content, ends = self.lines(at)
+        return content[ends[within] : ends[within + 1]]
 
-    def lines(self, at: int) -> Path:
-        """The file of the lines of a portion."""
-        return self.tables[at].with_suffix(".rows")
+    def lines(self, at: int) -> tuple[bytes, NDArray[np.int64]]:
+        """The lines of a portion, and where each begins, and their end."""
+        ends = np.append(0, _read(self.tables[at], ["end"])["end"].to_numpy()).astype(np.int64)
+        return self.tables[at].with_suffix(".rows").read_bytes(), ends
 
-    def ends(self, at: int) -> NDArray[np.uint64]:
-        """Where each line of a portion ends in its file."""
-        return _ends(self.tables[at])
+    def shown(self, row: int) -> str:
+        """The beginning of the text of a row."""
+        return printable(texts_of(read_leniently(json.loads(self.line(row)))).whole[:SHOWN])
 
-    def texts(self, row: int) -> Texts:
-        """The texts of a row that are compared."""
-        read = json.loads(self.line(row))
-        return Texts(*read) if row < self.validation else texts_of(read_leniently(read))
-
-    def _place(self, row: int) -> tuple[int, int]:
+    def place(self, row: int) -> tuple[int, int]:
+        """The portion of a row, and the row's number in it."""
         at = bisect_right(self.starts, row) - 1
         return at, row - self.starts[at]
 
@@ -214,16 +217,10 @@ class SignedRows:
 def _question(said: Reading) -> int:
     """A hash of what a row asks first, as it is compared; 0 for a document or a raw row."""
     question = normalise(said.turns[0][0]) if said.turns else ""
-    return xxhash.xxh3_64_intdigest(question.encode("utf-8", "surrogatepass")) if question else 0
+    return xxhash.xxh3_64_intdigest(encoded(question)) if question else 0
 
 
 def _read(table: Path, names: Sequence[str]) -> pa.Table:
     with pa.OSFile(str(table)) as file:
         fields = [SCHEMA.get_field_index(name) for name in names]
         return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=fields)).read_all()
-
-
-@lru_cache(4096)
-def _ends(table: Path) -> NDArray[np.uint64]:
-    ends: NDArray[np.uint64] = _read(table, ["end"])["end"].to_numpy()
-    return ends

@@ -66,7 +66,7 @@ def test_every_form_is_read_strictly_and_leniently(tmp_path, row, turns):
     assert first.turns == own.turns == turns
     assert (first.unanswered, first.learned, own.kind) == (False, (), "Own")
     assert not reader.unused
-    assert read_leniently(row)[1:] == (turns, [], None)
+    assert read_leniently(row)[1:] == (turns, [], None, False)
     assert read_leniently(row).kind == first.kind
 
 
