@@ -1,11 +1,13 @@
 """What is most likely a mistake in a run, said before its weights are loaded."""
 
 import difflib
+import time
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -22,6 +24,10 @@ OF_VALIDATIONS = ("val_loss", "val_perplexity", "val_accuracy", "val_eos_accurac
 OF_PAIRS = tuple(f"val_{name}" for name in FIGURES)
 """Metrics that every run logs, of steps and of validations, and those of pairs in place of the last of them; those of
 kinds are called ``val_perplexity_of/KIND``."""
+
+
+SLOWER = 1.2
+"""How many times as long as in float32 products in 16 bits must take to be warned of."""
 
 
 class StartChecks(Callback):
@@ -44,6 +50,7 @@ class StartChecks(Callback):
             _of_warm_up(trainer, pl_module, data),
             _of_validation(trainer, data),
             _of_monitors(trainer, data),
+            _of_precision(trainer),
         )
         for warning in warnings:
             rank_zero_info(f"warning: {warning}")
@@ -109,3 +116,30 @@ def _of_monitors(trainer: L.Trainer, data: PlannedData) -> Iterator[str]:
         name: Any = getattr(callback, "monitor", None)
         if isinstance(name, str) and name not in known and (near := difflib.get_close_matches(name, known, 1, 0.8)):
             yield f"{type(callback).__name__} monitors {name}, which is not logged; did you mean {near[0]}?"
+
+
+def _of_precision(trainer: L.Trainer) -> Iterator[str]:
+    """Products in 16 bits that a processor has no units for; a GPU that trains in them has."""
+    precision = str(trainer.precision)
+    if precision.startswith(("16", "bf16")) and trainer.strategy.root_device.type == "cpu":
+        name, dtype = ("bfloat16", torch.bfloat16) if precision.startswith("bf16") else ("float16", torch.float16)
+        if (times := times_as_long(dtype)) > SLOWER:
+            yield (
+                f"trainer.precision {precision}: products of matrices take {times:.1f} times as long in {name} as in "
+                "float32 on this processor; 32-true is faster here"
+            )
+
+
+def times_as_long(dtype: torch.dtype) -> float:
+    """How many times as long as in float32 a product of the size of a linear layer takes; measured in a moment."""
+    return _fastest(dtype) / _fastest(torch.float32)
+
+
+def _fastest(dtype: torch.dtype) -> float:
+    left, right = torch.ones(512, 512, dtype=dtype), torch.ones(512, 2048, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        _ = left @ right
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)

@@ -1,6 +1,9 @@
 """What a run says of its settings before it loads weights; the fixture's file has 60 rows."""
 
+import timeit
+
 import pytest
+import torch
 
 from firefly_lightning.callbacks import start_checks
 from tests.support.helpers import fit, one_line
@@ -65,3 +68,28 @@ def test_a_run_that_only_waits_for_a_mistyped_metric_ends_in_one_line(model_fold
     message = one_line(fit(model_folder, rows_file, tmp_path, *SHORT, *stopping, check=False))
     assert "`val_los`" in message
     assert "`val_loss`" in message
+
+
+@pytest.mark.parametrize(
+    ("precision", "times", "warned"), [("bf16-mixed", 2.0, True), ("bf16-mixed", 1.1, False), ("32-true", 2.0, False)]
+)
+def test_16_bits_that_are_slower_here_are_said(
+    precision, times, warned, model_folder, rows_file, tmp_path, monkeypatch
+):
+    said = []
+    monkeypatch.setattr(start_checks, "rank_zero_info", said.append)
+    monkeypatch.setattr(start_checks, "times_as_long", lambda dtype: times if dtype == torch.bfloat16 else 0.5)
+    fit(model_folder, rows_file, tmp_path, *SHORT, "--trainer.precision", precision)
+    expected = "warning: trainer.precision bf16-mixed: products of matrices take 2.0 times as long in bfloat16 as in"
+    assert [message.startswith(expected) for message in said] == [True] * warned
+
+
+def test_products_are_measured():
+    """Against products of the same size that take some seconds, as far as other work on the machine lets them agree."""
+    assert start_checks.times_as_long(torch.float32) == pytest.approx(1, rel=0.8)
+    rates = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        left, right = torch.randn(512, 512).to(dtype), torch.randn(512, 2048).to(dtype)
+        rates[dtype] = min(timeit.repeat(lambda left=left, right=right: left @ right, number=3, repeat=9))
+    expected = rates[torch.bfloat16] / rates[torch.float32]
+    assert expected / 3 < start_checks.times_as_long(torch.bfloat16) < 3 * expected
