@@ -2,6 +2,8 @@
 
 import time
 
+import torch
+
 
 class Clock:
     """Measures the seconds of all steps but the first few.
@@ -21,6 +23,8 @@ class Clock:
     def step_ended(self) -> None:
         """Notes that a step has ended; to be called after every optimizer step."""
         self._steps += 1
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
         self._ended = time.perf_counter()
         if self._steps == self._warmup:
             self._began = self._ended

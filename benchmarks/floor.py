@@ -12,7 +12,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def matrix_products(
-    tokens: int, targets: int, hidden: int, layers: int, vocabulary: int, dtype: str, frozen: bool = False
+    tokens: int,
+    targets: int,
+    hidden: int,
+    layers: int,
+    vocabulary: int,
+    dtype: str,
+    frozen: bool = False,
+    device: str = "cpu",
 ) -> float:
     """Measures the seconds of the linear layers at all tokens and the head at targets, each with both gradients.
 
@@ -27,6 +34,7 @@ def matrix_products(
         vocabulary: Rows of the model's embedding, to which the head is tied.
         dtype: A key of ``DTYPES``.
         frozen: Whether the weights are frozen, so that the gradients of inputs are computed only.
+        device: Where the products are computed.
     """
     wide, others = [(hidden, hidden), (hidden, 4 * hidden), (4 * hidden, hidden)], layers - 1
     shapes = [(tokens, hidden, 3 * hidden, layers), (targets, hidden, vocabulary, 1)]
@@ -34,21 +42,25 @@ def matrix_products(
     seconds = 0.0
     for rows, inner, outer, times in shapes:
         inputs, weight, gradient = (
-            torch.randn(shape, dtype=DTYPES[dtype]) for shape in ((rows, inner), (outer, inner), (rows, outer))
+            torch.randn(shape, dtype=DTYPES[dtype], device=device)
+            for shape in ((rows, inner), (outer, inner), (rows, outer))
         )
+        _ = inputs[:1] @ weight.t()  # on a GPU, the first product of a kind takes longer
+        _wait()
         began = time.perf_counter()
         for _ in range(times):
             _ = inputs @ weight.t(), gradient @ weight
             if not frozen:
                 _ = gradient.t() @ inputs
+        _wait()
         seconds += time.perf_counter() - began
     return seconds
 
 
-def product_rate(dtype: str) -> float:
+def product_rate(dtype: str, device: str = "cpu", size: int = 2048) -> float:
     """Measures the floating-point operations a second of a bare product with the shape of a linear layer."""
-    left, right = torch.randn(2048, 512, dtype=DTYPES[dtype]), torch.randn(512, 2048, dtype=DTYPES[dtype])
-    return 20 * 2 * left.numel() * 2048 / _seconds(lambda: left @ right, 20)
+    left, right = (torch.randn(shape, dtype=DTYPES[dtype], device=device) for shape in ((size, 512), (512, size)))
+    return 20 * 2 * left.numel() * size / _seconds(lambda: left @ right, 20)
 
 
 def copy_rate() -> float:
@@ -59,7 +71,15 @@ def copy_rate() -> float:
 
 def _seconds(run: Callable[[], object], times: int) -> float:
     run()
+    _wait()
     began = time.perf_counter()
     for _ in range(times):
         run()
+    _wait()
     return time.perf_counter() - began
+
+
+def _wait() -> None:
+    """Waits for a GPU, which works while the program goes on."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()

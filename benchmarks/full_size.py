@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="that are counted")
     parser.add_argument("--warmup", type=int, default=1, help="steps before those")
     parser.add_argument("--out", type=Path, help="PNG of the figures")
+    parser.set_defaults(device="cpu")
     options = parser.parse_args()
     print(json.dumps(machine() | {"threads": options.threads}), flush=True)
     os.environ |= GIVE_BACK

@@ -29,7 +29,7 @@ def data_module(options: argparse.Namespace) -> FireflyDataModule:
 def run(options: argparse.Namespace, data: FireflyDataModule, clock: Clock) -> float:
     """Trains as users of this project do, but without logging to files; returns the loss of the last step."""
     trainer = L.Trainer(
-        max_steps=options.warmup + options.steps, accelerator="cpu", logger=False, enable_checkpointing=False,
+        max_steps=options.warmup + options.steps, accelerator=options.device, logger=False, enable_checkpointing=False,
         enable_model_summary=False, enable_progress_bar=False, callbacks=[Timed(clock)],
         precision="bf16-mixed" if options.dtype == "bf16" else "32-true",
     )  # fmt: skip

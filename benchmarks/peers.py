@@ -85,7 +85,7 @@ def hugging_face_arguments(options: argparse.Namespace, steps: int) -> dict[str,
         order = {"group_by_length": grouped}
     return {
         "output_dir": str(Path(options.folder) / "out"), "per_device_train_batch_size": options.batch_size,
-        "max_steps": steps, "learning_rate": 3e-5, "lr_scheduler_type": "cosine", "use_cpu": True,
+        "max_steps": steps, "learning_rate": 3e-5, "lr_scheduler_type": "cosine", "use_cpu": options.device == "cpu",
         "bf16": options.dtype == "bf16", "report_to": "none", "save_strategy": "no", "logging_steps": 1,
         "disable_tqdm": True, **order,
     }  # fmt: skip

@@ -89,6 +89,7 @@ def make_parser(text: str | None, systems: Sequence[str]) -> argparse.ArgumentPa
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["fp32"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6, help="that are counted")
     parser.add_argument("--warmup", type=int, default=2, help="steps before those")
@@ -180,14 +181,17 @@ def measure(
         parameters = BloomForCausalLM(config).num_parameters()
     vocabulary = config.vocab_size
     sizes = options.hidden, options.layers, vocabulary
-    floor = sum(matrix_products(*counts, *sizes, options.dtype, system in ADAPTED) for counts in counted)
+    on_gpu = {"peak_gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)} if options.device == "cuda" else {}
+    floor = sum(
+        matrix_products(*counts, *sizes, options.dtype, system in ADAPTED, options.device) for counts in counted
+    )
     return {
         "system": options.system, "dtype": options.dtype, "hidden": options.hidden, "layers": options.layers,
         "vocabulary": vocabulary, "batch_size": options.batch_size, "max_length": options.max_length,
         "steps": options.steps, "tokens": tokens, "tokens_per_second": round(tokens / seconds, 1),
         "target_tokens_per_second": round(targets / seconds, 1), "peak_rss_gb": peak,
         "libraries_gb": before, "state_gb": round((4 if system in ADAPTED else 16) * parameters / 1e9, 2),
-        "share_of_floor": round(floor / seconds, 3), "loss": round(loss, 4),
+        "share_of_floor": round(floor / seconds, 3), "loss": round(loss, 4), **on_gpu,
         **({"shares_of_time": profiled(profiler, profile_to)} if profiler and profile_to else {}),
     }  # fmt: skip
 
