@@ -210,6 +210,25 @@ def compared(place: Path, options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def compared_systems(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """Sentences that compare the speed, and what was left out."""
+    of = {line["system"]: line for line in lines if "system" in line}
+    whole = next(line for line in lines if "same_bytes" in line)
+    remarks = []
+    for name, goal in (("before", " (goal 2.5)"), ("one_process", ""), ("datatrove", "")):
+        if name in of:
+            times = of["firefly"]["rows_per_second"] / of[name]["rows_per_second"]
+            remarks.append(f"`firefly` does {times:.1f} times the rows a second of `{name}`{goal}.")
+    if "before" in of:
+        remarks.append(f"It writes {'the same bytes' if whole['same_bytes'] else 'OTHER bytes'} as before.")
+    if "left_out_by_both" in whole:
+        remarks.append(
+            f"Both leave out {whole['left_out_by_both']:,} rows; firefly alone {whole['left_out_by_firefly_only']:,}, "
+            f"datatrove alone {whole['left_out_by_datatrove_only']:,}, whose texts it does not compare."
+        )
+    return remarks
+
+
 def as_counts(path: Path) -> Any:
     """How often each row is in a file."""
     from collections import Counter

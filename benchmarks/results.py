@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from benchmarks import answers, full_size, lora, preference, pretrain, saves
+from benchmarks import answers, clean, full_size, lora, micro_batches, preference, pretrain, saves, survive, validation
 
 Lines = Sequence[dict[str, Any]]
 
@@ -233,6 +233,36 @@ PARTS = {
         ["system", "file_system", "seconds", "seconds_on_disk", "peak_rss_gb", "read_gb", "written_gb"],
         pruned,
     ),
+    "validation": Part(
+        "Validation", "Time of a token in a validation, with the loss and accuracies of each kind, beside that of a "
+        "token in training.",
+        ["--dtypes", "fp32", "bf16"],
+        ["dtype", "rows_of_validation", "training_microseconds", "validation_microseconds", "share"],
+        validation.held_to_goals,
+    ),
+    "micro_batches": Part(
+        "Micro-batches", "A step of 64 rows, in micro-batches of at most 16 rows, and in as few as have no more tokens "
+        "than the heaviest of 16 rows would have if rows were put together by their lengths.",
+        ["--dtypes", "fp32", "bf16"],
+        ["bound", "dtype", "micro_batches", "tokens_per_second", "peak_rss_gb", "libraries_gb"],
+        micro_batches.compared,
+    ),
+    "clean": Part(
+        "Cleaning", "Rows made of real ones, with copies and near copies among them, beside datatrove's MinHash with "
+        "as many bands of as many hashes; `one_process` is firefly with `--workers 1`, `before` the release before it "
+        "worked on all cores. Memory is that of all processes.",
+        [],
+        ["system", "rows", "kept", "seconds", "rows_per_second", "peak_rss_gb"],
+        clean.compared_systems,
+    ),
+    "survive": Part(
+        "A run that survives its machines", "An elastic run on three nodes, a process on each, with a save in every "
+        "step: what was killed, how long it took until the run went on, and with a node that came back. The figure has "
+        "the losses beside those of a run that nobody disturbed.",
+        [],
+        ["kill", "what", "after_step", "during_a_save", "goes_on_at", "seconds", "seconds_to_join"],
+        survive.held_to_goals,
+    ),
     "tokenise": Part(
         "Tokenising", "1,650,000 rows made of real ones, no two the same, beside a call of the tokenizer a text.",
         [],
@@ -241,7 +271,10 @@ PARTS = {
     ),
 }  # fmt: skip
 
-ROWS = ("start", "throughput", "lora", "pretrain", "preference", "full_size", "saves", "answers", "ladder", "growth")
+ROWS = (
+    "start", "throughput", "lora", "pretrain", "preference", "full_size", "saves", "answers", "ladder", "growth",
+    "validation", "micro_batches", "clean", "survive",
+)  # fmt: skip
 """Scripts that take ``--rows`` to train on; the others make their own rows or need none."""
 
 

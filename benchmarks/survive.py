@@ -173,6 +173,21 @@ def differences(whole: ElasticRun, killed: ElasticRun) -> list[float]:
     return [abs(float(found[step]) / float(expected[step]) - 1) for step in sorted(expected) if step in found]
 
 
+def held_to_goals(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """Sentences that say what the kills have changed."""
+    whole = next(line for line in lines if "largest_difference" in line)
+    kills = [line["what"] for line in lines if "kill" in line]
+    return [
+        f"{len(kills)} kills: {', '.join(f'{kills.count(what)} times {what}' for what in KILLS)}; "
+        f"{whole['starts']} starts, {whole['steps_made_again']} steps made again.",
+        f"Of {whole['steps']} steps, {whole['steps_missing_or_doubled']} are missing or doubled, "
+        f"{whole['steps_of_other_rows']} had other rows, and TensorBoard shows "
+        f"{'each once' if whole['shown_once_by_tensorboard'] else 'NOT each once'}.",
+        f"Losses differ by {whole['largest_difference']:.1e} of themselves at the most; "
+        f"{whole['steps_within_goal']} of {whole['steps']} by no more than {GOAL:.0e}, the goal.",
+    ]
+
+
 def draw(whole: ElasticRun, killed: ElasticRun, kills: Sequence[dict[str, Any]], path: Path) -> None:
     """Draws the losses of both runs with the kills, the processes of the killed one, and how far the losses differ."""
     figure = Figure(figsize=(10, 8), layout="constrained")
