@@ -122,8 +122,11 @@ def datatrove(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.writers import JsonlWriter
+    from datatrove.utils.hashing import HashConfig
 
-    config = MinhashConfig(n_grams=5, num_buckets=16, hashes_per_bucket=8)
+    # Its hashing by xxhash, the default, gives strings to xxhash, which releases from 4 on refuse.
+    hashing = HashConfig(hash_fc="sha1")
+    config = MinhashConfig(n_grams=5, num_buckets=16, hashes_per_bucket=8, hash_config=hashing)
     work = place / "datatrove"
     signature = MinhashDedupSignature(str(work / "signatures"), config, characters())
 
