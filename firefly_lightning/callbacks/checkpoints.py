@@ -100,6 +100,17 @@ class LastCheckpoint(_OfARun):
                 if own.get("run") == self._run and own["current_score"] <= reached:
                     self._surplus += [str(path)] if str(path) not in self.best_k_models else []
 
+    def file_exists(self, filepath: str | Path, trainer: L.Trainer) -> bool:
+        """Whether a checkpoint is to stay; one of this run that is no longer kept is in the way of a step made again.
+
+        A run that passed over a damaged checkpoint, or was sent back to an earlier one, makes its steps again.
+        """
+        if not super().file_exists(filepath, trainer):
+            return False
+        path = Path(filepath)
+        own = str(path) not in self.best_k_models and _saved_state(path, self.state_key).get("run") == self._run
+        return not trainer.strategy.broadcast(own)
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Has checkpoints written beside the training, if told so, or in a user's script in the strategy's own form.
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says of the run that saved it, so that the next start goes on as that run."""
+"""What a checkpoint says of the run that saved it, so that the next start goes on as that run, and no two at once."""
 
 import time
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from firefly_lightning.callbacks.metrics_file import METRICS
 from firefly_lightning.callbacks.run_folder import csv_folders
+from firefly_lightning.callbacks.run_lock import RunLock
 from firefly_lightning.callbacks.run_loggers import versions
 from firefly_lightning.checkpoints.layout import RUN_KEY
 from firefly_lightning.errors import FireflyError
@@ -17,7 +18,9 @@ from firefly_lightning.files.atomic import sync
 
 
 class RunRecord(Callback):
-    """Keeps in every checkpoint when its run began and where it logs, and sees that all processes resume the same one.
+    """Keeps in every checkpoint when its run began and where it logs; sees that all processes resume the same one.
+
+    While it trains, no other run writes into the same folders of figures.
 
     Args:
         checkpoint: The checkpoint that the run is resumed from, or None.
@@ -39,6 +42,7 @@ class RunRecord(Callback):
     ) -> None:
         self.same_run, self.goes_on = same_run, goes_on
         self._checkpoint = str(checkpoint or "")
+        self._lock = RunLock()
         earlier = float((before or {}).get("began", 0))
         # Later than any run before it, also where clocks of machines differ.
         self._began = earlier if same_run and earlier else max(time.time(), earlier + 1)
@@ -47,8 +51,11 @@ class RunRecord(Callback):
         """Compares the checkpoints that the processes have found; where figures go on, the first process says.
 
         Raises:
-            FireflyError: If they are not the same, as where a file system shows a machine late what is there.
+            FireflyError: If they are not the same, as where a file system shows a machine late what is there, or if
+                another run writes its figures where this one would.
         """
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._take_folders(trainer)
         first = trainer.strategy.broadcast(self._checkpoint)
         if not trainer.strategy.reduce_boolean_decision(first == self._checkpoint, all=True):
             found = first or "none"
@@ -57,6 +64,24 @@ class RunRecord(Callback):
                 "start again once all machines see the same files"
             )
         self.goes_on = trainer.strategy.broadcast(self.goes_on)
+
+    def _take_folders(self, trainer: L.Trainer) -> None:
+        problem = None
+        if trainer.is_global_zero:
+            try:
+                self._lock.take(folder for folder, _ in csv_folders(trainer))
+            except FireflyError as error:
+                problem = str(error)
+        if problem := trainer.strategy.broadcast(problem):
+            raise FireflyError(problem)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Lets other runs write."""
+        self._lock.release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Lets other runs write."""
+        self._lock.release()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the record to a checkpoint; the metrics up to there survive a power failure as it does."""

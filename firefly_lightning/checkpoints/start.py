@@ -11,7 +11,7 @@ from firefly_lightning.checkpoints.layout import LAST_STEP_KEY, RUN_KEY
 from firefly_lightning.checkpoints.newest import AUTO, Newest, newest_whole, slurm_checkpoint
 from firefly_lightning.checkpoints.paths import find_checkpoint
 from firefly_lightning.checkpoints.torch_file import load_file, trainer_file
-from firefly_lightning.errors import FireflyError
+from firefly_lightning.errors import FireflyError, MissingFileError
 
 _KEPT = (RUN_KEY, LAST_STEP_KEY, "global_step")
 
@@ -59,6 +59,8 @@ def find_start(asked: str | None, command: str, folders: Mapping[str, Path], roo
     if asked in (None, "hpc"):  # what Lightning then takes in a job that SLURM has requeued
         return _start(slurm_checkpoint(root) if SLURMEnvironment.detect() else None, command == "fit")
     folder = folders.get(asked, Path())
+    if asked == "last" and not folder.is_dir():
+        raise MissingFileError(f"{folder / asked}: no such checkpoint yet; to begin anew, let ckpt_path be auto")
     return _start(find_checkpoint(str(folder / asked), mode), command == "fit" and asked == "last")
 
 

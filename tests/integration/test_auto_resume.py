@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as OfTheBoard
 
 from firefly_lightning.checkpoints.history import HISTORY
+from firefly_lightning.checkpoints.newest import check_whole
 from firefly_lightning.checkpoints.torch_file import load_file, trainer_file
 from tests.support.helpers import fit, forked, one_line, run_ranks
 from tests.support.ranks import bare, run_rank
@@ -326,3 +327,34 @@ def test_a_checkpoint_of_another_model_is_no_start(model_folder, odd_folder, row
     message = one_line(fit(odd_folder, rows_file, tmp_path, *RUN, *AUTO, check=False))
     assert "vocab" in message or "tokenizer" in message, message
     assert contents(tmp_path) == before
+
+
+def test_a_run_is_not_gone_on_with_while_it_trains(model_folder, rows_file, tmp_path):
+    """As where a queue starts it again too early; it is left alone, and can be gone on with once it has ended."""
+    slow = ["--model", "benchmarks.elastic_run.Recorded", "--model.pause", 0.5, "--checkpoint.every_n_steps", 5]
+    command = ["--model.path", model_folder, "--data.train_files", rows_file, "--trainer.default_root_dir", tmp_path,
+               *ONE, *RUN, *AUTO]  # fmt: skip
+    arguments = ["firefly-fit", "fit", *map(str, [*slow, *command])]
+    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    first = forked(run_rank, [arguments], own, tmp_path / "out.txt", tmp_path / "err.txt", tmp_path)
+    while not (logged_bytes(tmp_path) and find(tmp_path, "checkpoints/last.ckpt")):
+        assert first.is_alive()
+        time.sleep(0.01)
+    second = fit(model_folder, rows_file, tmp_path, *slow, *RUN, *AUTO, check=False)
+    assert "lightning_logs/version_0: another run writes its figures there at this moment; wait" in one_line(second)
+    first.join()
+    assert first.exitcode == 0
+    assert [int(row["step"]) for row in rows_of(tmp_path) if row["train_loss"]] == [*range(STEPS)]
+    assert not find(tmp_path, "lightning_logs/*/.lock")
+    fit(model_folder, rows_file, tmp_path, *RUN, *AUTO)
+
+
+def test_a_damaged_checkpoint_gives_its_name_to_the_step_made_again(model_folder, rows_file, tmp_path):
+    own = ["--checkpoint.keep", 2, "--checkpoint.every_n_steps", 2, "--trainer.val_check_interval", 100]
+    fit(model_folder, rows_file, tmp_path, *RUN, *AUTO, *own, "--trainer.max_steps", 6)
+    file = tmp_path / "checkpoints" / "step=6.ckpt" / "model-0-0.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    fit(model_folder, rows_file, tmp_path, *RUN, *AUTO, *own, "--trainer.max_steps", 8)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["last.ckpt", "step=6.ckpt", "step=8.ckpt"]
+    check_whole(tmp_path / "checkpoints" / "step=6.ckpt")
