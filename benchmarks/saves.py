@@ -273,10 +273,14 @@ def held_to_goals(lines: Sequence[dict[str, Any]]) -> list[str]:
         remarks.append(
             f"A training stands still for {line['of_synchronous']:.0%} of a save that it waits for (goal 15%), for "
             f"{line['first_of_synchronous']:.0%} at its first save; a step beside a write takes "
-            f"{line['step_seconds_beside_a_write'] / line['step_seconds']:.2f} times as long as another. "
+            f"{_times(line['step_seconds_beside_a_write'], line['step_seconds'])} as long as another. "
             f"The losses are {'the same' if line['same_losses'] else 'OTHERS'}."
         )
     return remarks
+
+
+def _times(beside: float | None, alone: float) -> str:
+    return f"{beside / alone:.2f} times" if beside else "(none was, since writes were done within a step)"
 
 
 class Meter(Callback):

@@ -101,15 +101,10 @@ class LastCheckpoint(_OfARun):
                     self._surplus += [str(path)] if str(path) not in self.best_k_models else []
 
     def file_exists(self, filepath: str | Path, trainer: L.Trainer) -> bool:
-        """Whether a checkpoint is to stay; one of this run that is no longer kept is in the way of a step made again.
-
-        A run that passed over a damaged checkpoint, or was sent back to an earlier one, makes its steps again.
-        """
-        if not super().file_exists(filepath, trainer):
-            return False
-        path = Path(filepath)
+        """Whether a checkpoint is in the way; one of a step of this run that is made again is not."""
+        there, path = super().file_exists(filepath, trainer), Path(filepath)
         own = str(path) not in self.best_k_models and _saved_state(path, self.state_key).get("run") == self._run
-        return not trainer.strategy.broadcast(own)
+        return there and not trainer.strategy.broadcast(own)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Has checkpoints written beside the training, if told so, or in a user's script in the strategy's own form.
