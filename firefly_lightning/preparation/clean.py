@@ -85,6 +85,8 @@ def clean(
         tables = looking.at(sources, "cleaning", range(min_characters, (max_characters or 2**62) + 1))
         if part:
             return
+        if not tables:
+            raise FireflyError(f"{', '.join(sources)}: has no rows; fill it or remove it from the list")
         rows, findings = SignedRows([*forbidden, *tables], len(forbidden)), Findings()
         chooser = Chooser(rows, near_duplicates, findings, workers)
         try:

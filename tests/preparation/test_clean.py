@@ -310,6 +310,7 @@ def test_similarity_is_that_of_jaccard():
     ("rows", "arguments", "message"),
     [
         ([row("问", "")], {}, r"nothing is left of 1 rows: 1 \(empty\)"),
+        ([], {}, r"rows\.jsonl: has no rows; fill it or remove it from the list"),
         ([row("问", "答")], {"near_duplicates": 0.0}, "--near_duplicates 0.0: must be above 0"),
         ([row("问", "答")], {"val_files": ["missing.jsonl"]}, "missing.jsonl: no such file"),
         ([row("问", "答"), [1]], {}, r"rows.jsonl:2: a row must be a JSON object"),
