@@ -59,7 +59,7 @@ def find_start(asked: str | None, command: str, folders: Mapping[str, Path], roo
     if asked in (None, "hpc"):  # what Lightning then takes in a job that SLURM has requeued
         return _start(slurm_checkpoint(root) if SLURMEnvironment.detect() else None, command == "fit")
     folder = folders.get(asked, Path())
-    if asked == "last" and not folder.is_dir():
+    if asked == "last" and command == "fit" and not folder.is_dir():
         raise MissingFileError(f"{folder / asked}: no such checkpoint yet; to begin anew, let ckpt_path be auto")
     return _start(find_checkpoint(str(folder / asked), mode), command == "fit" and asked == "last")
 

@@ -183,7 +183,7 @@ def test_a_resumed_run_may_take_other_micro_batches(model_folder, rows_file, tmp
 
 def test_last_without_a_checkpoint_is_an_error(model_folder, rows_file, tmp_path):
     message = one_line(fit(model_folder, rows_file, tmp_path, "--ckpt_path", "last", check=False))
-    assert message == f"{tmp_path}/checkpoints/last: no such checkpoint; check the path"
+    assert message == f"{tmp_path}/checkpoints/last: no such checkpoint yet; to begin anew, let ckpt_path be auto"
 
 
 def test_other_data_is_refused(model_folder, rows_file, tmp_path):
