@@ -202,13 +202,17 @@ class _FusedTargetCrossEntropy(torch.autograd.Function):
         together = group_size(len(weight), weight.device.type, dtype.itemsize)
         for start in range(0, len(inputs), together):
             group, ids = inputs[start : start + together], target_ids[start : start + together, None]
-            d_logits = group.new_empty((len(group), len(weight))) if learns_hidden or learns_weight else None
+            learns = learns_hidden or learns_weight
+            d_logits = group.new_empty((len(group), len(weight))) if learns and len(group) > chunk else None
             for at in range(0, len(group), chunk):
                 scores, here = _scores(group[at : at + chunk], head), ids[at : at + chunk]
                 loss -= scores.gather(1, here).sum()
-                if d_logits is not None:
+                if learns:
                     of_chunk = scores.exp_().scatter_add_(1, here, scores.new_full((1, 1), -1.0).expand_as(here))
-                    d_logits[at : at + chunk] = of_chunk
+                    if d_logits is None:  # the only chunk
+                        d_logits = of_chunk.to(dtype)
+                    else:
+                        d_logits[at : at + chunk] = of_chunk
                     del of_chunk
                 del scores  # or they would be in memory together with the next ones
             if d_logits is None:

@@ -77,9 +77,10 @@ def fused_logits(run: Run) -> float:
     frozen head has none. Autocast keeps a 16-bit copy of the head.
     """
     model, targets = run.model, run.load.targets
-    logits = model.vocab_size * min(chunk_size(model.vocab_size, run.device), targets)
-    together = group_size(model.vocab_size, run.device, int(run.computed_bytes))
-    grouped = model.vocab_size * min(together, targets) * run.computed_bytes
+    chunk = chunk_size(model.vocab_size, run.device)
+    logits = model.vocab_size * min(chunk, targets)
+    together = min(group_size(model.vocab_size, run.device, int(run.computed_bytes)), targets)
+    grouped = model.vocab_size * together * run.computed_bytes if together > chunk else 0
     hidden = 2.0 * targets * model.hidden_size * run.computed_bytes + grouped
     copied = 2 * model.embedding if run.computed_bytes < run.weight_bytes else 0
     if run.frozen:
@@ -87,7 +88,7 @@ def fused_logits(run: Run) -> float:
     gradient = 4 * model.embedding
     if run.computed_bytes == 4:
         return hidden + gradient + 8 * logits
-    products = 6 * min(SUMMED_ROWS, model.vocab_size) * model.hidden_size
+    products = 2 * logits * (not grouped) + 6 * min(SUMMED_ROWS, model.vocab_size) * model.hidden_size
     converted = 2 * model.embedding if run.weight_bytes == 2 else 0
     return hidden + copied + gradient + max(8 * logits, products, converted)
 

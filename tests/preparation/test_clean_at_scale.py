@@ -150,7 +150,8 @@ def test_mistakes_in_a_later_portion_are_named(tmp_path, monkeypatch, content, m
 
 
 COMMAND = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores it
 from firefly_lightning.preparation import clean as module
 module.ROWS_PER_CHUNK = 20
 look = module.ChunkSigner.__call__
