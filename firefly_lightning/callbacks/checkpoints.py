@@ -102,9 +102,10 @@ class LastCheckpoint(_OfARun):
 
     def file_exists(self, filepath: str | Path, trainer: L.Trainer) -> bool:
         """Whether a checkpoint is in the way; one of a step of this run that is made again is not."""
-        there, path = super().file_exists(filepath, trainer), Path(filepath)
-        own = str(path) not in self.best_k_models and _saved_state(path, self.state_key).get("run") == self._run
-        return there and not trainer.strategy.broadcast(own)
+        if not super().file_exists(filepath, trainer):
+            return False
+        run = _saved_state(Path(filepath), self.state_key).get("run")
+        return not trainer.strategy.broadcast(run == self._run and str(filepath) not in self.best_k_models)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Has checkpoints written beside the training, if told so, or in a user's script in the strategy's own form.
