@@ -2,28 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-from tqdm import tqdm
-
-from firefly_lightning.data.sources.chunks import Chunk, read_chunks
-from firefly_lightning.data.sources.records import DocumentPer, find_sources, identify_source
+from firefly_lightning.data.sources.records import find_sources, identify_source
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.files.atomic import check_new_file, new_file
-from firefly_lightning.files.resumable import WorkFolder, code_digest
-from firefly_lightning.preparation.cleaning import duplicates, lines, row_checks, signed_rows
-from firefly_lightning.preparation.cleaning.choice import Chooser
-from firefly_lightning.preparation.cleaning.compared_texts import opened
-from firefly_lightning.preparation.cleaning.findings import Findings
-from firefly_lightning.preparation.cleaning.signed_rows import ChunkSigner, SignedRows
-from firefly_lightning.processes import map_in_order
-
-ROWS_PER_CHUNK = 5000
-"""Number of rows that a process works on at a time; a killed run goes on with the portions that were not whole."""
+from firefly_lightning.files.resumable import WorkFolder
 
 
 def clean(
@@ -63,6 +48,12 @@ def clean(
     Raises:
         FireflyError: If a file cannot be read or written, or nothing is left.
     """
+    from firefly_lightning.preparation.cleaning.choice import Chooser
+    from firefly_lightning.preparation.cleaning.compared_texts import opened
+    from firefly_lightning.preparation.cleaning.findings import Findings
+    from firefly_lightning.preparation.cleaning.looking import CODE, ROWS_PER_CHUNK, Looking, write_kept
+    from firefly_lightning.preparation.cleaning.signed_rows import SignedRows
+
     if not 0 < near_duplicates <= 1:
         raise FireflyError(f"--near_duplicates {near_duplicates}: must be above 0 and at most 1")
     if workers is not None and workers < 1:
@@ -76,7 +67,7 @@ def clean(
     check_new_file(reported, inputs)
     if reported == target:
         raise FireflyError(f"--report {report}: is also --out; write to another file")
-    how = [min_characters, max_characters, document_per, ROWS_PER_CHUNK, _CODE]
+    how = [min_characters, max_characters, document_per, ROWS_PER_CHUNK, CODE]
     identity = [len(sources), *map(identify_source, inputs), *how]
     with WorkFolder(target, json.dumps(identity), sharing=part is not None) as folder:
         looking = Looking(folder.path, document_per, workers, part or (1, 1))
@@ -96,64 +87,9 @@ def clean(
         if not findings.kept:
             raise FireflyError(f"{', '.join(sources)}: nothing is left of {findings.read} rows: {findings.reasons()}")
         with new_file(target, inputs) as file, new_file(reported, inputs) as written:
-            _write(rows, chooser.kept, file)
+            write_kept(rows, chooser.kept, file)
             written.write(json.dumps(findings.as_json(), ensure_ascii=False, indent=1).encode())
     print("\n".join([findings.table(out), *findings.hints()]))
-
-
-class Looking(NamedTuple):
-    """Looks at rows one by one, on all cores, and keeps what is known of them then.
-
-    Attributes:
-        folder: Where that is kept, in portions.
-        document_per: What of a ``.txt`` file is a document.
-        workers: Number of processes; one for each core where None.
-        part: Which part of the portions is worked on, counted from 1, and of how many.
-    """
-
-    folder: Path
-    document_per: DocumentPer
-    workers: int | None
-    part: tuple[int, int]
-
-    def tell_of_earlier_run(self, out: str) -> None:
-        """Says how much an earlier run has left."""
-        if before := sum(1 for _ in self.folder.glob("*.arrow")):
-            print(f"{out}: going on with {before} portions of at most {ROWS_PER_CHUNK:,} rows that were looked at")
-
-    def at(self, sources: Sequence[str], name: str, lengths: range | None) -> list[Path]:
-        """Looks at the rows of sources; returns the tables of all portions.
-
-        Args:
-            sources: Files and datasets.
-            name: What the rows are.
-            lengths: Numbers of characters that a text may have; None for validation rows.
-        """
-        tables: list[Path] = []
-        chunks = self._chunks(sources, name.replace(" ", "_"), tables)
-        with tqdm(desc=name, unit=" rows", delay=2) as progress:
-            for count in map_in_order(ChunkSigner(lengths), chunks, self.workers):
-                progress.update(count)
-        return tables
-
-    def _chunks(self, sources: Sequence[str], name: str, tables: list[Path]) -> Iterator[tuple[Path, Chunk]]:
-        part, parts = self.part
-        for source in sources:
-            for chunk in read_chunks(source, ROWS_PER_CHUNK, self.document_per):
-                tables.append(self.folder / f"{name}-{len(tables):06}.arrow")
-                if len(tables) % parts == part % parts:
-                    yield tables[-1], chunk
-
-
-def _write(rows: SignedRows, kept: NDArray[np.bool_], file: BinaryIO) -> None:
-    """Writes the lines of the rows that were kept."""
-    for at in range(rows.validation_tables, len(rows.tables)):
-        of_portion = kept[rows.portion(at).start : rows.portion(at).stop]
-        content, ends = rows.lines(at)
-        # Neighbours that stay are written at once.
-        turns = np.flatnonzero(np.diff(np.concatenate([[False], of_portion, [False]]))).reshape(-1, 2)
-        for first, last in turns.tolist():
-            file.write(memoryview(content)[ends[first] : ends[last]])
 
 
 def _part(share: str) -> tuple[int, int]:
@@ -162,6 +98,3 @@ def _part(share: str) -> tuple[int, int]:
     if not 1 <= part <= parts:
         raise FireflyError(f"--share {share}: must be PART/PARTS, such as 3/8 for the third of eight parts")
     return part, parts
-
-
-_CODE = code_digest(*(str(module.__file__) for module in (duplicates, lines, row_checks, signed_rows)))

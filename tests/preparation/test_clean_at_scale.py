@@ -19,8 +19,8 @@ from firefly_lightning.data.sources.chunks import read_chunks, records_of
 from firefly_lightning.data.sources.records import read_records
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.files.resumable import WorkFolder
-from firefly_lightning.preparation import clean as module
 from firefly_lightning.preparation.clean import clean
+from firefly_lightning.preparation.cleaning import looking
 from firefly_lightning.preparation.cleaning.duplicates import normalise
 from tests.conftest import write_rows
 from tests.support.helpers import raised_line
@@ -84,7 +84,7 @@ def kept_one_by_one(rows, forbidden):
 
 @pytest.fixture
 def small_portions(monkeypatch):
-    monkeypatch.setattr(module, "ROWS_PER_CHUNK", 40)
+    monkeypatch.setattr(looking, "ROWS_PER_CHUNK", 40)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -141,7 +141,7 @@ def test_portions_hold_the_records_of_a_file(tmp_path_factory, lines, end, mark,
     ],
 )
 def test_mistakes_in_a_later_portion_are_named(tmp_path, monkeypatch, content, message):
-    monkeypatch.setattr(module, "ROWS_PER_CHUNK", 1)
+    monkeypatch.setattr(looking, "ROWS_PER_CHUNK", 1)
     (tmp_path / "rows.jsonl").write_bytes(content)
     with pytest.raises(FireflyError, match=message) as raised:
         clean([str(tmp_path / "rows.jsonl")], str(tmp_path / "out.jsonl"), workers=2)
@@ -152,14 +152,15 @@ def test_mistakes_in_a_later_portion_are_named(tmp_path, monkeypatch, content, m
 COMMAND = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores it
-from firefly_lightning.preparation import clean as module
-module.ROWS_PER_CHUNK = 20
-look = module.ChunkSigner.__call__
+from firefly_lightning.preparation.clean import clean
+from firefly_lightning.preparation.cleaning import looking
+looking.ROWS_PER_CHUNK = 20
+look = looking.ChunkSigner.__call__
 def slowly(*given):
     time.sleep(float(sys.argv[4]))
     return look(*given)
-module.ChunkSigner.__call__ = slowly
-module.clean([sys.argv[1]], sys.argv[2], workers=int(sys.argv[3]))
+looking.ChunkSigner.__call__ = slowly
+clean([sys.argv[1]], sys.argv[2], workers=int(sys.argv[3]))
 """
 
 
@@ -217,18 +218,19 @@ def test_parts_done_elsewhere_are_found(tmp_path, reviews, small_portions, capsy
 ON_A_CLUSTER = """
 import sys
 from datatrove.executor import LocalPipelineExecutor
-from firefly_lightning.preparation import clean as module
+from firefly_lightning.preparation.clean import clean
+from firefly_lightning.preparation.cleaning import looking
 
 files, out = sys.argv[1:2], sys.argv[2]
-module.ROWS_PER_CHUNK = 40
+looking.ROWS_PER_CHUNK = 40
 
 def look_at_a_share(data, rank=0, world_size=1):
-    module.clean(files, out, share=f"{rank + 1}/{world_size}", workers=1)
+    clean(files, out, share=f"{rank + 1}/{world_size}", workers=1)
     return ()
 
 if __name__ == "__main__":
     LocalPipelineExecutor([look_at_a_share], tasks=4, workers=2, logging_dir=sys.argv[3]).run()
-    module.clean(files, out)
+    clean(files, out)
 """
 
 
