@@ -5,19 +5,21 @@ import decimal
 import json
 import re
 import unicodedata
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rensa import RMinHash
 
 from firefly_lightning.data.sources.row_forms import read_rows
 from firefly_lightning.errors import FireflyError
 from firefly_lightning.preparation.build import build
 from firefly_lightning.preparation.clean import clean
-from firefly_lightning.preparation.cleaning.duplicates import encoded, jaccard, normalise, shingles, signatures
+from firefly_lightning.preparation.cleaning.duplicates import encoded, normalise, signatures
+from firefly_lightning.preparation.cleaning.pieces import jaccard, piece_hashes, shingles
 from tests.conftest import write_rows
 from tests.support.helpers import raised_line
 
@@ -302,8 +304,18 @@ def test_similarity_is_that_of_jaccard():
     assert jaccard({b"a", b"b", b"c"}, {b"b", b"c", b"d"}) == 0.5
     assert normalise("Ａ，b 　C!") == "abc"
     assert normalise("！？") == "！？"
-    one, other = signatures([shingles(encoded(normalise(text))) for text in ("一二三四五六", "一二三，四五六！")])
+    one, other = signatures(piece_hashes([encoded(normalise(text)) for text in ("一二三四五六", "一二三，四五六！")]))
     assert (one == other).all()
+
+
+@given(st.lists(st.text(st.sampled_from("aé春😀\ud800\0"), max_size=12) | st.text(max_size=40), min_size=1, max_size=9))
+def test_pieces_of_many_texts_are_hashed_at_once_as_rensa_hashes_them(texts):
+    written = [encoded(text) for text in texts]
+    found = piece_hashes(written)
+    expected = RMinHash.hash_token_sets([sorted(shingles(text)) for text in written])
+    parts = [found.hashes[start:end].tolist() for start, end in pairwise(found.ends.tolist())]
+    assert [sorted(set(part)) for part in parts] == [sorted(part) for part in expected]
+    assert found.distinct().tolist() == [len(shingles(text)) for text in written]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from firefly_lightning.preparation.cleaning.duplicates import jaccard, shingles
+from firefly_lightning.preparation.cleaning.pieces import jaccard, shingles
 from firefly_lightning.preparation.cleaning.signed_rows import SignedRows
 
 Pair = tuple[int, int]

@@ -8,7 +8,6 @@ duplicate by chance. Rows of a Jaccard similarity of 0.8 are found in 95 of 100 
 
 import re
 import unicodedata
-from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from rensa import RMinHash
 
+from firefly_lightning.preparation.cleaning.pieces import PieceHashes
+
 PERMUTATIONS, BANDS, SEED = 128, 16, 1
-SHINGLE = 5
-"""Number of characters of the pieces (shingles) by which two texts are compared."""
 
 _NO_WORD = re.compile(r"[\W_]+")
 
@@ -30,11 +29,9 @@ class Texts(NamedTuple):
     target: str
 
 
-def signatures(pieces: Sequence[Collection[bytes]]) -> NDArray[np.uint32]:
-    """The MinHash signatures of texts, given by their pieces; shape (texts, ``PERMUTATIONS``)."""
-    if not pieces:
-        return np.empty((0, PERMUTATIONS), np.uint32)
-    return np.array(RMinHash.digest_matrix_from_token_byte_sets(pieces, PERMUTATIONS, SEED).to_rows(), np.uint32)
+def signatures(pieces: PieceHashes) -> NDArray[np.uint32]:
+    """The MinHash signatures of texts; shape (texts, ``PERMUTATIONS``)."""
+    return np.array(RMinHash.digest_matrix_from_flat_token_hashes(*pieces, PERMUTATIONS, SEED).to_rows(), np.uint32)
 
 
 def bands(signatures: NDArray[np.uint32]) -> NDArray[np.uint64]:
@@ -65,19 +62,3 @@ def normalise(text: str) -> str:
 def encoded(text: str) -> bytes:
     """A text in UTF-8; halves of surrogate pairs, which validation rows may have, stay what they are."""
     return text.encode("utf-8", "surrogatepass")
-
-
-def shingles(text: bytes) -> set[bytes]:
-    """All pieces of ``SHINGLE`` characters of a text in UTF-8; a shorter text is one piece."""
-    # A character begins at each byte that does not go on with one.
-    starts = np.flatnonzero((np.frombuffer(text, np.uint8) & 0xC0) != 0x80).tolist()
-    if len(starts) <= SHINGLE:
-        return {text}
-    starts.append(len(text))
-    return {text[start:end] for start, end in zip(starts, starts[SHINGLE:], strict=False)}
-
-
-def jaccard(one: set[bytes], other: set[bytes]) -> float:
-    """The Jaccard similarity of two sets of pieces: those in both sets as a share of those in either."""
-    both = len(one & other)
-    return both / (len(one) + len(other) - both)

@@ -17,7 +17,7 @@ def line_of(row: dict[str, Any], where: str) -> bytes | None:
         FireflyError: If a value of a table or a dataset has no place in a line of JSON.
     """
     try:
-        return json.dumps(row, ensure_ascii=False, default=_plain).encode() + b"\n"
+        return _ENCODER.encode(row).encode() + b"\n"
     except TypeError as error:
         names = [printable(name) for name, value in row.items() if not _fits(value)]
         message = f"{where}: the field {some(names)} holds {error}, which a line of JSON cannot; leave the column out"
@@ -39,3 +39,6 @@ def _fits(value: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, default=_plain)

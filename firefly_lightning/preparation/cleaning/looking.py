@@ -11,14 +11,14 @@ from tqdm import tqdm
 from firefly_lightning.data.sources.chunks import Chunk, read_chunks
 from firefly_lightning.data.sources.records import DocumentPer
 from firefly_lightning.files.resumable import code_digest
-from firefly_lightning.preparation.cleaning import duplicates, lines, row_checks, signed_rows
+from firefly_lightning.preparation.cleaning import duplicates, lines, pieces, row_checks, signed_rows
 from firefly_lightning.preparation.cleaning.signed_rows import ChunkSigner, SignedRows
 from firefly_lightning.processes import map_in_order
 
 ROWS_PER_CHUNK = 5000
 """Number of rows that a process works on at a time; a killed run goes on with the portions that were not whole."""
 
-CODE = code_digest(*(str(module.__file__) for module in (duplicates, lines, row_checks, signed_rows)))
+CODE = code_digest(*(str(module.__file__) for module in (duplicates, lines, pieces, row_checks, signed_rows)))
 """Digest of the code that says what is known of a row: portions of other code are not gone on with."""
 
 

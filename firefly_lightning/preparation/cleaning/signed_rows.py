@@ -26,10 +26,10 @@ from firefly_lightning.preparation.cleaning.duplicates import (
     bands,
     encoded,
     normalise,
-    shingles,
     signatures,
 )
 from firefly_lightning.preparation.cleaning.lines import line_of
+from firefly_lightning.preparation.cleaning.pieces import piece_hashes
 from firefly_lightning.preparation.cleaning.row_checks import kind_of, texts_of, what_is_wrong
 
 SHOWN = 200
@@ -102,7 +102,10 @@ class ChunkSigner:
 
 
 class Columns(NamedTuple):
-    """The columns of a portion's table, as they are filled; names are those of the table, whose bands come last."""
+    """The columns of a portion's table, as they are filled; names are those of the table, whose bands come last.
+
+    In the place of the number of its pieces stands a row's whole text, from which they are counted at the end.
+    """
 
     number: list[int]
     kind: list[str]
@@ -115,7 +118,7 @@ class Columns(NamedTuple):
     question: list[int]
     exact_0: list[int]
     exact_1: list[int]
-    pieces: list[set[bytes]]
+    pieces: list[bytes]
 
     def add(self, number: int, kind: str, fault: str | None, whole: str, said: Reading) -> None:
         """Adds what a row says; its whole text is shown where it has a fault."""
@@ -132,13 +135,13 @@ class Columns(NamedTuple):
         self.exact_0.append(exact >> 64)
         self.exact_1.append(exact & (1 << 64) - 1)
         self.target_size.append(len(target))
-        self.pieces.append(shingles(whole))
+        self.pieces.append(whole)
 
     def table(self, schema: pa.Schema) -> pa.Table:
         """The columns as a table, with the bands of all rows."""
-        columns = self._asdict() | {"pieces": np.array(list(map(len, self.pieces)), np.uint32)}
-        hashes = dict(zip(BAND, bands(signatures(self.pieces)), strict=True))
-        return pa.table({**columns, **hashes}, schema)
+        pieces = piece_hashes(self.pieces)
+        hashes = dict(zip(BAND, bands(signatures(pieces)), strict=True))
+        return pa.table({**self._asdict(), "pieces": pieces.distinct(), **hashes}, schema)
 
 
 class SignedRows:
