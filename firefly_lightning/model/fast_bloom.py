@@ -117,6 +117,9 @@ Attend = Callable[[Any, Tensor], Attended]
 Scores = Callable[..., Tensor]
 """PyTorch's fused attention with the settings of a module: of query, key, value and ``attn_mask``."""
 
+ALIGNED = 8
+"""What the rows of a bias are padded to: PyTorch's attention on GPUs copies one whose strides are no multiples of it."""
+
 FEW_ROWS = 64
 """Most rows whose product with the head is computed from the other side where answers are generated."""
 
@@ -295,7 +298,7 @@ class AlibiBias:
         key = like.device, like.dtype
         kept = self._kept.get(key)
         if kept is None or kept.shape[-1] < length:
-            kept = self._kept[key] = self._make(length).to(like)
+            kept = self._kept[key] = self._make(-length // ALIGNED * -ALIGNED).to(like)
         return kept[..., :length, :length]
 
     def _make(self, length: int) -> Tensor:

@@ -165,7 +165,7 @@ class ChunkBuilder:
             where = f"{chunk.rows.source}:{line}"
             try:
                 built = self._fill(row, where, number)
-                lines += [json.dumps(filled, ensure_ascii=False) + "\n" for filled in built]
+                lines += [_ENCODER.encode(filled) + "\n" for filled in built]
             except UnusableRowError as reason:
                 lost[printable(str(reason))] += 1
             except FireflyError as error:
@@ -223,6 +223,8 @@ def _check_positive(**flags: int) -> None:
         if value < 1:
             raise FireflyError(f"--{name} {value}: must be at least 1")
 
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 _CODE = code_digest(
     __file__, *(str(module.__file__) for module in (columns_module, template_views_module, templates_module))

@@ -68,7 +68,10 @@ def tidy(value: Any) -> Any:
     """A value with its texts, in lists too, tidied: Unix line ends, no blanks at ends of lines or around the text."""
     if isinstance(value, str):
         text = value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value
-        return re.sub(r"[^\S\n]+\n", "\n", text).strip()
+        return _BLANKS_AT_END.sub("\n", text).strip() if "\n" in text else text.strip()
     if isinstance(value, list | tuple):
         return [tidy(item) for item in value]
     return value
+
+
+_BLANKS_AT_END = re.compile(r"[^\S\n]+\n")

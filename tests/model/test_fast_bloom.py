@@ -149,6 +149,14 @@ def test_the_bias_of_a_shorter_row_is_a_part_of_that_of_a_longer_one():
     assert torch.isinf(short[0, 0]).tolist() == [[column > row for column in range(5)] for row in range(5)]
 
 
+@pytest.mark.parametrize("length", [1, 8, 9, 511])
+def test_a_gpu_need_not_copy_a_bias(length):
+    """Its kernels take one whose strides are multiples of eight (``preprocess_mask`` in ATen's attention.cpp)."""
+    bias = AlibiBias(6)(length, torch.zeros(1, dtype=torch.bfloat16))
+    assert bias.shape[-2:] == (length, length)
+    assert bias.stride()[-1] == 1 and not any(stride % 8 for stride in bias.stride()[:-1])
+
+
 def test_the_way_of_gpus_is_the_same_on_a_processor(stock, batches, monkeypatch):
     batch = as_batch(batches["right-padded"])
     value, grads = trained(copy.deepcopy(stock), batch, torch.float32)

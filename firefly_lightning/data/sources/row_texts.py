@@ -54,10 +54,15 @@ def text_of(fields: Mapping[str, Any], name: str, place: str = "") -> str:
     if not isinstance(value, str):
         message = f"field {name!r} must be a string, this is {type(value).__name__}; mend the row or remove it"
         raise BadRowError(message, "not text", place)
-    if not value.isascii() and _HALF.search(value):
+    if has_half_a_pair(value):
         message = f"field {name!r} holds half a surrogate pair, which is no character; mend it"
         raise BadRowError(message, "broken characters", place)
     return value
+
+
+def has_half_a_pair(text: str) -> bool:
+    """Whether half a surrogate pair, which is no character, is in a text."""
+    return not text.isascii() and _HALF.search(text) is not None
 
 
 def names_of(fields: Mapping[str, Any]) -> str:

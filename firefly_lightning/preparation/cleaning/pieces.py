@@ -40,7 +40,8 @@ class PieceHashes(NamedTuple):
 
         The last bits of a hash make room for the number of its text, so that one sorting serves all.
         """
-        sizes = np.diff(self.ends.astype(np.int64))
+        ends = self.ends.astype(np.int64)
+        sizes = ends[1:] - ends[:-1]
         bits = np.uint64(len(sizes).bit_length())
         of_text = np.repeat(np.arange(len(sizes), dtype=np.uint64) << np.uint64(64) - bits, sizes)
         keys = np.sort(self.hashes >> bits | of_text)
@@ -124,4 +125,5 @@ def _mixed(one: NDArray[np.uint64], other: NDArray[np.uint64]) -> NDArray[np.uin
     low, high, other_low, other_high = one & LOW, one >> HALF, other & LOW, other >> HALF
     across = low * other_high
     carried = (low * other_low >> HALF) + (across & LOW) + high * other_low
-    return one * other ^ (high * other_high + (across >> HALF) + (carried >> HALF))
+    mixed: NDArray[np.uint64] = one * other ^ (high * other_high + (across >> HALF) + (carried >> HALF))
+    return mixed

@@ -34,7 +34,8 @@ class Words(NamedTuple):
         return next((word for word in self.words if word in text), None)
 
 
-class TemplateGroup(NamedTuple):
+@dataclass(frozen=True)
+class TemplateGroup:
     """Templates of inputs, and templates of targets, any of which answers any of the inputs.
 
     Attributes:
@@ -51,13 +52,13 @@ class TemplateGroup(NamedTuple):
     equal: frozenset[str] = frozenset()
     unequal: frozenset[str] = frozenset()
 
-    @property
-    def names(self) -> set[str]:
+    @cached_property
+    def names(self) -> frozenset[str]:
         """The fields and views that the templates of the group name."""
-        return {name for template in self.inputs + self.targets for name in template.names}
+        return frozenset(name for template in self.inputs + self.targets for name in template.names)
 
-    @property
-    def used(self) -> set[str]:
+    @cached_property
+    def used(self) -> frozenset[str]:
         """The fields and views of a row that decide whether the group serves it."""
         return self.names | self.without | self.equal | self.unequal
 
@@ -71,7 +72,7 @@ class TemplateGroup(NamedTuple):
 
     def agrees(self, texts: Mapping[str, str]) -> bool:
         """Whether fields hold the same text, or do not, as the group asks."""
-        if len({texts[name] for name in self.equal}) > 1:
+        if self.equal and len({texts[name] for name in self.equal}) > 1:
             return False
         return not self.unequal or len({texts[name] for name in self.unequal}) > 1
 
@@ -133,8 +134,9 @@ class Templates:
                 f"{where}: no template serves a row in which {', '.join(blank)} is empty; fill it or remove the row"
             )
         # The lowest hashes win, and the winner's hash picks the target.
-        draws = sorted((_hash(seed, number, at), at) for at in range(len(choices)))[:per_row]
-        drawn = [(*choices[at], draw) for draw, at in draws]
+        draws = [xxhash.xxh3_64_intdigest(b"%d:%d:%d" % (seed, number, at)) for at in range(len(choices))]
+        winners = [min(draws)] if per_row == 1 else sorted(draws)[:per_row]
+        drawn = [(*choices[draws.index(draw)], draw) for draw in winners]
         return [self._row(source, targets[draw % len(targets)], texts) for source, targets, draw in drawn]
 
     def texts(self, row: Mapping[str, Any], where: str) -> dict[str, str]:
@@ -175,10 +177,6 @@ class Templates:
     def _row(self, source: Template, target: Template, texts: Mapping[str, str]) -> dict[str, str]:
         filled = {"kind": self.kind, "input": source.fill(texts), "target": target.fill(texts)}
         # A template may hold several turns; a value never does. In an input </s> is ordinary text and does no harm.
-        if filled["target"].count(TURN_SEPARATOR) != target.fill(dict.fromkeys(texts, "")).count(TURN_SEPARATOR):
+        if filled["target"].count(TURN_SEPARATOR) != target.turns:
             raise UnusableRowError("turn separator in text")
         return filled
-
-
-def _hash(seed: int, number: int, index: int) -> int:
-    return xxhash.xxh3_64_intdigest(f"{seed}:{number}:{index}".encode())

@@ -3,12 +3,16 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from typing import Any, Literal
 
+from firefly_lightning.data.sources.known_forms import TURN_SEPARATOR
+from firefly_lightning.data.sources.row_texts import has_half_a_pair
 from firefly_lightning.errors import FireflyError, shown
 
 
-class Template(NamedTuple):
+@dataclass(frozen=True)
+class Template:
     """A text with places for values.
 
     Attributes:
@@ -17,10 +21,15 @@ class Template(NamedTuple):
 
     pieces: tuple[tuple[str, str | None], ...]
 
-    @property
-    def names(self) -> set[str]:
+    @cached_property
+    def names(self) -> frozenset[str]:
         """The names of the values that the template has places for."""
-        return {name for _, name in self.pieces if name is not None}
+        return frozenset(name for _, name in self.pieces if name is not None)
+
+    @cached_property
+    def turns(self) -> int:
+        """How many turn separators the template itself has."""
+        return self.fill(dict.fromkeys(self.names, "")).count(TURN_SEPARATOR)
 
     def fill(self, values: Mapping[str, str]) -> str:
         """The text with every value in its place, as it is: values are never read for places or anything else."""
@@ -97,6 +106,6 @@ def plain_text(value: Any, name: str, where: str) -> str:
         return json.dumps(value)
     if not isinstance(value, str):
         raise FireflyError(f"{where}: field {name!r} must be text or a number, this is {type(value).__name__}")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if has_half_a_pair(value):
         raise FireflyError(f"{where}: field {name!r} holds half a surrogate pair, which is no character; mend it")
     return value
