@@ -146,11 +146,14 @@ def no_form(fields: Mapping[str, Any]) -> str:
 
 
 def _firefly_turns(fields: Mapping[str, Any]) -> Said:
-    pieces = [text_of(fields, "input"), *text_of(fields, "target").split(TURN_SEPARATOR)]
+    question, target = text_of(fields, "input"), text_of(fields, "target")
+    if TURN_SEPARATOR not in target and "history" not in fields:  # nearly all rows, sooner
+        return Said(((question, target),))
+    pieces = [question, *target.split(TURN_SEPARATOR)]
     while len(pieces) > 2 and not pieces[-1].strip():
         pieces.pop()  # a closing </s> written out, or nothing after it
-    question = pieces.pop() if len(pieces) % 2 else None
-    return Said((*earlier_turns(fields), *zip(pieces[0::2], pieces[1::2], strict=True)), (), question)
+    last = pieces.pop() if len(pieces) % 2 else None
+    return Said((*earlier_turns(fields), *zip(pieces[0::2], pieces[1::2], strict=True)), (), last)
 
 
 def _belle_turns(fields: Mapping[str, Any]) -> Said:

@@ -157,7 +157,8 @@ class RowReader:
         row = _to_answer(kind, said, number) if self.rules.answering else _to_learn(kind, said, number)
         if said.unused:
             self.unused.update(said.unused)
-        return row._replace(learned=self._learned(row))
+        learned = self._learned(row)
+        return row if learned is row.learned else row._replace(learned=learned)
 
     def _learned(self, row: Row) -> tuple[bool, ...]:
         """Whether each target is learned, by the row and the rules; a row that is to be answered has one at least."""
