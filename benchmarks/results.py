@@ -15,7 +15,19 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from benchmarks import answers, clean, full_size, lora, micro_batches, preference, pretrain, saves, survive, validation
+from benchmarks import (
+    answers,
+    before_after,
+    clean,
+    full_size,
+    lora,
+    micro_batches,
+    preference,
+    pretrain,
+    saves,
+    survive,
+    validation,
+)
 
 Lines = Sequence[dict[str, Any]]
 
@@ -262,6 +274,13 @@ PARTS = {
         [],
         ["kill", "what", "after_step", "during_a_save", "goes_on_at", "seconds", "seconds_to_join"],
         survive.held_to_goals,
+    ),
+    "before_after": Part(
+        "Before and after", "Scripts of these benchmarks beside a checkout from before the second round of work on "
+        "speed, in turns, with the same packages; medians of two rounds.",
+        [],
+        ["script", "what", "unit", "before", "after", "times_as_fast"],
+        before_after.compared,
     ),
     "tokenise": Part(
         "Tokenising", "1,650,000 rows made of real ones, no two the same, beside a call of the tokenizer a text.",

@@ -39,7 +39,9 @@ pytest_plugins = [
 OF_ONE_STACK = {
     "current": (
         "callbacks", "chat", "checkpoints/test_asynchronous", "checkpoints/test_damage", "checkpoints/test_newest",
-        "checkpoints/test_io_plugin.py::test_a_full_disk", "checkpoints/test_portable", "checkpoints/test_saved_config",
+        "checkpoints/test_io_plugin.py::test_a_full_disk",
+        "checkpoints/test_io_plugin.py::test_exported_folder", "checkpoints/test_portable",
+        "checkpoints/test_saved_config",
         "data", "demo", "evaluation/test_answer", "evaluation/test_metric_names", "evaluation/test_predictions",
         "evaluation/test_rows_in_flight", "checkpoints/test_forged_states", "model/test_adapters",
         "files", "gguf", "integration/test_adapter", "integration/test_auto_resume",
@@ -73,6 +75,14 @@ home."""
 
 OF_FULL_RUNS = (
     "benchmarks", "pruning/test_weights_writer.py::test_memory_stays_small[bin",
+    "callbacks/test_checkpoints.py::test_checkpoints_are_portable_unless_plugin_or_callback_says_otherwise[none",
+    "callbacks/test_checkpoints.py::test_checkpoints_are_portable_unless_plugin_or_callback_says_otherwise[own-False",
+    "callbacks/test_checkpoints.py::test_checkpoints_are_portable_unless_plugin_or_callback_says_otherwise[portable-T",
+    "checkpoints/test_damage.py::test_a_changed_byte_is_found_wherever_it_is[own",
+    "files/test_modes.py::test_all_that_commands_write_follows_the_umask",
+    "files/test_resumable.py::test_a_killed_build_goes_on_to_the_same_bytes[2",
+    "model/test_adapters.py::test_fields_are_the_same_in_every_process",
+    "preparation/test_clean_at_scale.py::test_a_killed_run_goes_on_and_writes_the_same[2",
     "strategies/test_registration.py::test_either_package_is_imported_first[lightning",
     "test_module.py::test_loss_and_gradients_equal_stock_bloom[2 ranks of 4",
     *(
@@ -81,7 +91,14 @@ OF_FULL_RUNS = (
             # Runs move to and from each of these, with the losses and weights of plain PyTorch.
             "test_engine_parity.py::test_a_strategy_trains_like_plain_pytorch[zero1",
             "test_engine_parity.py::test_a_strategy_trains_like_plain_pytorch[zero2_offload",
+            "test_engine_parity.py::test_a_strategy_trains_like_plain_pytorch[zero2]",
             "test_engine_parity.py::test_a_strategy_trains_like_plain_pytorch[zero3]",
+            "test_engine_parity.py::test_a_strategy_trains_like_plain_pytorch[gemini_offload",
+            "test_clipping.py::test_what_names_no_limit_is_not_clipped[zero2",
+            *(
+                f"test_interrupts.py::test_a_signal_ends_a_command[{name}-"
+                for name in ("build", "plan", "stats", "test", "validate")
+            ),
             "test_adapter_strategies.py::test_a_checkpoint_in_an_engines_own_form",
             "test_adapter_strategies.py::test_quantised_weights_give_the_same",
             "test_auto_resume.py::test_a_run_that_is_killed_at_random_moments[2",
@@ -91,8 +108,17 @@ OF_FULL_RUNS = (
             "test_auto_resume.py::test_processes_pass_over",
             "test_elastic.py::test_a_process_that_hangs", "test_hub.py::test_a_corpus_of_the_hub_prunes",
             "test_launching.py::test_processes_that_lightning_starts_itself_train_like_one[ddp_spawn",
-            "test_launching.py::test_torchrun_starts_two_nodes",
+            "test_launching.py::test_torchrun_starts_two_nodes", "test_launching.py::test_two_nodes_train_like_one",
             "test_moving.py::test_a_run_moves_between_strategies[ddp",
+            "test_moving.py::test_a_run_moves_between_strategies[gemini",
+            "test_optimizers.py::test_a_run_in_parts_goes_on_and_moves[fsdp2",
+            "test_preference.py::test_a_strategy_trains_like_plain_pytorch[gemini",
+            "test_preference.py::test_a_strategy_trains_like_plain_pytorch[tensor_parallel",
+            "test_predict.py::test_answers_are_those_of_stock_hugging_face[native_tp",
+            "test_predict.py::test_answers_are_those_of_stock_hugging_face[tensor_parallel",
+            "test_resume.py::test_a_stopped_run_goes_on_digit_for_digit[max_epochs",
+            "test_resume.py::test_a_stopped_run_goes_on_digit_for_digit[max_steps in the middle of an epoch",
+            "test_saving.py::test_saving_takes_a_small_part_of_what_is_saved[zero3",
             "test_moving.py::test_a_run_goes_on_with_fewer_processes[zero2",
             "test_moving.py::test_a_run_goes_on_with_fewer_processes[zero3",
             "test_predict.py::test_answers_are_those_of_stock_hugging_face[ddp",
@@ -102,7 +128,7 @@ OF_FULL_RUNS = (
             "test_saving.py::test_saving_takes_a_small_part_of_what_is_saved[fsdp2",
             *(
                 f"test_uneven_steps.py::test_what_nothing_divides_trains_like_plain_pytorch[{strategy}"
-                for strategy in ("ddp-3-tokens", "zero1", "zero3", "zero2_off", "gemini_off", "native_tp")
+                for strategy in ("ddp-3-tokens", "zero1", "zero2", "zero3", "gemini_off", "native_tp", "tensor_p")
             ),
         )
     ),
@@ -113,6 +139,7 @@ OF_FULL_RUNS = (
             "test_a_stopped_run_goes_on_digit_for_digit[native_tp-portable",
             "test_a_checkpoint_validates_as_it_did_in_its_run[native_tp-file",
             "test_a_checkpoint_validates_as_it_did_in_its_run[native_tp-portable",
+            "test_fsdp2_goes_around_tensor_parallelism",
             "test_options_of_training[native_tp-recomputed", "test_random_weights_know_nothing_yet[native_tp-bf16-true",
             "test_random_weights_know_nothing_yet[fsdp2-from-scratch",
         )
