@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, BloomForCausalLM
 from firefly_lightning.checkpoints.paths import find_checkpoint
 from firefly_lightning.data.sources.row_forms import read_rows
 from tests.conftest import write_rows
+from tests.support.choice import DIVIDED
 from tests.support.helpers import ROOT, forked, logged, run, run_forked
 from tests.support.llama import llama_folder
 from tests.support.pair_runs import made_pairs
@@ -101,6 +102,10 @@ def check_command(command: str, checks: dict, box: Path, monkeypatch) -> str:
     name, *args = (part for part in shlex.split(command) if part != "PYTHONPATH=.")
     if "firefly-fit" in command and not args[-1].endswith("help"):
         args += SHORT
+    if DIVIDED and re.search(OF_SEVERAL, command) and "runs/moved" not in command:
+        args = args[args.index("fit") :]
+        assert "\nmodel:\n" in run("firefly-fit", *args, "--print_config", cwd=box).stdout
+        return names[0]
     if re.search("firefly-fit fit .*[^p]$", command):  # no --help
         last = next(step for part, step in LAST_STEPS.items() if part in command)
         args += ["--trainer.max_steps", last, "--trainer.val_check_interval", "2"]
@@ -131,6 +136,9 @@ def of_node(args: list[str]) -> str:
     text = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300).stdout
     return re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", text)
 
+
+OF_SEVERAL = "--nproc_per_node|--trainer.devices 2"
+"""Trainings on several devices: a divided run reads their configuration only, and other tests train like them."""
 
 LAST_STEPS = {"runs/back": "9", "runs/moved": "7", "--ckpt_path last": "5", "": "3"}
 """By a part of the command, the first that it has; runs that go on elsewhere go further each time."""
