@@ -118,7 +118,7 @@ Scores = Callable[..., Tensor]
 """PyTorch's fused attention with the settings of a module: of query, key, value and ``attn_mask``."""
 
 ALIGNED = 8
-"""What the rows of a bias are padded to: PyTorch's attention on GPUs copies one whose strides are no multiples of it."""
+"""What rows of a bias are padded to: PyTorch's attention on GPUs copies one whose strides are no multiples of it."""
 
 FEW_ROWS = 64
 """Most rows whose product with the head is computed from the other side where answers are generated."""
@@ -298,7 +298,7 @@ class AlibiBias:
         key = like.device, like.dtype
         kept = self._kept.get(key)
         if kept is None or kept.shape[-1] < length:
-            kept = self._kept[key] = self._make(-length // ALIGNED * -ALIGNED).to(like)
+            kept = self._kept[key] = self._make(bias_side(length)).to(like)
         return kept[..., :length, :length]
 
     def _make(self, length: int) -> Tensor:
@@ -306,6 +306,11 @@ class AlibiBias:
         distances = positions - positions[:, None]
         bias = self._slopes[:, None, None] * distances
         return bias.masked_fill(distances > 0, -torch.inf)[None]
+
+
+def bias_side(length: int) -> int:
+    """Length and width of the bias that is made for rows of up to ``length`` tokens."""
+    return -(-length // ALIGNED) * ALIGNED
 
 
 def alibi_slopes(heads: int) -> Tensor:

@@ -14,11 +14,12 @@ Small chunks are faster on a CPU, in whose cache they stay; on a GPU with small 
 would take longer than the matrix products.
 """
 
-CHUNKS_TOGETHER = {"cpu": {4: 2, 2: 4}, "cuda": {4: 1, 2: 1}}
-"""Chunks whose logits' gradients are multiplied with the head and the hidden states at once, by device and bytes
-of a number.
+CHUNKS_TOGETHER = {("cpu", 2): 4}
+"""Chunks whose logits' gradients are multiplied with the head and the hidden states at once, by type of device and
+bytes of a number; 1 for all others.
 
-A product with few rows reads the head, and adds to its gradient, as often as there are products.
+A product with few rows reads the head, and adds to its gradient, as often as there are products. In float32, whole
+steps were not faster for it on a CPU.
 """
 
 FEWEST_TARGETS = 64
@@ -161,8 +162,7 @@ def chunk_size(vocabulary: int, device: str) -> int:
 
 def group_size(vocabulary: int, device: str, itemsize: int) -> int:
     """Number of targets whose logits' gradients exist at a time on a type of device; ``itemsize`` is in bytes."""
-    chunks = CHUNKS_TOGETHER["cpu" if device == "cpu" else "cuda"].get(itemsize, 1)
-    return chunk_size(vocabulary, device) * chunks
+    return chunk_size(vocabulary, device) * CHUNKS_TOGETHER.get((device, itemsize), 1)
 
 
 def _scores(hidden: Tensor, head: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Bytes that the forward pass of a micro-batch leaves for the backward pass; dropout is off, as in Bloom's own."""
 
+from firefly_lightning.model.fast_bloom import bias_side
 from firefly_lightning.model.loss import SUMMED_ROWS, chunk_size, group_size
 from firefly_lightning.planning.runs import Run
 
@@ -45,7 +46,7 @@ def activations(run: Run) -> float:
     """
     model, load = run.model, run.load
     hidden, residual = model.hidden_size, run.weight_bytes
-    bias = model.n_head * load.longest**2 * (4 if run.device == "cpu" else run.computed_bytes)
+    bias = model.n_head * bias_side(load.longest) ** 2 * (4 if run.device == "cpu" else run.computed_bytes)
     ends = (0 if run.frozen else load.tokens * hidden * residual) + 2 * load.targets * hidden * residual + bias
     if run.checkpointing:
         return ends + model.n_layer * load.tokens * hidden * residual

@@ -154,7 +154,8 @@ def test_a_gpu_need_not_copy_a_bias(length):
     """Its kernels take one whose strides are multiples of eight (``preprocess_mask`` in ATen's attention.cpp)."""
     bias = AlibiBias(6)(length, torch.zeros(1, dtype=torch.bfloat16))
     assert bias.shape[-2:] == (length, length)
-    assert bias.stride()[-1] == 1 and not any(stride % 8 for stride in bias.stride()[:-1])
+    assert bias.stride()[-1] == 1
+    assert not any(stride % 8 for stride in bias.stride()[:-1])
 
 
 def test_the_way_of_gpus_is_the_same_on_a_processor(stock, batches, monkeypatch):
