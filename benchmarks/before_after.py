@@ -94,7 +94,7 @@ def measured(name: str, folder: Path, options: argparse.Namespace) -> Iterator[t
 
 
 def compared(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """Sentences that say what became slower, and the most that became faster."""
+    """A sentence that says what became slower."""
     figures = [line for line in lines if "times_as_fast" in line]
     slower = [line for line in figures if line["times_as_fast"] < 1 - NOISE]
     named = [f"{line['script']}, {line['what']} ({line['times_as_fast']})" for line in slower]

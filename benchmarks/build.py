@@ -12,15 +12,18 @@ from typing import Any
 
 from benchmarks.machine import machine
 
-RAW = ["Dictionary=dictionary", "NER=ner", "SentimentAnalyze=sentiment"]
-"""Kinds of the demo, and the names of their files."""
+RAW = [
+    "Dictionary=demo_run/raw/dictionary.jsonl",
+    "NER=demo_run/raw/ner.jsonl",
+    "SentimentAnalyze=demo_run/raw/sentiment.jsonl",
+]
+"""Kinds of the demo, and their raw rows."""
 
 
 def main() -> None:
     """Builds one kind after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    raw = [f"{kind}=demo_run/raw/{name}.jsonl" for kind, name in (pair.split("=") for pair in RAW)]
-    parser.add_argument("--raw", nargs="+", default=raw, metavar="KIND=FILE", help="raw rows; bin/demo makes these")
+    parser.add_argument("--raw", nargs="+", default=RAW, metavar="KIND=FILE", help="raw rows; bin/demo makes these")
     parser.add_argument("--count", type=int, default=100_000, help="least number of rows of each kind")
     parser.add_argument("--workers", type=int, help="processes; one for each core by default")
     options = parser.parse_args()

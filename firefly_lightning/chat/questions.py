@@ -1,6 +1,5 @@
 """What the page sends: a conversation, a question and settings of generation, each checked before a model sees it."""
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from transformers import GenerationConfig
 
+from firefly_lightning.data.sources.row_texts import has_half_a_pair
 from firefly_lightning.errors import reason
 from firefly_lightning.evaluation.generation import Decoding
 from firefly_lightning.files.json_object import STRICT_JSON
@@ -108,7 +108,7 @@ def _turns(value: Any) -> list[Turn]:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where} must be text")
-    if re.search("[\ud800-\udfff]", value):
+    if has_half_a_pair(value):
         raise ValueError(f"{where} has half of a character that takes two code units (a lone surrogate)")
     return value
 
