@@ -1,8 +1,9 @@
 """Compares cleaning with what a user would run instead: python -m benchmarks.clean --help.
 
 The script makes many rows out of real ones: the first half of one text joined to the second half of another, and among
-them copies, and copies of which a few characters are missing. Each system works in a process of its own and prints a
-JSON line; the last line compares what they found.
+them copies, and copies of which a few characters are missing. Where many more rows are made than there are, halves are
+repeated so often that most rows are near copies; ``--part 12`` joins parts of so many characters instead. Each system
+works in a process of its own and prints a JSON line; the last line compares what they found.
 
     firefly        firefly clean, on all cores
     one_process    the same with --workers 1
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", default=["firefly", "one_process", "datatrove"], choices=sorted(RUNS))
     parser.add_argument("--rows", nargs="+", default=["demo_run/rows/*.jsonl"], help="real rows in Firefly's form")
     parser.add_argument("--count", type=int, default=200_000, help="rows to make")
+    parser.add_argument("--part", type=int, help="characters of each part that texts are made of, in place of halves")
     parser.add_argument("--before", type=Path, help="folder of a checkout, for the system of that name")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--folder", help="disk to work on, where the system's temporary folder is too small")
@@ -64,14 +66,16 @@ def write_rows(place: Path, options: argparse.Namespace) -> None:
     sources = sorted(name for pattern in options.rows for name in glob.glob(pattern))  # noqa: PTH207 - may be absolute
     real = [json.loads(line) for source in sources for line in Path(source).read_text("utf-8").splitlines()]
     (place / "rows").mkdir()
-    made = made_rows(real, options.count, random.Random(0))
+    made = made_rows(real, options.count, options.part, random.Random(0))
     for shard in range(SHARDS):
         with (place / "rows" / f"{shard}.jsonl").open("w", encoding="utf-8") as file:
             for _ in range(options.count * shard // SHARDS, options.count * (shard + 1) // SHARDS):
                 file.write(json.dumps(next(made), ensure_ascii=False) + "\n")
 
 
-def made_rows(real: Sequence[dict[str, str]], count: int, chance: random.Random) -> Iterator[dict[str, str]]:
+def made_rows(
+    real: Sequence[dict[str, str]], count: int, part: int | None, chance: random.Random
+) -> Iterator[dict[str, str]]:
     """Yields rows made of real ones; of a hundred, ten are copies with a gap and five are plain copies."""
     earlier: list[dict[str, str]] = []
     for _ in range(count):
@@ -81,13 +85,27 @@ def made_rows(real: Sequence[dict[str, str]], count: int, chance: random.Random)
             if how < 0.1:
                 at = chance.randrange(max(len(row["input"]) - 3, 1))
                 row = {**row, "input": row["input"][:at] + row["input"][at + 3 :]}
+        elif part:
+            one = chance.choice(real)
+            row = {"kind": one["kind"]}
+            row |= {key: of_parts(real, key, len(one[key]), part, chance) for key in ("input", "target")}
         else:
             one, two = chance.choice(real), chance.choice(real)
             halves = one["input"][: len(one["input"]) // 2] + two["input"][len(two["input"]) // 2 :]
             row = {"kind": one["kind"], "input": halves, "target": one["target"]}
-            if len(earlier) < 100_000:
-                earlier.append(row)
+        if how >= 0.15 and len(earlier) < 100_000:
+            earlier.append(row)
         yield row
+
+
+def of_parts(real: Sequence[dict[str, str]], key: str, length: int, part: int, chance: random.Random) -> str:
+    """A text of about ``length`` characters, made of parts of ``part`` characters of other rows."""
+    text = ""
+    while len(text) < length:
+        other = chance.choice(real)[key]
+        at = chance.randrange(max(len(other) - part + 1, 1))
+        text += other[at : at + part]
+    return text
 
 
 def firefly(options: argparse.Namespace, place: Path, workers: int | None = None) -> dict[str, Any]:

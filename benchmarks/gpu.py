@@ -7,6 +7,7 @@ Each measurement is a process of its own and prints a JSON line; what is missing
     throughput   1b4's shape in bf16-mixed: firefly, transformers.Trainer and TRL, with their memory on the GPU, what
                  firefly plan foretells of it, and the share that bare products take
     profile      what takes firefly's time
+    attention    one layer's, with gradients: as training computes it, and by FlexAttention
     tests        all tests that need a GPU
 """
 
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import throughput
+from benchmarks import attention, throughput
 from benchmarks.floor import DTYPES, product_rate
 from benchmarks.machine import machine
 from benchmarks.processes import alone
@@ -145,6 +146,9 @@ def compare(
         options.steps, options.warmup = 2, 1
         line = alone(throughput.measure, options, "firefly", "bf16", steps, out / "profile-gpu.txt")
         tell({"profiled": "bf16"} | line["shares_of_time"])
+    if left() > slowest:
+        for line in alone(attention.measure, options, steps, "bf16"):
+            tell(line)
 
 
 def foretold_bytes(options: argparse.Namespace) -> float:

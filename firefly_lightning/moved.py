@@ -10,7 +10,8 @@ from typing import Any
 from warnings import warn
 
 MOVED = {
-    "bloom": "model.fast_bloom", "callbacks": "callbacks.checkpoints callbacks.prediction_writer callbacks.signals",
+    "bloom": "model.fast_bloom model.attention",
+    "callbacks": "callbacks.checkpoints callbacks.prediction_writer callbacks.signals",
     "chat": "chat.command",
     "checkpoint": "checkpoints.layout checkpoints.torch_file files.atomic checkpoints.paths",
     "checkpoint_io": "checkpoints.io_plugin", "configuration": "checkpoints.layout checkpoints.saved_config",

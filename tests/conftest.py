@@ -47,15 +47,22 @@ OF_ONE_STACK = {
         "files", "gguf", "integration/test_adapter", "integration/test_auto_resume",
         "integration/test_clipping.py::test_what_names_no_limit_is_not_clipped[z",
         "integration/test_docs", "integration/test_elastic", "integration/test_interrupts",
-        "integration/test_hub.py::test_a_run_and", "integration/test_hub.py::test_a_pushed_adapter",
-        "integration/test_hub.py::test_what_cannot",
-        "integration/test_moving", "integration/test_optimizers", "integration/test_outputs",
+        *(
+            f"integration/test_hub.py::test_{test}"
+            for test in ("a_download", "a_pushed_adapter", "a_pushed_gguf", "a_run_and", "pushes", "the_card", "wh")
+        ),
+        "integration/test_model_folders", "integration/test_moving", "integration/test_old_run",
+        "integration/test_optimizers", "integration/test_outputs",
+        "integration/test_parity.py::test_a_strategy_trains_like_plain_pytorch[fsdp2",
+        "integration/test_parity.py::test_every_strategy",
         "integration/test_preference", "preference", "model/test_shared_prompts", "model/test_log_probs",
         "integration/test_predict.py::test_answers_are_those_of_stock_hugging_face[ddp",
         "integration/test_predict.py::test_answers_are_those_of_stock_hugging_face[native_tp",
         "integration/test_prompt_formats", "integration/test_readme",
         "integration/test_resume.py::test_a_stopped_run_goes_on", "integration/test_resume.py::test_a_run_counted",
-        "integration/test_resume.py::test_a_resumed_run", "integration/test_resume.py::test_the_best",
+        "integration/test_resume.py::test_a_resumed_run", "integration/test_resume.py::test_last_without",
+        "integration/test_resume.py::test_other_data", "integration/test_resume.py::test_rows_of",
+        "integration/test_resume.py::test_the_best",
         "optim/test_groups", "optim/test_rehearsal", "optim/test_released", "optim/test_settings", "optim/test_states",
         "integration/test_uneven_steps.py::test_what_nothing_divides_trains_like_plain_pytorch[auto",
         "integration/test_uneven_steps.py::test_what_nothing_divides_trains_like_plain_pytorch[ddp",
@@ -68,6 +75,8 @@ OF_ONE_STACK = {
         "strategies/colossalai/test_strategy",
         "integration/test_parity.py::test_a_strategy_trains_like_plain_pytorch[ddp",
         "integration/test_parity.py::test_a_strategy_trains_like_plain_pytorch[native_tp",
+        "integration/test_predict.py::test_answers_are_those_of_stock_hugging_face[auto",
+        "integration/test_resume.py::test_killed_run",
     ),
 }  # fmt: skip
 """Files, or tests, that `--divided` leaves to one stack: what depends least on releases, and each engine where it is at
@@ -97,10 +106,13 @@ OF_FULL_RUNS = (
             "test_clipping.py::test_what_names_no_limit_is_not_clipped[zero2",
             *(
                 f"test_interrupts.py::test_a_signal_ends_a_command[{name}-"
-                for name in ("build", "plan", "stats", "test", "validate")
+                for name in ("build", "clean", "export", "plan", "predict", "stats", "test", "validate")
             ),
             "test_adapter_strategies.py::test_a_checkpoint_in_an_engines_own_form",
             "test_adapter_strategies.py::test_quantised_weights_give_the_same",
+            "test_adapters.py::test_an_interrupted_run_goes_on_to_the_digit[lora-bf16",
+            "test_auto_resume.py::test_a_run_that_is_killed_between_a_step_and_its_figures[in TensorBoard",
+            "test_auto_resume.py::test_a_run_that_is_killed_between_a_step_and_its_figures[validated and logged",
             "test_auto_resume.py::test_a_run_that_is_killed_at_random_moments[2",
             "test_auto_resume.py::test_a_run_that_is_killed_between_a_step_and_its_figures[saved, not logged",
             "test_auto_resume.py::test_a_run_that_is_killed_between_a_step_and_its_figures[the",
@@ -112,6 +124,7 @@ OF_FULL_RUNS = (
             "test_moving.py::test_a_run_moves_between_strategies[ddp",
             "test_moving.py::test_a_run_moves_between_strategies[gemini",
             "test_optimizers.py::test_a_run_in_parts_goes_on_and_moves[fsdp2",
+            "test_preference.py::test_a_strategy_trains_like_plain_pytorch[ddp",
             "test_preference.py::test_a_strategy_trains_like_plain_pytorch[gemini",
             "test_preference.py::test_a_strategy_trains_like_plain_pytorch[tensor_parallel",
             "test_predict.py::test_answers_are_those_of_stock_hugging_face[native_tp",
@@ -128,15 +141,21 @@ OF_FULL_RUNS = (
             "test_saving.py::test_saving_takes_a_small_part_of_what_is_saved[fsdp2",
             *(
                 f"test_uneven_steps.py::test_what_nothing_divides_trains_like_plain_pytorch[{strategy}"
-                for strategy in ("ddp-3-tokens", "zero1", "zero2", "zero3", "gemini_off", "native_tp", "tensor_p")
+                for strategy in ("auto-1-rows", "ddp", "zero1", "zero2", "zero3", "gemini_off", "native_tp", "tensor_p")
             ),
         )
     ),
+    "strategies/deepspeed/test_checkpoints.py::test_a_stopped_run_goes_on_digit_for_digit[own-zero1",
+    "strategies/deepspeed/test_checkpoints.py::test_a_checkpoint_is_validated[own-zero1",
+    "strategies/deepspeed/test_strategy.py::test_fp16_trains_with_its_scale_undone_in_the_norm[2",
+    "strategies/deepspeed/test_strategy.py::test_random_weights_under_stage_3_have_the_right_distribution[drawn-bf16",
     *(
         f"strategies/native/test_strategy.py::{test}"
         for test in (
+            "test_a_stopped_run_goes_on_digit_for_digit[fsdp2-folder",
             "test_a_stopped_run_goes_on_digit_for_digit[native_tp-file",
             "test_a_stopped_run_goes_on_digit_for_digit[native_tp-portable",
+            "test_a_checkpoint_validates_as_it_did_in_its_run[fsdp2-folder",
             "test_a_checkpoint_validates_as_it_did_in_its_run[native_tp-file",
             "test_a_checkpoint_validates_as_it_did_in_its_run[native_tp-portable",
             "test_fsdp2_goes_around_tensor_parallelism",

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from firefly_lightning.model.fast_bloom import Attended, FastBloom, alibi_slopes
+from firefly_lightning.model.attention import Attended, alibi_slopes
+from firefly_lightning.model.fast_bloom import FastBloom
 
 _ROOM = 256
 """Tokens by which places grow, so that they are seldom copied."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from firefly_lightning.model.fast_bloom import AlibiBias, Scores, kept_as
+from firefly_lightning.model.attention import AlibiBias, Scores, kept_as
 
 
 class Span(NamedTuple):
@@ -22,7 +22,7 @@ class Span(NamedTuple):
 
 
 class SharedPrompts(NamedTuple):
-    """How pairs lie when they share their beginnings; a :class:`firefly_lightning.model.fast_bloom.Packing`.
+    """How pairs lie when they share their beginnings; a :class:`firefly_lightning.model.attention.Packing`.
 
     Attributes:
         spans: The parts of each pair.

@@ -1,6 +1,6 @@
 """Bytes that the forward pass of a micro-batch leaves for the backward pass; dropout is off, as in Bloom's own."""
 
-from firefly_lightning.model.fast_bloom import bias_side
+from firefly_lightning.model.attention import bias_side
 from firefly_lightning.model.loss import SUMMED_ROWS, chunk_size, group_size
 from firefly_lightning.planning.runs import Run
 

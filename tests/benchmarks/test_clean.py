@@ -2,13 +2,16 @@
 
 import random
 
+import pytest
+
 from benchmarks.clean import made_rows
 from tests.support.helpers import json_lines, run_benchmark
 
 
-def test_rows_have_copies_and_near_copies():
+@pytest.mark.parametrize("part", [None, 12])
+def test_rows_have_copies_and_near_copies(part):
     real = [{"kind": "K", "input": f"问题{number}" * 20, "target": f"回答{number}"} for number in range(200)]
-    rows = list(made_rows(real, 2000, random.Random(0)))
+    rows = list(made_rows(real, 2000, part, random.Random(0)))
     assert len(rows) == 2000
     texts = [row["input"] for row in rows]
     assert 50 < len(texts) - len(set(texts)) < 200

@@ -18,9 +18,9 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from firefly_lightning import FireflyError, FireflyModule
 from firefly_lightning.data.batches import collate
 from firefly_lightning.data.tokenized_rows import TokenizedRow
-from firefly_lightning.model import fast_bloom as fast
-from firefly_lightning.model import loss
-from firefly_lightning.model.fast_bloom import AlibiBias, FastBloom, alibi_slopes, takes_fast_pass
+from firefly_lightning.model import attention, loss
+from firefly_lightning.model.attention import AlibiBias, alibi_slopes
+from firefly_lightning.model.fast_bloom import FastBloom, takes_fast_pass
 from tests.support.helpers import FORKS, anonymous_memory, give_memory_back
 from tests.support.reference import backward, labelled
 
@@ -163,14 +163,14 @@ def test_the_way_of_gpus_is_the_same_on_a_processor(stock, batches, monkeypatch)
     value, grads = trained(copy.deepcopy(stock), batch, torch.float32)
 
     def padded(split, lengths, bias, scores, kept):
-        rows = fast.PackedRows(lengths, batch["token_positions"], batch["packed_targets"])
-        return fast._attend_padded(split, rows, bias, scores)
+        rows = attention.PackedRows(lengths, batch["token_positions"], batch["packed_targets"])
+        return attention._attend_padded(split, rows, bias, scores)
 
     def join(contexts, dtype):
-        return fast._join_padded(contexts, batch["token_positions"]).to(dtype)
+        return attention._join_padded(contexts, batch["token_positions"]).to(dtype)
 
-    monkeypatch.setattr(fast, "_attend_row_by_row", padded)
-    monkeypatch.setattr(fast, "_join_rows", join)
+    monkeypatch.setattr(attention, "_attend_row_by_row", padded)
+    monkeypatch.setattr(attention, "_join_rows", join)
     found, found_grads = trained(copy.deepcopy(stock), batch, torch.float32)
     assert found == pytest.approx(value, rel=1e-6)
     assert all(torch.allclose(found_grads[name], grad, atol=1e-6) for name, grad in grads.items())
@@ -202,7 +202,7 @@ def test_generation_with_a_cache_gives_the_scores_of_stock_bloom(stock, batches,
     FastBloom(model)
     kernel, calls = F.scaled_dot_product_attention, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fast.F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or kernel(*a, **k))
+        patch.setattr(attention.F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or kernel(*a, **k))
         found = model.generate(ids, attention_mask=mask, **options)
     assert len(calls) == 12 * 2, "once for each token in both blocks"
     if dtype == torch.float32:

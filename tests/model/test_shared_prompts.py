@@ -8,7 +8,7 @@ import torch
 from transformers import BloomForCausalLM
 
 from firefly_lightning.data.tokenized_rows import TokenizedRow
-from firefly_lightning.model import fast_bloom as fast
+from firefly_lightning.model import attention
 from firefly_lightning.model.fast_bloom import FastBloom
 from firefly_lightning.model.shared_prompts import SharedPrompts
 from firefly_lightning.preference.pairs import TokenizedPair, collate_pairs, shared_prompts
@@ -82,14 +82,14 @@ def test_the_way_of_gpus_is_the_same_on_a_processor(stock, pairs, monkeypatch):
     batch, found = batch_of(pairs), {}
 
     def joined(contexts, dtype):
-        return fast._join_padded(contexts, batch["shared_positions"]).to(dtype)
+        return attention._join_padded(contexts, batch["shared_positions"]).to(dtype)
 
     for way in ("one by one", "padded"):
         if way == "padded":
             monkeypatch.setattr(
                 SharedPrompts, "one_by_one", lambda self, split, bias, scores, kept: self.padded(split, bias, scores)
             )
-            monkeypatch.setattr(fast, "_join_rows", joined)
+            monkeypatch.setattr(attention, "_join_rows", joined)
         model = copy.deepcopy(stock)
         values = FastBloom(model).target_log_probs(batch, shared_prompts(batch))
         (values * coefficients(batch)).sum().backward()

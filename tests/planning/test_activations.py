@@ -8,7 +8,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from firefly_lightning.data.batches import collate
 from firefly_lightning.data.tokenized_rows import TokenizedRow
-from firefly_lightning.model import fast_bloom as bloom
+from firefly_lightning.model import attention, fast_bloom
 from firefly_lightning.model.adapters import Lora, as_config, compute_in, put
 from firefly_lightning.model.fast_bloom import FastBloom
 from firefly_lightning.model.loss import target_cross_entropy
@@ -73,7 +73,8 @@ def test_what_the_backward_pass_needs(strategy, precision, recomputing, monkeypa
         model.gradient_checkpointing_enable({"use_reentrant": False})
     run = Run(ModelSize(**SIZES), strategy, 1, LOAD, 1, precision, recomputing, "cpu")
     kept = Kept(model.parameters())
-    monkeypatch.setattr(bloom, "saved_tensors_hooks", kept.hooks)
+    for part in (attention, fast_bloom):
+        monkeypatch.setattr(part, "saved_tensors_hooks", kept.hooks)
     with (
         saved_tensors_hooks(kept, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
@@ -101,7 +102,8 @@ def test_what_the_backward_pass_needs_of_an_adapter(precision, recomputing, monk
     if recomputing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     kept = Kept(model.parameters())
-    monkeypatch.setattr(bloom, "saved_tensors_hooks", kept.hooks)
+    for part in (attention, fast_bloom):
+        monkeypatch.setattr(part, "saved_tensors_hooks", kept.hooks)
     with (
         saved_tensors_hooks(kept, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"),
