@@ -50,7 +50,7 @@ def measure(options: argparse.Namespace, steps: Sequence[Any], dtype: str) -> li
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         memory = {"gpu_mb": round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)} if on_gpu else {}
-        lines.append({"attention": name, "dtype": dtype, "with_gradients": on_gpu, "seconds": seconds} | memory)
+        lines.append({"attention_by": name, "dtype": dtype, "with_gradients": on_gpu, "seconds": seconds} | memory)
     return lines
 
 

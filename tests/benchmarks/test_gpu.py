@@ -16,7 +16,7 @@ def test_a_processor_stands_in_for_a_gpu(tmp_path):
     assert by_system["firefly"]["planned_gb"] > 0
     assert [line["products"] for line in lines if "products" in line] == ["fp32", "bf16"]
     assert any("profiled" in line for line in lines)
-    assert [line["attention"] for line in lines if "attention" in line] == ["padded", "flex"]
+    assert [line["attention_by"] for line in lines if "attention_by" in line] == ["padded", "flex"]
     kept = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert kept == [line for line in lines if line in kept]
     assert kept[-1]["seconds"] > 0
