@@ -66,8 +66,8 @@ def main() -> None:
         for what, unit in found[0]:
             before, after = (statistics.median(figures[what, unit]) for figures in found)
             times = before / after if unit == "seconds" else after / before
-            line = {"script": name, "what": what, "unit": unit, "before": before, "after": after}
-            lines.append(line | {"times_as_fast": round(times, 2)})
+            line = {"script": name, "what": what, "unit": unit, "rounds": options.rounds}
+            lines.append(line | {"before": before, "after": after, "times_as_fast": round(times, 2)})
             print(json.dumps(lines[-1]), flush=True)
     if options.out:
         draw(lines, options.out)

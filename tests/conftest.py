@@ -45,26 +45,22 @@ OF_ONE_STACK = {
         "data", "demo", "evaluation/test_answer", "evaluation/test_metric_names", "evaluation/test_predictions",
         "evaluation/test_rows_in_flight", "checkpoints/test_forged_states", "model/test_adapters",
         "files", "gguf", "integration/test_adapter", "integration/test_auto_resume",
-        "integration/test_clipping.py::test_what_names_no_limit_is_not_clipped[z",
         "integration/test_docs", "integration/test_elastic", "integration/test_interrupts",
         *(
             f"integration/test_hub.py::test_{test}"
-            for test in ("a_download", "a_pushed_adapter", "a_pushed_gguf", "a_run_and", "pushes", "the_card", "wh")
+            for test in ("a_download", "a_pushed_gguf", "a_run_and", "pushes", "the_card", "wh")
         ),
         "integration/test_model_folders", "integration/test_moving", "integration/test_old_run",
         "integration/test_optimizers", "integration/test_outputs",
         "integration/test_parity.py::test_every_strategy",
         "integration/test_preference", "preference", "model/test_shared_prompts", "model/test_log_probs",
-        "integration/test_predict.py::test_answers_are_those_of_stock_hugging_face[ddp",
-        "integration/test_predict.py::test_answers_are_those_of_stock_hugging_face[native_tp",
         "integration/test_prompt_formats", "integration/test_readme",
-        "integration/test_resume.py::test_a_stopped_run_goes_on", "integration/test_resume.py::test_a_run_counted",
+        "integration/test_resume.py::test_a_stopped_run_goes_on",
         "integration/test_resume.py::test_a_resumed_run", "integration/test_resume.py::test_last_without",
         "integration/test_resume.py::test_other_data", "integration/test_resume.py::test_rows_of",
         "integration/test_resume.py::test_the_best",
         "optim/test_groups", "optim/test_rehearsal", "optim/test_released", "optim/test_settings", "optim/test_states",
         "integration/test_uneven_steps.py::test_what_nothing_divides_trains_like_plain_pytorch[auto",
-        "integration/test_uneven_steps.py::test_what_nothing_divides_trains_like_plain_pytorch[ddp",
         "integration/test_start", "model/test_target_metrics", "planning", "preparation", "pruning", "publishing",
         "strategies/deepspeed", "strategies/native", "strategies/test_registration", "test_cli", "test_console",
         "test_interrupts", "test_moved", "test_prompt",

@@ -44,7 +44,7 @@ class Packing(Protocol):
         """(targets,) which of the tokens are followed by a learned token; one may be named twice."""
 
     def one_by_one(
-        self, split: Tensor, bias: "AlibiBias", scores: "Scores", kept: torch.dtype | None
+        self, split: Tensor, bias: "AlibiBias", scores: Scores, kept: torch.dtype | None
     ) -> Sequence[Tensor]:
         """The contexts of all tokens in order, each part (1, heads, its tokens, head_dim), by a call or two for a row.
 
@@ -55,7 +55,7 @@ class Packing(Protocol):
             kept: The narrower type in which autograd keeps queries, keys and values; None for their own.
         """
 
-    def padded(self, split: Tensor, bias: "AlibiBias", scores: "Scores") -> Sequence[Tensor]:
+    def padded(self, split: Tensor, bias: "AlibiBias", scores: Scores) -> Sequence[Tensor]:
         """One context of padded rows, (rows, heads, length, head_dim), by one call; arguments as above."""
 
 
@@ -73,12 +73,12 @@ class PackedRows(NamedTuple):
     targets: Tensor
 
     def one_by_one(
-        self, split: Tensor, bias: "AlibiBias", scores: "Scores", kept: torch.dtype | None
+        self, split: Tensor, bias: "AlibiBias", scores: Scores, kept: torch.dtype | None
     ) -> Sequence[Tensor]:
         """See :class:`Packing`."""
         return _attend_row_by_row(split, self.lengths, bias, scores, kept)
 
-    def padded(self, split: Tensor, bias: "AlibiBias", scores: "Scores") -> Sequence[Tensor]:
+    def padded(self, split: Tensor, bias: "AlibiBias", scores: Scores) -> Sequence[Tensor]:
         """See :class:`Packing`."""
         return _attend_padded(split, self, bias, scores)
 
