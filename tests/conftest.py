@@ -76,11 +76,16 @@ OF_ONE_STACK = {
 home."""
 
 OF_FULL_RUNS = (
-    "benchmarks", "pruning/test_weights_writer.py::test_memory_stays_small[bin",
+    "benchmarks", "pruning/test_weights_writer.py::test_memory_stays_small",
+    "pruning/test_command.py::test_real_vocabulary_on_real_texts",  # bin/demo prunes one, and verifies it
+    "callbacks/test_metrics_file.py::test_a_new_column_costs_no_row_whenever_the_writer_is_killed",
     "callbacks/test_checkpoints.py::test_checkpoints_are_portable_unless_plugin_or_callback_says_otherwise[none",
     "callbacks/test_checkpoints.py::test_checkpoints_are_portable_unless_plugin_or_callback_says_otherwise[own-False",
     "callbacks/test_checkpoints.py::test_checkpoints_are_portable_unless_plugin_or_callback_says_otherwise[portable-T",
     "checkpoints/test_damage.py::test_a_changed_byte_is_found_wherever_it_is[own",
+    "checkpoints/test_damage.py::test_a_changed_byte_is_found_wherever_it_is[portable",
+    "checkpoints/test_asynchronous.py::test_a_run_that_is_killed_while_it_saves_goes_on_from_a_whole_checkpoint[places1",
+    "checkpoints/test_portable.py::test_a_signal_saves_the_step_and_ends_with_its_code[15-places1",
     "files/test_modes.py::test_all_that_commands_write_follows_the_umask",
     "files/test_resumable.py::test_a_killed_build_goes_on_to_the_same_bytes[2",
     "model/test_adapters.py::test_fields_are_the_same_in_every_process",
@@ -117,8 +122,13 @@ OF_FULL_RUNS = (
             "test_auto_resume.py::test_a_run_that_is_killed_between_a_step_and_its_figures[the",
             "test_auto_resume.py::test_a_run_that_is_killed_between_a_step_and_its_figures[validated, not logged",
             "test_auto_resume.py::test_processes_pass_over",
-            "test_elastic.py::test_a_process_that_hangs", "test_hub.py::test_a_corpus_of_the_hub_prunes",
-            "test_hub.py::test_a_pushed_adapter",
+            "test_auto_resume.py::test_a_run_is_not_gone_on_with_while_it_trains", "test_elastic",
+            "test_hub.py::test_a_corpus_of_the_hub_prunes", "test_hub.py::test_a_pushed_adapter",
+            "test_hub.py::test_a_run_and_its_export", "test_hub.py::test_what_cannot_be_read",
+            "test_launching.py::test_a_killed_rank",
+            "test_launching.py::test_processes_that_lightning_starts_itself_train_like_one[ddp_fork",
+            "test_preference.py::test_a_run_moves_through_all_strategies",
+            "test_predict.py::test_answers_are_those_of_stock_hugging_face[gemini",
             "test_launching.py::test_processes_that_lightning_starts_itself_train_like_one[ddp_spawn",
             "test_launching.py::test_torchrun_starts_two_nodes", "test_launching.py::test_two_nodes_train_like_one",
             "test_moving.py::test_a_run_moves_between_strategies[ddp",
