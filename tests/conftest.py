@@ -45,10 +45,10 @@ OF_ONE_STACK = {
         "data", "demo", "evaluation/test_answer", "evaluation/test_metric_names", "evaluation/test_predictions",
         "evaluation/test_rows_in_flight", "checkpoints/test_forged_states", "model/test_adapters",
         "files", "gguf", "integration/test_adapter", "integration/test_auto_resume",
-        "integration/test_docs", "integration/test_elastic", "integration/test_interrupts",
+        "integration/test_docs", "integration/test_interrupts",
         *(
             f"integration/test_hub.py::test_{test}"
-            for test in ("a_download", "a_pushed_gguf", "a_run_and", "pushes", "the_card", "wh")
+            for test in ("a_download", "a_pushed_gguf", "pushes", "the_card", "wh")
         ),
         "integration/test_model_folders", "integration/test_moving", "integration/test_old_run",
         "integration/test_optimizers", "integration/test_outputs",

@@ -30,7 +30,7 @@ SLOWER = 1.2
 """How many times as long as in float32 products in 16 bits must take to be warned of."""
 
 ENOUGH = 0.1
-"""Seconds after which products are not measured again: some processors take a thousand times as long in float16."""
+"""Seconds after which products are not measured again: some processors take a hundred times as long in float16."""
 
 
 class StartChecks(Callback):

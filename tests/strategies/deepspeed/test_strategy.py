@@ -200,15 +200,15 @@ LEFT_OUT = {*RANDOM, "half-2", "twice", "optimizer"} if DIVIDED else set()
 
 
 @pytest.fixture(scope="module")
-def runs(odd_folder, short_rows, config_files, tmp_path_factory) -> Path:
-    """Runs of three steps, each in the folder of its name; of short rows, since few processors compute in fp16."""
+def runs(odd_folder, rows_file, config_files, tmp_path_factory) -> Path:
+    """Runs of three steps, each in the folder of its name."""
     folder = tmp_path_factory.mktemp("runs")
     commands = []
 
     def add(name: str, strategy: str, *more: object, model: str = "") -> None:
         if name not in LEFT_OUT:
             own = [folder / name, *more, *steps(3)]
-            commands.append(command("fit", strategy, odd_folder, short_rows, *own, model=model))
+            commands.append(command("fit", strategy, odd_folder, rows_file, *own, model=model))
 
     two = ["--data.micro_batch_size", 2]
     for stage in (2, 3):
@@ -225,7 +225,7 @@ def runs(odd_folder, short_rows, config_files, tmp_path_factory) -> Path:
         ("scaled-moved", 3, ["--trainer.max_steps", 9, "--ckpt_path", folder / "scaled-part" / "checkpoints"]),
     ):
         own = [*scaled, "--trainer.strategy.stage", stage, *constant_rate(), *more]
-        commands.append(command("fit", "zero2", odd_folder, short_rows, folder / name, *own, model=f"{HERE}.Scaled"))
+        commands.append(command("fit", "zero2", odd_folder, rows_file, folder / name, *own, model=f"{HERE}.Scaled"))
     add("drawn-bf16", "zero3", *scratch, "--trainer.precision", "bf16-mixed", model=f"{HERE}.Drawn")
     ungathered = [f"{HERE}.Ungathered", "--trainer.strategy.stage", 3]
     add("ungathered", *ungathered, *scratch)
