@@ -38,7 +38,8 @@ pytest_plugins = [
 
 OF_ONE_STACK = {
     "current": (
-        "callbacks", "chat", "checkpoints/test_asynchronous", "checkpoints/test_damage", "checkpoints/test_newest",
+        "bin", "callbacks", "chat", "checkpoints/test_asynchronous", "checkpoints/test_damage",
+        "checkpoints/test_newest",
         "checkpoints/test_io_plugin.py::test_a_full_disk",
         "checkpoints/test_io_plugin.py::test_exported_folder", "checkpoints/test_portable",
         "checkpoints/test_saved_config",
