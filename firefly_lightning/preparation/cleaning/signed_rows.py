@@ -176,7 +176,12 @@ class SignedRows:
 
     def column(self, name: str) -> NDArray[Any]:
         """A column of numbers, of all rows."""
-        return np.concatenate([_read(table, [name])[name].to_numpy() for table in self.tables])
+        column = np.empty(len(self), SCHEMA.field(name).type.to_pandas_dtype())
+        for at, table in enumerate(self.tables):
+            portion = self.portion(at)
+            # A column that was read holds the memory of all columns: one portion at a time, and copied.
+            column[portion.start : portion.stop] = _read(table, [name])[name].to_numpy()
+        return column
 
     def sound(self) -> NDArray[np.bool_]:
         """Whether each row has no fault."""
