@@ -57,6 +57,10 @@ def settings() -> dict[str, str]:
             name, _, value = line.partition("=")
             if name.startswith(f"{section}.") and (setting := name.removeprefix(f"{section}.")) in VARIABLES:
                 found[setting] = ast.literal_eval(value).split()
+    if "extra-index-url" in found:
+        # Of a release's wheels pip takes the one that suits this Python best, uv one of the first place that has any;
+        # the further places, which uv asks first, may not have all.
+        found["extra-index-url"] = [*found.get("index-url", ["https://pypi.org/simple"]), *found["extra-index-url"]]
     return {VARIABLES[name]: ("," if name == "find-links" else " ").join(values) for name, values in found.items()}
 
 

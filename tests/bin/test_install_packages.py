@@ -14,15 +14,17 @@ SCRIPT = Path(__file__).parents[2] / "bin" / "install_packages.py"
 Installed = subprocess.CompletedProcess[str]
 
 
-def write_wheel(folder: Path, version: str) -> None:
+def write_wheel(folder: Path, version: str, says: str | None = None) -> Path:
     """Writes a wheel of a package that says its version."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     info = f"glowworm-{version}.dist-info"
-    with zipfile.ZipFile(folder / f"glowworm-{version}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("glowworm.py", f"print({version!r})\n")
+    path = folder / f"glowworm-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("glowworm.py", f"print({says or version!r})\n")
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: glowworm\nVersion: {version}\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", f"glowworm.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+    return path
 
 
 @pytest.fixture
@@ -64,6 +66,18 @@ def test_uv_looks_where_pip_would(install: Callable[..., Installed], tmp_path: P
     result = install(uv_folder(), "glowworm")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert imported(tmp_path) == "1.25"
+
+
+def test_a_further_index_does_not_come_before_the_first(install: Callable[..., Installed], tmp_path: Path) -> None:
+    for name in ("first", "further"):
+        wheel = write_wheel(tmp_path / name / "glowworm", "1.25", name)
+        (wheel.parent / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>', encoding="utf-8")
+    first, further = ((tmp_path / name).as_uri() for name in ("first", "further"))
+    settings = f"[global]\nindex-url = {first}\nextra-index-url = {further}\n"
+    (tmp_path / "pip.conf").write_text(settings, encoding="utf-8")
+    result = install(uv_folder(), "glowworm")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert imported(tmp_path) == "first"
 
 
 def test_what_uv_does_not_install_pip_does(install: Callable[..., Installed], tmp_path: Path) -> None:
