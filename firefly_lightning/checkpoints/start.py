@@ -61,6 +61,9 @@ def find_start(asked: str | None, command: str, folders: Mapping[str, Path], roo
     folder = folders.get(asked, Path())
     if asked == "last" and command == "fit" and not folder.is_dir():
         raise MissingFileError(f"{folder / asked}: no such checkpoint yet; to begin anew, let ckpt_path be auto")
+    if asked not in folders and asked == Path(asked).name and not Path(asked).exists():  # a mistyped word
+        words = "last, best or auto" if command == "fit" else "last or best"
+        raise MissingFileError(f"{asked}: no such checkpoint; ckpt_path takes {words}, or a path")
     return _start(find_checkpoint(str(folder / asked), mode), command == "fit" and asked == "last")
 
 

@@ -192,3 +192,10 @@ def test_bytes_are_read_once_and_only_those_of_the_one_that_is_taken(several, mo
     assert read
     assert len(read) == len(set(read))
     assert {path.parent for path in read} == {newest.path}
+
+
+@pytest.mark.parametrize(("command", "words"), [("fit", "last, best or auto"), ("validate", "last or best")])
+def test_a_mistyped_word_is_told_what_words_there_are(tmp_path: Path, command: str, words: str) -> None:
+    folders = {"last": tmp_path, "best": tmp_path}
+    with pytest.raises(FireflyError, match=f"^auot: no such checkpoint; ckpt_path takes {words}, or a path$"):
+        start.find_start("auot", command, folders, tmp_path, "min")
