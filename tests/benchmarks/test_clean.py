@@ -25,3 +25,11 @@ def test_systems_agree_on_most_of_what_is_left_out(rows_file, tmp_path):
     assert lines[-1]["same_bytes"]
     assert lines[-1]["left_out_by_both"] > 0.5 * (600 - by_system["firefly"]["kept"])
     assert (tmp_path / "clean.png").stat().st_size > 5000
+
+
+def test_memory_of_all_processes_is_drawn(rows_file, tmp_path):
+    options = ["--rows", rows_file, "--count", 20_000, "--cores", 2, "--out", tmp_path / "memory.png"]
+    line = json_lines(run_benchmark("clean_large", *options))[-1]
+    assert 0 < line["kept"] < line["rows"] == 20_000
+    assert 0.03 < line["memory_gb"] < 1  # pyarrow and numpy alone hold more than the one, their files count for nothing
+    assert (tmp_path / "memory.png").stat().st_size > 5000
