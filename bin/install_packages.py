@@ -61,7 +61,8 @@ def settings() -> dict[str, str]:
         # Of a release's wheels pip takes the one that suits this Python best, uv one of the first place that has any;
         # the further places, which uv asks first, may not have all.
         found["extra-index-url"] = [*found.get("index-url", ["https://pypi.org/simple"]), *found["extra-index-url"]]
-    return {VARIABLES[name]: ("," if name == "find-links" else " ").join(values) for name, values in found.items()}
+    joined = {name: ("," if name == "find-links" else " ").join(said) for name, said in found.items()}
+    return {VARIABLES[name]: said for name, said in joined.items() if said}
 
 
 if __name__ == "__main__":
