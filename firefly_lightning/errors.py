@@ -36,6 +36,10 @@ class MissingFileError(FireflyError, FileNotFoundError):
     """A named file or checkpoint is not there; code that calls Lightning may expect a ``FileNotFoundError``."""
 
 
+class KilledWorkerError(FireflyError):
+    """A worker process was killed; what had been done is whole, and a next run goes on with it."""
+
+
 @contextmanager
 def one_line_errors(program: str, *others: type[Exception]) -> Iterator[None]:
     """Ends the process with one line and exit code 1 on a mistake of the user's; anything else keeps its traceback.

@@ -8,8 +8,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from typing import TypeVar
+
+from firefly_lightning.errors import KilledWorkerError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -23,6 +26,9 @@ def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], workers:
         items: Picklable items, each large enough to be worth a message to another process.
         workers: Number of processes; where None, one for each core that this process may use. Where it is one, or there
             is a single item, the work is done in this process.
+
+    Raises:
+        KilledWorkerError: If one of the processes is killed.
     """
     stream = iter(items)
     workers = workers or usable_cores()
@@ -42,6 +48,10 @@ def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], workers:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
+    except BrokenProcessPool as error:
+        raise KilledWorkerError(
+            "a worker process was killed, perhaps for want of memory; give the same command again, with fewer --workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from firefly_lightning.errors import FireflyError, describe_os_error
+from firefly_lightning.errors import FireflyError, KilledWorkerError, describe_os_error
 from firefly_lightning.files.atomic import partial_path
 
 
@@ -75,7 +75,7 @@ class ResumableFile:
                     self.partial.replace(self.target)
         except OSError as failure:
             error = failure
-        if error is None or isinstance(error, Exception):
+        if _ended(error):
             for path in (self.partial, self.journal):
                 with suppress(OSError):
                     path.unlink()
@@ -116,11 +116,17 @@ class ResumableFile:
         return int(line["end"])
 
 
+def _ended(error: BaseException | None) -> bool:
+    """Whether work is over, so that nothing of it is gone on with: done, or ended by what has to be mended first."""
+    return error is None or (isinstance(error, Exception) and not isinstance(error, KilledWorkerError))
+
+
 class WorkFolder:
     """A hidden folder beside an output, for pieces of work that it is made from; used as a context.
 
-    A piece is a file that appears when it is whole. Only a process that is killed or interrupted leaves the folder for
-    the next one. An error removes it, since mending the error changes the pieces; so does the end of the work.
+    A piece is a file that appears when it is whole. Only a process that is killed or interrupted, or whose worker is
+    killed, leaves the folder for the next one. Another error removes it, since mending the error changes the pieces; so
+    does the end of the work.
 
     Args:
         target: The output.
@@ -138,6 +144,7 @@ class WorkFolder:
         self.target, self.sharing = target, sharing
         self.path = target.with_name(f".{target.name}.work-{xxhash.xxh3_64_hexdigest(identity.encode())}")
         self._lock: BinaryIO
+        self._share: BinaryIO | None = None
 
     def __enter__(self) -> "WorkFolder":
         try:
@@ -151,11 +158,22 @@ class WorkFolder:
                 shutil.rmtree(other, ignore_errors=True)
         return self
 
+    def take_share(self, name: str) -> None:
+        """Takes a share of the work for this process, until it leaves the folder.
+
+        Raises:
+            FireflyError: If another process has it.
+        """
+        self._share = (self.path / f"{name}.lock").open("ab")
+        lock(self._share, self.target, fcntl.LOCK_EX)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._lock.close()
-        if not self.sharing and (error is None or isinstance(error, Exception)):
+        if self._share:
+            self._share.close()
+        if not self.sharing and _ended(error):
             shutil.rmtree(self.path, ignore_errors=True)
         if isinstance(error, OSError) and not isinstance(error, FireflyError):
             raise FireflyError(describe_os_error(error, self.target)) from error

@@ -36,7 +36,7 @@ def clean(
         val_files: Rows that must not be trained on: a row that equals or nearly equals one of them, or asks the same
             question, is left out.
         near_duplicates: Jaccard similarity of character 5-grams from which on two rows are near duplicates; 1 leaves
-            out exact duplicates only.
+            out exact duplicates only. Of rows that are less alike than 0.8, many are not found.
         min_characters: Fewest characters of a row's whole text; shorter rows are left out.
         max_characters: Most characters of a row's whole text; longer rows are left out.
         report: The .json file with counts and examples; OUT.report.json by default.
@@ -58,6 +58,8 @@ def clean(
         raise FireflyError(f"--near_duplicates {near_duplicates}: must be above 0 and at most 1")
     if workers is not None and workers < 1:
         raise FireflyError(f"--workers {workers}: must be at least 1")
+    if max_characters is not None and max_characters < min_characters:
+        raise FireflyError(f"--max_characters {max_characters}: must be at least --min_characters {min_characters}")
     part = _part(share) if share else None
     sources, validation = find_sources(files), find_sources(val_files or [])
     inputs = [*sources, *validation]
@@ -70,6 +72,8 @@ def clean(
     how = [min_characters, max_characters, document_per, ROWS_PER_CHUNK, CODE]
     identity = [len(sources), *map(identify_source, inputs), *how]
     with WorkFolder(target, json.dumps(identity), sharing=part is not None) as folder:
+        if part:
+            folder.take_share("{}-of-{}".format(*part))
         looking = Looking(folder.path, document_per, workers, part or (1, 1))
         looking.tell_of_earlier_run(out)
         forbidden = looking.at(validation, "validation rows", None)

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -141,6 +142,19 @@ def test_processes_keep_the_order_and_take_little_ahead():
     assert list(map_in_order(double, range(60), workers=1)) == [2 * number for number in range(60)]
     with pytest.raises(FireflyError, match="77 is too much"):
         list(map_in_order(double, range(200), workers=2))
+    assert not multiprocessing.active_children()
+
+
+def end_oneself(number: int) -> int:
+    if number == 77:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.parametrize("count", [78, 500])
+def test_a_killed_worker_is_told_in_a_line(count):
+    with pytest.raises(FireflyError, match=r"^a worker process was killed, perhaps for want of memory; give the same"):
+        list(map_in_order(end_oneself, range(count), workers=2))
     assert not multiprocessing.active_children()
 
 

@@ -324,6 +324,7 @@ def test_pieces_of_many_texts_are_hashed_at_once_as_rensa_hashes_them(texts):
         ([row("问", "")], {}, r"nothing is left of 1 rows: 1 \(empty\)"),
         ([], {}, r"rows\.jsonl: has no rows; fill it or remove it from the list"),
         ([row("问", "答")], {"near_duplicates": 0.0}, "--near_duplicates 0.0: must be above 0"),
+        ([row("问", "答")], {"min_characters": 9, "max_characters": 8}, "--max_characters 8: must be at least --min"),
         ([row("问", "答")], {"val_files": ["missing.jsonl"]}, "missing.jsonl: no such file"),
         ([row("问", "答"), [1]], {}, r"rows.jsonl:2: a row must be a JSON object"),
     ],

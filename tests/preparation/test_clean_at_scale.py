@@ -22,6 +22,7 @@ from firefly_lightning.files.resumable import WorkFolder
 from firefly_lightning.preparation.clean import clean
 from firefly_lightning.preparation.cleaning import looking
 from firefly_lightning.preparation.cleaning.duplicates import normalise
+from firefly_lightning.preparation.cleaning.signed_rows import ChunkSigner
 from tests.conftest import write_rows
 from tests.support.helpers import raised_line
 
@@ -198,6 +199,29 @@ def test_a_killed_run_goes_on_and_writes_the_same(tmp_path, reviews, number):
     assert not list(tmp_path.glob(".*"))
 
 
+class Killed(ChunkSigner):
+    """Is killed, as by a system that is out of memory, at the sixth portion."""
+
+    def __call__(self, portion):
+        if portion[0].stem.endswith("5"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(portion)
+
+
+def test_a_run_whose_worker_is_killed_goes_on(tmp_path, reviews, small_portions, monkeypatch, capsys):
+    source = str(write_rows(tmp_path / "rows.jsonl", made_rows(reviews, 400)))
+    clean([source], str(tmp_path / "whole.jsonl"))
+    out = str(tmp_path / "out.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(looking, "ChunkSigner", Killed)
+        with pytest.raises(FireflyError, match=r"^a worker process was killed"):
+            clean([source], out, workers=2)
+    capsys.readouterr()
+    clean([source], out)
+    assert "going on with " in capsys.readouterr().out
+    assert Path(out).read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 def test_parts_done_elsewhere_are_found(tmp_path, reviews, small_portions, capsys):
     source = str(write_rows(tmp_path / "rows.jsonl", made_rows(reviews, 400)))
     clean([source], str(tmp_path / "whole.jsonl"))
@@ -276,3 +300,26 @@ from pathlib import Path
 from firefly_lightning.files.resumable import WorkFolder
 WorkFolder(Path(sys.argv[1]), sys.argv[2]).__enter__()
 """
+
+
+SHARING = """
+import sys
+from pathlib import Path
+from firefly_lightning.files.resumable import WorkFolder
+with WorkFolder(Path(sys.argv[1]), "x", sharing=True) as folder:
+    folder.take_share(sys.argv[2])
+"""
+
+
+def test_a_share_is_of_one_process(tmp_path):
+    target = tmp_path / "out.jsonl"
+
+    def taken_elsewhere(name: str) -> str:
+        given = [sys.executable, "-c", SHARING, str(target), name]
+        return subprocess.run(given, capture_output=True, text=True).stderr
+
+    with WorkFolder(target, "x", sharing=True) as folder:
+        folder.take_share("2-of-3")
+        assert f"{target}: another process is writing it" in taken_elsewhere("2-of-3")
+        assert taken_elsewhere("1-of-3") == ""
+    assert taken_elsewhere("2-of-3") == ""
