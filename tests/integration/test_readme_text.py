@@ -286,3 +286,5 @@ def test_commands_that_are_not_run_here_run_in_continuous_integration():
         assert os.access(ROOT / script, os.X_OK), script
         assert subprocess.run(["bash", "-n", ROOT / script], check=False).returncode == 0, script
     assert {"bin/demo", "bin/test"} <= set(" ".join(ran).split())
+    assert "-m pip " in (ROOT / "bin" / "make-env").read_text("utf-8")
+    assert '"-m", "pip"' in (ROOT / "bin" / "install_packages.py").read_text("utf-8")
