@@ -308,6 +308,40 @@ def test_similarity_is_that_of_jaccard():
     assert (one == other).all()
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        *[("8-2", "8+2"), ("8-2", "8*2"), ("8-2", "82"), ("8/2", "82"), ("-5", "5"), ("－5", "5"), (".5", "5")],
+        *[("1.5", "15"), ("１．５", "15"), ("1,2", "12"), ("1 2", "12"), ("1\n2", "12"), ("5%", "5"), ("５％", "5")],
+        *[("C#", "C++"), ("C#", "C"), ("a*b", "a/b"), ("a<b", "a>b"), ("x-1", "x1"), ("√2", "2"), ("5°", "5")],
+        *[("की", "के"), ("ไม่", "ไม้"), ("か", "が"), ("é", "e"), ("👍", "👎"), ("→", "←"), ("￥5", "$5")],
+    ],
+)
+def test_signs_of_numbers_names_and_words_make_a_difference(tmp_path, one, other):
+    kept, _ = cleaned(tmp_path, [row(one, "答"), row(other, "答"), row(one, other)])
+    assert kept == [row(one, "答"), row(other, "答"), row(one, other)]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        *[("Ａ，b 　C!", "abc"), ("好～", "好"), ("“好”……", "好"), ("（好）", "好"), ("a_b", "ab"), ("`ab`", "ab")],
+        *[("1，2", "1, 2"), ("5 - 3", "5-3"), ("Ｃ＃", "c#"), ("价：5", "价5"), ("- 5", "5"), ("ﬁ", "FI")],
+        *[("é", "e\u0301"), ("ｶﾞ", "ガ"), ("❤\ufe0f", "❤"), ("1\xad2", "12"), ("ab\u2060c", "abc")],
+    ],
+)
+def test_blanks_punctuation_width_and_case_make_no_difference(tmp_path, one, other):
+    kept, report = cleaned(tmp_path, [row(one, "答"), row(other, "答"), row(one, other)])
+    assert kept == [row(one, "答")]
+    assert report["counts"]["all"] == {"read": 3, "kept": 1, "duplicate": 1, "target repeats input": 1}
+
+
+def test_a_long_run_of_punctuation_takes_no_longer_by_character():
+    text = "-" * 1_000_000
+    assert normalise(f"a{text}5") == "a-5"
+    assert normalise(f"5{text}a") == "5a"
+
+
 @given(st.lists(st.text(st.sampled_from("aé春😀\ud800\0"), max_size=12) | st.text(max_size=40), min_size=1, max_size=9))
 def test_pieces_of_many_texts_are_hashed_at_once_as_rensa_hashes_them(texts):
     written = [encoded(text) for text in texts]

@@ -53,11 +53,11 @@ def kept_one_by_one(rows, forbidden):
 
     def sign(row):
         signature = RMinHash(128, 1)
-        signature.update(list(pieces(normalise(f"{row['input']}\n{row['target']}"))))
+        signature.update(list(pieces(normalise(row["input"]) + normalise(row["target"]))))
         return signature
 
     def like(row, other):
-        texts = [[normalise(f"{one['input']}\n{one['target']}"), normalise(one["target"])] for one in (row, other)]
+        texts = [[normalise(one["input"]) + normalise(one["target"]), normalise(one["target"])] for one in (row, other)]
         if texts[0] == texts[1]:
             return 2
         of_both = [(pieces(one), pieces(two)) for one, two in zip(*texts, strict=True)]

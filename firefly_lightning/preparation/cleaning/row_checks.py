@@ -25,15 +25,16 @@ def what_is_wrong(said: Reading, kind: str, texts: Texts, lengths: range) -> str
     """The first thing that is wrong with a row by itself, or None."""
     if said.fault:
         return said.fault
-    if not texts.whole.strip() or any(not target.strip() for _, target in said.turns):
+    whole = texts.whole()
+    if not whole.strip() or any(not target.strip() for target in texts.targets):
         return "empty"
-    if BROKEN.search(texts.whole):
+    if BROKEN.search(whole):
         return "broken characters"
-    if kind != "Program" and MARKUP.search(texts.whole):
+    if kind != "Program" and MARKUP.search(whole):
         return "left-over markup"
-    if len(texts.whole) < lengths.start:
+    if len(whole) < lengths.start:
         return "too short"
-    if len(texts.whole) >= lengths.stop:
+    if len(whole) >= lengths.stop:
         return "too long"
     if any(_repeats(normalise(question), normalise(target)) for question, target in said.turns):
         return "target repeats input"
@@ -58,7 +59,7 @@ def _stem(source: str) -> str:
 def texts_of(said: Reading) -> Texts:
     """All text of a row but its kind, the same whatever form its turns are in, and the text of its targets."""
     turns = [text for turn in said.turns for text in turn]
-    return Texts("\n".join([*filter(None, turns), *_flat(said.others)]), "\n".join(turns[1::2]))
+    return Texts([*filter(None, turns), *_flat(said.others)], turns[1::2])
 
 
 def _flat(value: Any) -> Iterator[str]:

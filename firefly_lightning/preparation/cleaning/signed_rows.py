@@ -92,8 +92,8 @@ class ChunkSigner:
             written = line_of(row, f"{source}:{number}")
             fault = what_is_wrong(said, kind, texts, self.lengths) or (None if written else "broken characters")
             line = written if written and not fault else b""
-        whole, target = (b"", b"") if fault else (encoded(normalise(text)) for text in texts)
-        columns.add(number, kind, fault, texts.whole, said)
+        whole, target = (b"", b"") if fault else texts.compared()
+        columns.add(number, kind, fault, texts.whole(), said)
         columns.add_texts(whole, target)
         lines.write(line)
         columns.end.append(lines.tell())
@@ -214,7 +214,7 @@ class SignedRows:
 
     def shown(self, row: int) -> str:
         """The beginning of the text of a row."""
-        return printable(texts_of(read_leniently(json.loads(self.line(row)))).whole[:SHOWN])
+        return printable(texts_of(read_leniently(json.loads(self.line(row)))).whole()[:SHOWN])
 
     def place(self, row: int) -> tuple[int, int]:
         """The portion of a row, and the row's number in it."""
