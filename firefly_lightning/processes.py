@@ -18,23 +18,27 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None) -> Iterator[Result]:
+def map_in_order(
+    work: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None, *, apart: bool = False
+) -> Iterator[Result]:
     """``map(work, items)`` over processes; further items are read only as results are taken.
 
     Args:
         work: Function of one item; it must be picklable.
         items: Picklable items, each large enough to be worth a message to another process.
         workers: Number of processes; where None, one for each core that this process may use. Where it is one, or there
-            is a single item, the work is done in this process.
+            is a single item, the work is done in this process, and in a daemonic one, which may have no children.
+        apart: Have even one worker be another process: for a library that begins threads, as `rensa` does. A process
+            that is forked later has none of them, and would wait for them for ever.
 
     Raises:
         KilledWorkerError: If one of the processes is killed.
     """
     stream = iter(items)
-    workers = workers or usable_cores()
     first = list(islice(stream, 2))
     stream = chain(first, stream)
-    if workers == 1 or len(first) < 2:
+    workers = 1 if len(first) < 2 else workers or usable_cores()
+    if multiprocessing.current_process().daemon or (workers == 1 and not apart):
         yield from map(work, stream)
         return
     # A forked process has the modules already; on macOS, forked processes break.

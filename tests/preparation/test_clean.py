@@ -10,7 +10,7 @@ from itertools import combinations, pairwise
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rensa import RMinHash
 
@@ -232,21 +232,22 @@ def test_code_keeps_what_looks_like_markup(tmp_path):
 
 
 PIECES = st.lists(
-    st.sampled_from(["春眠不觉晓，", "处处闻啼鸟。", "夜来风雨声，", "花落知多少。", "Ａ b", "😀", "</s>{x}"]),
+    st.sampled_from(["春眠不觉晓，", "处处闻啼鸟。", "夜来风雨声，", "花落知多少。", "Ａ b", "😀", "+", "</s>{x}"]),
     max_size=6,
 )
 
 
-TEXT_ROWS = st.lists(st.builds(lambda *parts: row(*map("".join, parts)), PIECES, PIECES), min_size=1, max_size=8)
+TEXT_ROWS = st.lists(st.builds(lambda *parts: row(*map("".join, parts)), PIECES, PIECES), min_size=1, max_size=12)
 
 
+@settings(max_examples=30)
 @given(TEXT_ROWS, st.sampled_from([0.5, 0.8, 1.0]))
 def test_rows_are_left_out_only_for_a_reason_that_holds(tmp_path_factory, rows, threshold):
     first = row("一个谁也不会重复的问题", "和它的回答")
     kept, report = cleaned(tmp_path_factory.mktemp("clean"), [first, *rows], near_duplicates=threshold)
 
     def plain(text):
-        return re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", text).casefold()) or text.strip()
+        return re.sub("[ ，。{}]", "", unicodedata.normalize("NFKC", text).casefold()) or text.strip()
 
     def grams(text):
         return {text[at : at + 5] for at in range(max(1, len(text) - 4))}
@@ -258,12 +259,15 @@ def test_rows_are_left_out_only_for_a_reason_that_holds(tmp_path_factory, rows, 
         return [(said[at], said[at + 1]) for at in range(0, len(said) - 1, 2)]
 
     def whole(one):
-        return "\n".join(text for turn in turns(one) for text in turn)
+        return "".join(plain(text) for turn in turns(one) for text in turn)
+
+    def answers(one):
+        return "".join(plain(answer) for _, answer in turns(one))
 
     def alike(one, two):
         same, similar = True, 1.0
-        for of in (whole, lambda r: "\n".join(answer for _, answer in turns(r))):
-            a, b = plain(of(one)), plain(of(two))
+        for of in (whole, answers):
+            a, b = of(one), of(two)
             same &= a == b
             similar = min(similar, len(grams(a) & grams(b)) / len(grams(a) | grams(b)))
         return same or (threshold < 1 and similar >= threshold)
@@ -279,7 +283,7 @@ def test_rows_are_left_out_only_for_a_reason_that_holds(tmp_path_factory, rows, 
     for one in rows:
         assert one in kept or spoilt(one) or any(alike(one, other) for other in kept)
     for one, two in combinations(kept, 2):
-        assert not (plain(whole(one)) == plain(whole(two)) and alike(one, two))
+        assert not (whole(one) == whole(two) and alike(one, two))
 
 
 @pytest.mark.parametrize(("share", "found"), [(0.02, True), (0.6, False)])

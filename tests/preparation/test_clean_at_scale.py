@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -110,6 +111,41 @@ def test_portions_leave_what_rows_one_by_one_do(tmp_path, reviews, small_portion
                 assert reasons[places[example["where"]]] == reason
                 like = example["like"]
                 assert like.startswith(str(validation)) if "validation" in reason else places[like] in kept
+
+
+AFTER_A_SMALL_ONE = """
+import sys
+from firefly_lightning.preparation.clean import clean
+from firefly_lightning.preparation.cleaning import looking
+
+looking.ROWS_PER_CHUNK = 500
+rows, long, out = sys.argv[1:]
+clean([long], out + ".long")
+clean([rows], out, [long], workers=2)
+"""
+
+
+def test_many_portions_come_after_a_single_one(tmp_path, reviews):
+    """A long text has the library of signatures begin threads, for which a process that is forked later would wait."""
+    source = str(write_rows(tmp_path / "rows.jsonl", made_rows(reviews, 1200)))
+    numbers = " ".join(map(str, range(40_000)))
+    long = str(write_rows(tmp_path / "long.jsonl", [{"kind": "A", "input": numbers, "target": "是"}]))
+    given = [sys.executable, "-c", AFTER_A_SMALL_ONE, source, long, str(tmp_path / "out.jsonl")]
+    subprocess.run(given, check=True, capture_output=True, timeout=300)
+    clean([source], str(tmp_path / "alone.jsonl"))
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
+
+
+def clean_here(source, out):
+    clean([source], out)
+
+
+def test_a_daemonic_process_works_by_itself(tmp_path, reviews, small_portions):
+    source = str(write_rows(tmp_path / "rows.jsonl", made_rows(reviews, 100)))
+    clean([source], str(tmp_path / "alone.jsonl"))
+    with multiprocessing.Pool(1) as pool:
+        pool.apply(clean_here, (source, str(tmp_path / "out.jsonl")))
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
 
 
 LINES = st.lists(st.sampled_from(["", "  ", "\u3000", "\x1c", "\r", '{"a": 1}', ' {"a": 2}\r', "\t{}"]), max_size=12)

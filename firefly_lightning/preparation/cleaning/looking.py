@@ -53,7 +53,7 @@ class Looking(NamedTuple):
         tables: list[Path] = []
         chunks = self._chunks(sources, name.replace(" ", "_"), tables)
         with tqdm(desc=name, unit=" rows", delay=2) as progress:
-            for count in map_in_order(ChunkSigner(lengths), chunks, self.workers):
+            for count in map_in_order(ChunkSigner(lengths), chunks, self.workers, apart=True):
                 progress.update(count)
         return tables
 
