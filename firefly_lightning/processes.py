@@ -28,8 +28,8 @@ def map_in_order(
         items: Picklable items, each large enough to be worth a message to another process.
         workers: Number of processes; where None, one for each core that this process may use. Where it is one, or there
             is a single item, the work is done in this process, and in a daemonic one, which may have no children.
-        apart: Have even one worker be another process: for a library that begins threads, as `rensa` does. A process
-            that is forked later has none of them, and would wait for them for ever.
+        apart: Where processes are forked, have even one worker be another process: for a library that begins threads,
+            as `rensa` does. A process that is forked later has none of them, and would wait for them for ever.
 
     Raises:
         KilledWorkerError: If one of the processes is killed.
@@ -38,11 +38,11 @@ def map_in_order(
     first = list(islice(stream, 2))
     stream = chain(first, stream)
     workers = 1 if len(first) < 2 else workers or usable_cores()
-    if multiprocessing.current_process().daemon or (workers == 1 and not apart):
-        yield from map(work, stream)
-        return
     # A forked process has the modules already; on macOS, forked processes break.
     method = "fork" if sys.platform == "linux" else "spawn"
+    if multiprocessing.current_process().daemon or (workers == 1 and not (apart and method == "fork")):
+        yield from map(work, stream)
+        return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _begin_work)
     under_way: deque[Future[Result]] = deque()
     try:

@@ -131,52 +131,47 @@ class WorkFolder:
     Args:
         target: The output.
         identity: Text of all that the pieces follow from; what was left of the same output under another is removed.
-        sharing: Whether other processes work in the folder too, which is then left for the one that ends the work.
+        share: Name of the share of the work that is done here, where other processes have other shares; the folder is
+            then left for the one that ends the work. None where all of it is done here.
 
     Attributes:
         path: The folder.
 
     Raises:
-        FireflyError: If the folder cannot be made, or another process has it and does not share it.
+        FireflyError: If the folder cannot be made, or another process has it whole or has the same share.
     """
 
-    def __init__(self, target: Path, identity: str, sharing: bool = False) -> None:
-        self.target, self.sharing = target, sharing
+    def __init__(self, target: Path, identity: str, share: str | None = None) -> None:
+        self.target, self.share = target, share
         self.path = target.with_name(f".{target.name}.work-{xxhash.xxh3_64_hexdigest(identity.encode())}")
-        self._lock: BinaryIO
-        self._share: BinaryIO | None = None
+        self._locks: list[BinaryIO] = []
 
     def __enter__(self) -> "WorkFolder":
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / "lock").open("a+b")
-            lock(self._lock, self.target, fcntl.LOCK_SH if self.sharing else fcntl.LOCK_EX)
+            self._lock("lock", fcntl.LOCK_SH if self.share else fcntl.LOCK_EX)
+            if self.share:
+                self._lock(f"{self.share}.lock", fcntl.LOCK_EX)
         except OSError as error:
             raise FireflyError(describe_os_error(error, self.target)) from error
-        for other in () if self.sharing else self.target.parent.glob(f".{glob.escape(self.target.name)}.work-*"):
+        for other in () if self.share else self.target.parent.glob(f".{glob.escape(self.target.name)}.work-*"):
             if other != self.path:
                 shutil.rmtree(other, ignore_errors=True)
         return self
 
-    def take_share(self, name: str) -> None:
-        """Takes a share of the work for this process, until it leaves the folder.
-
-        Raises:
-            FireflyError: If another process has it.
-        """
-        self._share = (self.path / f"{name}.lock").open("ab")
-        lock(self._share, self.target, fcntl.LOCK_EX)
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lock.close()
-        if self._share:
-            self._share.close()
-        if not self.sharing and _ended(error):
+        for file in self._locks:
+            file.close()
+        if not self.share and _ended(error):
             shutil.rmtree(self.path, ignore_errors=True)
         if isinstance(error, OSError) and not isinstance(error, FireflyError):
             raise FireflyError(describe_os_error(error, self.target)) from error
+
+    def _lock(self, name: str, kind: int) -> None:
+        self._locks.append((self.path / name).open("a+b"))
+        lock(self._locks[-1], self.target, kind)
 
 
 def lock(file: BinaryIO, target: Path, kind: int) -> None:

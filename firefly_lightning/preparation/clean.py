@@ -71,9 +71,7 @@ def clean(
         raise FireflyError(f"--report {report}: is also --out; write to another file")
     how = [min_characters, max_characters, document_per, ROWS_PER_CHUNK, CODE]
     identity = [len(sources), *map(identify_source, inputs), *how]
-    with WorkFolder(target, json.dumps(identity), sharing=part is not None) as folder:
-        if part:
-            folder.take_share("{}-of-{}".format(*part))
+    with WorkFolder(target, json.dumps(identity), "{}-of-{}".format(*part) if part else None) as folder:
         looking = Looking(folder.path, document_per, workers, part or (1, 1))
         looking.tell_of_earlier_run(out)
         forbidden = looking.at(validation, "validation rows", None)

@@ -321,7 +321,7 @@ def test_a_work_folder_is_of_one_process_and_one_identity(tmp_path):
         ended_by(target, "x", KeyboardInterrupt)
     (left,) = killed.value.args
     assert (left / "piece").exists()
-    with WorkFolder(target, "y", sharing=True) as other:
+    with WorkFolder(target, "y", "1-of-2") as other:
         assert (left / "piece").exists(), "who shares removes nothing"
     assert other.path.exists()
     with pytest.raises(ValueError, match="work-") as ended:
@@ -342,8 +342,7 @@ SHARING = """
 import sys
 from pathlib import Path
 from firefly_lightning.files.resumable import WorkFolder
-with WorkFolder(Path(sys.argv[1]), "x", sharing=True) as folder:
-    folder.take_share(sys.argv[2])
+WorkFolder(Path(sys.argv[1]), "x", sys.argv[2]).__enter__()
 """
 
 
@@ -354,8 +353,7 @@ def test_a_share_is_of_one_process(tmp_path):
         given = [sys.executable, "-c", SHARING, str(target), name]
         return subprocess.run(given, capture_output=True, text=True).stderr
 
-    with WorkFolder(target, "x", sharing=True) as folder:
-        folder.take_share("2-of-3")
+    with WorkFolder(target, "x", "2-of-3"):
         assert f"{target}: another process is writing it" in taken_elsewhere("2-of-3")
         assert taken_elsewhere("1-of-3") == ""
     assert taken_elsewhere("2-of-3") == ""
